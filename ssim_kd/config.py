@@ -1,0 +1,102 @@
+"""Every config key that ``ssim_kd`` adds to Detectron2's, each with its meaning and values."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_distill_config(cfg: CN) -> None:
+    """Add the keys of ``MODEL.DISTILL`` and of the data sets to a Detectron2 config, in place.
+
+    Args:
+        cfg: a config made by :func:`detectron2.config.get_cfg`.
+    """
+    _add_model_keys(cfg)
+    _add_dataset_keys(cfg)
+
+
+def _add_model_keys(cfg: CN) -> None:
+    distill = cfg.MODEL.DISTILL = CN()
+
+    # False: no teacher is built, and the losses are those of the plain student.
+    distill.ENABLED = True
+    # The student's own meta-architecture, any that Detectron2 has registered.
+    distill.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
+    # The distiller: a name in DISTILLER_REGISTRY.
+    distill.NAME = "FeatureDistiller"
+    # Levels that are compared, by name: p2..p7 (FPN) or res2..res5 (below it).
+    # [] takes every backbone output that teacher and student share at the same stride.
+    distill.IN_FEATURES = []
+    # 1x1 convolution on the student's features (phi of the paper):
+    # "auto": on the levels whose channels differ; "always": on every level; "none": never.
+    distill.ADAPTER = "auto"
+    # Min-max scaling of both maps to [0, 1] before they are compared (psi of the paper).
+    # Extrema over each "channel" of each sample, over each "sample", over the "batch"; or "none".
+    distill.SCALING = "channel"
+    # True: the gradient flows through the student's extrema as well.
+    distill.SCALING_GRAD = True
+    # True: cells that lie wholly in the padding of an image count in no loss.
+    distill.MASK_PADDING = True
+    # What to do where strides differ at a level: "error", or "bilinear": the teacher's map is
+    # resized to the student's.
+    distill.RESIZE = "error"
+    # One weight a level, in the order of IN_FEATURES. [] is 1 for each.
+    distill.LEVEL_WEIGHTS = []
+    # Weight of the distillation loss beside the detection losses (lambda of the paper). >= 0.
+    distill.LOSS_WEIGHT = 4.0
+    # Loss of the FeatureDistiller: "ssim", "l1" or "l2".
+    distill.LOSS = "ssim"
+
+    teacher = distill.TEACHER = CN()
+    # The teacher's config: a name of the model zoo, or a .yaml file (relative to the working
+    # directory or to the folder of --config-file).
+    teacher.CONFIG_FILE = ""
+    # The teacher's weights: a .pth or .pkl file, a URL that Detectron2 knows, or a name of the
+    # model zoo. "" takes the zoo's weights if CONFIG_FILE is a name of the zoo.
+    teacher.WEIGHTS = ""
+    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
+    teacher.OPTS = []
+
+    ssim = distill.SSIM = CN()
+    # Side of the Gaussian window in cells: odd, >= 1. Maps smaller than it: see ssim_loss.
+    ssim.WINDOW_SIZE = 11
+    # Standard deviation of the Gaussian window, in cells. > 0.
+    ssim.SIGMA = 1.5
+    # Constants of the formula: C1 = (K1 * DATA_RANGE)^2, C2 = (K2 * DATA_RANGE)^2. > 0.
+    ssim.K1 = 0.01
+    ssim.K2 = 0.03
+    # Range of the scaled values: 1 for maps scaled to [0, 1].
+    ssim.DATA_RANGE = 1.0
+    # Exponents of luminance, contrast and structure, >= 0. 0 leaves the term out.
+    ssim.ALPHA = 1.0
+    ssim.BETA = 1.0
+    ssim.GAMMA = 1.0
+    # Border: "same" (mirrored, every cell counts) or "valid" (whole windows alone count).
+    ssim.PADDING = "same"
+    # Implementation: "auto" (the fastest that runs here), "reference", "eager" or "triton".
+    ssim.IMPL = "auto"
+
+
+def _add_dataset_keys(cfg: CN) -> None:
+    datasets = cfg.DATASETS
+    # Data sets in COCO format to register: [[name, json file, image folder], ...].
+    datasets.REGISTER_COCO = []
+    # Boxes of zero area in a training set: "error" stops before training and names them;
+    # "drop" leaves them out and says how many (COCO's own train2017 has two).
+    datasets.ZERO_AREA_BOXES = "error"
+
+    digits = datasets.DIGITS = CN()
+    # The embedded data set, registered as digits_train, digits_val and digits_test.
+    # Folder under which it is made on first use.
+    digits.ROOT = "datasets/digits"
+    # Seed of the renderer, >= 0.
+    digits.SEED = 0
+    # Side of the square images in pixels.
+    digits.IMAGE_SIZE = 256
+    # Number of images of (train, val, test).
+    digits.NUM_IMAGES = (4000, 500, 1000)
+    # Least and greatest number of digits in an image.
+    digits.DIGITS_PER_IMAGE = (2, 8)
+    # Least and greatest height of a digit in pixels, drawn log-uniformly.
+    digits.DIGIT_SIZE = (14, 96)
+    # 0: upright clean digits on a plain background, 1: as difficult as in the README's results.
+    # Scales rotation, shear, occlusion, noise, blur, low contrast and distractors.
+    digits.DIFFICULTY = 1.0
