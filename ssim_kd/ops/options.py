@@ -1,0 +1,112 @@
+"""The options of the SSIM loss, checked once, so that a bad value fails when a model is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+PADDINGS = ("same", "valid")
+SCOPES = ("channel", "sample", "batch")
+IMPLS = ("auto", "reference", "eager", "triton")
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ``ValueError`` naming ``allowed`` and ``value`` unless the one holds the other."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def check_number(name: str, value: object, *, at_least: float = 0.0, above: bool = False) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number >= ``at_least`` (> if ``above``)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value):  # type: ignore[arg-type]
+        if value > at_least or (value == at_least and not above):  # type: ignore[operator]
+            return
+    bound = f"{'above' if above else 'at least'} {at_least:g}"
+    raise ValueError(f"{name} must be a finite number {bound}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class SSIMOptions:
+    """Everything that shapes the SSIM loss except the tensors. See ``ssim_loss`` for the meanings.
+
+    Raises:
+        ValueError: an option is outside its range; the message carries the value.
+    """
+
+    window_size: int = 11
+    sigma: float = 1.5
+    data_range: float = 1.0
+    k1: float = 0.01
+    k2: float = 0.03
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 1.0
+    padding: str = "same"
+    scaling: str | None = None
+    scaling_grad: bool = True
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        size = self.window_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+            raise ValueError(f"window_size must be a positive odd integer; got {size!r}")
+        check_number("sigma", self.sigma, above=True)
+        check_number("data_range", self.data_range, above=True)
+        for name in ("k1", "k2", "alpha", "beta", "gamma"):
+            check_number(name, getattr(self, name))
+        check_choice("padding", self.padding, PADDINGS)
+        check_choice("scaling", self.scaling, (None, *SCOPES))
+        check_choice("scaling_grad", self.scaling_grad, (True, False))
+        check_choice("impl", self.impl, IMPLS)
+
+    @property
+    def c1(self) -> float:
+        """C1 = (K1 L)^2, which steadies the luminance term."""
+        return (self.k1 * self.data_range) ** 2
+
+    @property
+    def c2(self) -> float:
+        """C2 = (K2 L)^2, which steadies contrast and structure."""
+        return (self.k2 * self.data_range) ** 2
+
+    @property
+    def eps(self) -> float:
+        """Added to the product of the denominators, as kornia does; in the units of data_range^4."""
+        return 1e-12 * self.data_range**4
+
+    @property
+    def plain_exponents(self) -> bool:
+        """True for the paper's default alpha = beta = gamma = 1, the case with a closed form."""
+        return self.alpha == self.beta == self.gamma == 1.0
+
+    def crop(self, height: int, width: int) -> int:
+        """Cells cut from each side of an H x W map: 0, or the window's radius for "valid".
+
+        A map smaller than the window has no "valid" cell; it is treated as "same" instead, so
+        that a small pyramid level keeps its gradient.
+        """
+        fits = min(height, width) >= self.window_size
+        return self.window_size // 2 if self.padding == "valid" and fits else 0
+
+
+def check_ssim_options(**options: Any) -> SSIMOptions:
+    """Check the keyword options of ``ssim_loss`` without any tensor, to be called at build time.
+
+    Returns:
+        the options with the defaults filled in.
+
+    Raises:
+        ValueError: a value outside its range, an unknown choice or an unknown option.
+        RuntimeError: ``impl`` names an implementation that cannot be had here.
+    """
+    known = SSIMOptions.__dataclass_fields__
+    for name in options:
+        check_choice("an option of ssim_loss", name, tuple(known))
+    checked = SSIMOptions(**options)
+    if checked.impl == "triton":
+        from .dispatch import require_triton
+
+        require_triton()
+    return checked

@@ -1,0 +1,46 @@
+"""The Gaussian window along one axis, and the rule for what it sees beyond the border.
+
+The border is reflected without repeating the edge cell (... 2 1 | 0 1 2 ...). Where the map is
+narrower than the window the reflection is folded again and again, so any length from 1 up works.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=32)
+def gaussian_window(size: int, sigma: float) -> Tensor:
+    """Weights (size,) float64 of a Gaussian of ``sigma`` cells; they sum to 1. Do not write to it."""
+    offset = torch.arange(size, dtype=torch.float64) - size // 2
+    weight = torch.exp(-(offset**2) / (2 * sigma**2))
+    return weight / weight.sum()
+
+
+@lru_cache(maxsize=256)
+def reflected_index(length: int, radius: int) -> Tensor:
+    """Cells (length + 2 radius,) int64 that positions -radius ... length-1+radius fold back to."""
+    position = torch.arange(-radius, length + radius)
+    if length == 1:
+        return torch.zeros_like(position)
+    period = 2 * (length - 1)
+    position = position % period
+    return torch.where(position < length, position, period - position)
+
+
+@lru_cache(maxsize=256)
+def band_matrix(length: int, size: int, sigma: float) -> Tensor:
+    """The windowed mean along an axis as a matrix (length, length) float64: mean = G @ values.
+
+    Borders are folded into the matrix, hence its transpose is the exact adjoint and a map never
+    has to be padded. Do not write to it.
+    """
+    radius = size // 2
+    source = reflected_index(length, radius).unfold(0, length, 1)  # (size, length): cell seen
+    weight = gaussian_window(size, sigma)[:, None].expand(size, length)
+    output = torch.arange(length).expand(size, length)
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    return matrix.index_put_((output, source), weight, accumulate=True)
