@@ -1,0 +1,14 @@
+"""Data: the embedded digits set, COCO sets from the config, checks, a resumable loader."""
+
+from detectron2.config import CfgNode
+
+from .coco import register_coco
+from .digits import ensure_digits, register_digits
+
+__all__ = ["ensure_digits", "register_coco", "register_datasets", "register_digits"]
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register every data set that the config describes. Nothing is read or drawn yet."""
+    register_digits(cfg)
+    register_coco(cfg)
