@@ -2,10 +2,18 @@
 
 from detectron2.config import CfgNode
 
+from .check import DatasetSummary, check_datasets
 from .coco import register_coco
 from .digits import ensure_digits, register_digits
 
-__all__ = ["ensure_digits", "register_coco", "register_datasets", "register_digits"]
+__all__ = [
+    "DatasetSummary",
+    "check_datasets",
+    "ensure_digits",
+    "register_coco",
+    "register_datasets",
+    "register_digits",
+]
 
 
 def register_datasets(cfg: CfgNode) -> None:

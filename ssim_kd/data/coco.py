@@ -45,6 +45,11 @@ def register_coco(cfg: CfgNode) -> None:
         _REGISTERED[name] = paths
 
 
+def is_registered_here(name: str) -> bool:
+    """Whether the data set comes from ``DATASETS.REGISTER_COCO``."""
+    return name in _REGISTERED
+
+
 def _parse(position: int, entry: Any) -> tuple[str, str, str]:
     valid = (
         isinstance(entry, Sequence)

@@ -59,7 +59,7 @@ class DigitsSplit:
 
 
 def register_digits(cfg: CfgNode) -> None:
-    """Register ``digits_train``, ``digits_val`` and ``digits_test`` as ``cfg.DATASETS.DIGITS`` says.
+    """Register the three splits of the digits as ``cfg.DATASETS.DIGITS`` says.
 
     Nothing is drawn yet. Registering again with other parameters replaces the sets.
 

@@ -1,10 +1,11 @@
 """Writes a rendered split to disk, whole or not at all, by one process at a time."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +53,17 @@ def make_split(
     logger.info("Made %d images of %s in %s", num_images, split, folder)
 
 
-class _locked:
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, waiting for it as long as it takes."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        self._file = open(self._path, "a")
+    flags = portalocker.LockFlags
+    with open(path, "a") as file:
         try:
-            portalocker.lock(
-                self._file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING
-            )
+            portalocker.lock(file, flags.EXCLUSIVE | flags.NON_BLOCKING)
         except portalocker.LockException:
-            logger.info("Waiting for another process that draws %s", self._path.parent)
-            portalocker.lock(self._file, portalocker.LockFlags.EXCLUSIVE)
-
-    def __exit__(self, *_: object) -> None:
-        portalocker.unlock(self._file)
-        self._file.close()
+            logger.info("Waiting for another process that draws %s", path.parent)
+            portalocker.lock(file, flags.EXCLUSIVE)
+        yield  # closing the file frees the lock
 
 
 def _draw_into(
