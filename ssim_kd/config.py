@@ -13,6 +13,16 @@ def add_distill_config(cfg: CN) -> None:
     _add_dataset_keys(cfg)
 
 
+def student_config(cfg: CN) -> CN:
+    """The config of the student alone, frozen: what stock Detectron2 builds and evaluates."""
+    cfg = cfg.clone()
+    if cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
+        cfg.defrost()
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE
+    cfg.freeze()
+    return cfg
+
+
 def _add_model_keys(cfg: CN) -> None:
     distill = cfg.MODEL.DISTILL = CN()
 

@@ -1,0 +1,81 @@
+"""The distiller of PKD (Cao et al., NeurIPS 2022, arXiv 2207.02039)."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+
+from ssim_kd.modeling import DISTILLER_REGISTRY, Distiller
+
+
+def standardize(x: torch.Tensor, mask: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Bring each channel to mean 0 and standard deviation 1 over the batch and its cells.
+
+    Args:
+        x: (N, C, H, W), float32.
+        mask: (N, 1, H, W) of 0 and 1, cells that count; None for all.
+        eps: added to the standard deviation.
+
+    Returns:
+        (N, C, H, W); what the mask leaves out is not to be used.
+    """
+    if mask is None:
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        return (x - mean) / (std + eps)
+    count = mask.sum()
+    mean = (x * mask).sum(dim=(0, 2, 3), keepdim=True) / count
+    variance = ((x - mean) ** 2 * mask).sum(dim=(0, 2, 3), keepdim=True) / (count - 1)
+    return (x - mean) / (variance.sqrt() + eps)
+
+
+@DISTILLER_REGISTRY.register()
+class PKDDistiller(Distiller):
+    """Half the mean squared error of standardised maps: 1 - the Pearson correlation.
+
+    The moments are those of the batch of one process: under DDP the loss is not the mean over the
+    samples that a single process would take.
+    """
+
+    loss_name = "pkd"
+
+    @configurable
+    def __init__(self, *, eps: float = 1e-6, **kwargs: Any) -> None:
+        """
+        Args:
+            eps: see :func:`standardize`.
+            kwargs: of :class:`Distiller`.
+
+        Raises:
+            ValueError: ``eps`` is not positive.
+        """
+        super().__init__(**kwargs)
+        if not eps > 0:
+            raise ValueError(f"MODEL.DISTILL.PKD.EPS is {eps}; expected a positive number.")
+        self.eps = eps
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        student_shapes: dict[str, ShapeSpec],
+        teacher_shapes: dict[str, ShapeSpec],
+    ) -> dict[str, Any]:
+        """What :class:`Distiller` takes, and the key of PKD."""
+        shared = super().from_config(cfg, student_shapes, teacher_shapes)
+        return {**shared, "eps": cfg.MODEL.DISTILL.PKD.EPS}
+
+    def level_loss(
+        self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The loss of one level; see :meth:`Distiller.pyramid_loss`."""
+        # In half precision the squares of a channel's deviations lose their digits.
+        with torch.autocast(student.device.type, enabled=False):
+            cells = None if mask is None else mask[:, None].float()
+            difference = standardize(student.float(), cells, self.eps) - standardize(
+                teacher.float(), cells, self.eps
+            )
+            if cells is None:
+                return difference.square().mean() / 2
+            count = cells.sum() * student.shape[1]
+            return (difference.square() * cells).sum() / count / 2

@@ -1,0 +1,200 @@
+"""Checkpoints of a training: the plain student, written so that none is ever half there."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+
+from ..checkpoint import read_checkpoint
+
+# Of these a start may lack some: they are not in the files of ImageNet backbones and begin at
+# their neutral values.
+_NEUTRAL = ("num_batches_tracked", "conv2_offset")
+
+
+class StudentCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, made safe.
+
+    - A file is written beside its place, brought to the disk, and renamed; ``last_checkpoint``
+      follows it. A run that is killed while it saves loses nothing that it had.
+    - A resume takes the newest checkpoint that is whole, and says which ones are not.
+    - Weights to start from must fit the student's backbone to the last key.
+
+    "model" holds the plain student. What else belongs to the training has keys of its own.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``{name}.pth`` and tag it as the last.
+
+        Raises:
+            OSError: it could not be written; the earlier checkpoints are whole.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        write_atomically(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Make a checkpoint the one that ``--resume`` takes first."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> bool:  # type: ignore[override]
+        """Resume from the newest whole checkpoint, or load weights to start from.
+
+        Args:
+            path: weights to start from; "" for none.
+            resume: whether to look for a checkpoint first.
+
+        Returns:
+            whether a checkpoint was resumed from.
+
+        Raises:
+            ValueError: checkpoints exist and none is whole, or one does not fit the training.
+        """
+        # One process decides, so that all resume from the same file.
+        found, error = comm.all_gather(self._newest_whole() if resume and comm.is_main_process()
+                                       else (None, None))[0]
+        if error:
+            raise ValueError(error)
+        if found is None:
+            if resume:
+                self.logger.info("No checkpoint in %s: training starts anew.", self.save_dir)
+            self.load(path, checkpointables=[])
+            return False
+        self._resume(found)
+        return True
+
+    def _newest_whole(self) -> tuple[str | None, str | None]:
+        """(path, None), (None, None) where no checkpoint is, or (None, what is wrong)."""
+        candidates = self._candidates()
+        for path in candidates:
+            try:
+                read_checkpoint(path)
+            except (ValueError, OSError) as error:
+                self.logger.error("Checkpoint skipped: %s", error)
+            else:
+                return path, None
+        if candidates:
+            return None, (
+                f"--resume: none of the {len(candidates)} checkpoints in {self.save_dir} can be "
+                "read. Move them away to start anew."
+            )
+        return None, None
+
+    def _candidates(self) -> list[str]:
+        """The tagged checkpoint, then the others from the newest on."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        others = [p for p in self.get_all_checkpoint_files() if _iteration(p) is not None]
+        others.sort(key=os.path.getmtime, reverse=True)
+        tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        if not os.path.isfile(tagged):
+            if others:
+                self.logger.warning(
+                    "last_checkpoint in %s names no file: the newest checkpoint is taken.",
+                    self.save_dir,
+                )
+            return others
+        return [tagged, *(p for p in others if not os.path.samefile(p, tagged))]
+
+    def _resume(self, path: str) -> None:
+        self.logger.info("Resuming from %s", path)
+        checkpoint = read_checkpoint(path)
+        missing = [key for key in self.checkpointables if key not in checkpoint]
+        extra = [key for key in ("distiller",) if key in checkpoint and key not in
+                 self.checkpointables]
+        if missing or extra:
+            raise ValueError(
+                f"--resume: {path} lacks {missing} and has {extra} beside the config: it was not "
+                "written by a training with this config."
+            )
+        incompatible = self._load_model(checkpoint)
+        if any(incompatible):
+            raise ValueError(f"--resume: {path} does not fit the student: {incompatible}")
+        for key, obj in self.checkpointables.items():
+            obj.load_state_dict(checkpoint[key])
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        data = read_checkpoint(filename)
+        if "model" in data:
+            return data
+        if filename.endswith(".pkl"):
+            # Detectron1 and Caffe2: detectors have "blobs", ImageNet backbones do not.
+            data = data.get("blobs", data)
+            data = {k: v for k, v in data.items() if not k.endswith("_momentum")}
+            return {"model": data, "__author__": "Caffe2", "matching_heuristics": True}
+        return {"model": data}
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Weights to start from may lack the heads; a backbone that they fit in part is a mistake."""
+        backbone = getattr(self.model, "backbone", None)
+        prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+        wrong = [
+            key
+            for key in (*incompatible.missing_keys, *(k for k, *_ in incompatible.incorrect_shapes))
+            if key.startswith(prefix) and not any(part in key for part in _NEUTRAL)
+        ]
+        if wrong:
+            raise ValueError(
+                f"MODEL.WEIGHTS does not fit the student's backbone: {len(wrong)} keys under "
+                f"{prefix} are missing or of another shape (e.g. {', '.join(wrong[:3])}). Expected "
+                "weights of this very backbone, or '' to start from random ones."
+            )
+        super()._log_incompatible_keys(incompatible)
+
+
+def _iteration(path: str) -> int | None:
+    """The iteration of ``model_0004999.pth``, 0 for ``model_final.pth``, None for other files."""
+    match = re.fullmatch(r"model_(?:(\d+)|final)\.pth", os.path.basename(path))
+    return int(match.group(1) or 0) if match else None
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a local file that is either whole or not there, also after a loss of power.
+
+    Args:
+        path: where it shall be; one that is there is replaced.
+        write: writes the content to the open binary file.
+
+    Raises:
+        OSError: it could not be written; says how much space is left.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    # torch.save turns a full disk into a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+        if written:
+            os.unlink(temporary)
+        free = shutil.disk_usage(os.path.dirname(path) or ".").free
+        raise OSError(
+            f"{path} could not be written ({free} bytes are free after {written} that were "
+            f"removed again): {error}. Earlier files are whole."
+        ) from error
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,121 @@
+"""Evaluation: of the student as it will be deployed, and of the teacher by itself."""
+
+import logging
+import os
+from collections import OrderedDict
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from torch import nn
+
+from ..checkpoint import load_strictly, read_weights
+from ..config import student_config
+from ..modeling.teacher import teacher_config
+
+logger = logging.getLogger(__name__)
+
+_EVALUATORS = {
+    "cityscapes_instance": CityscapesInstanceEvaluator,
+    "coco": COCOEvaluator,
+    "lvis": LVISEvaluator,
+    "pascal_voc": PascalVOCDetectionEvaluator,
+    "sem_seg": SemSegEvaluator,
+}
+
+
+def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:
+    """The evaluator of a data set, by the ``evaluator_type`` of its metadata.
+
+    COCO evaluation takes Detectron2's compiled implementation where there is one, and pycocotools
+    elsewhere.
+
+    Args:
+        cfg: with ``OUTPUT_DIR``.
+        name: of a registered data set.
+        folder: for its results; ``OUTPUT_DIR/inference`` by default.
+
+    Raises:
+        ValueError: a data set whose type has no evaluator.
+    """
+    folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+    if kind in ("pascal_voc", "cityscapes_instance"):
+        return _EVALUATORS[kind](name)
+    if kind in _EVALUATORS:
+        return _EVALUATORS[kind](name, output_dir=folder)
+    if kind == "coco_panoptic_seg":
+        return DatasetEvaluators(
+            [
+                SemSegEvaluator(name, output_dir=folder),
+                COCOEvaluator(name, output_dir=folder),
+                COCOPanopticEvaluator(name, folder),
+            ]
+        )
+    raise ValueError(
+        f"The data set {name!r} has evaluator_type {kind!r}; expected one of "
+        f"{sorted([*_EVALUATORS, 'coco_panoptic_seg'])}."
+    )
+
+
+def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.Module]:
+    """Build the student alone, with weights that fit it to the last key. No teacher is touched.
+
+    Args:
+        cfg: the config of the training.
+        resume: take the last checkpoint of ``OUTPUT_DIR`` where there is one, not MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: no weights, or weights that do not fit.
+    """
+    cfg = student_config(cfg)
+    model = build_model(cfg)
+    path, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
+    checkpoints = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    if resume and checkpoints.has_checkpoint():
+        path, key = checkpoints.get_checkpoint_file(), "the last checkpoint of OUTPUT_DIR"
+    if not path:
+        raise ValueError("MODEL.WEIGHTS is empty; --eval-only expects the weights to evaluate.")
+    load_strictly(model, read_weights(path, key=key))
+    return cfg, model
+
+
+def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
+    """Build the whole teacher, heads included, to be evaluated on the student's data.
+
+    Its config is its own, but for DATASETS, DATALOADER, OUTPUT_DIR and the device.
+    """
+    teacher = teacher_config(cfg)
+    teacher.defrost()
+    teacher.DATASETS = cfg.DATASETS.clone()
+    teacher.DATALOADER = cfg.DATALOADER.clone()
+    teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.freeze()
+    model = build_model(teacher)
+    load_strictly(
+        model, read_weights(teacher.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+    )
+    return teacher, model
+
+
+def test_time_augmentation(cfg: CfgNode, model: nn.Module, trainer: Any) -> OrderedDict:
+    """Evaluate with ``TEST.AUG``, as Detectron2's train_net.py does; keys get the suffix _TTA."""
+    logger.info("Running inference with test-time augmentation ...")
+    model = GeneralizedRCNNWithTTA(cfg, model)
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+    evaluators = [build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    results = trainer.test(cfg, model, evaluators)
+    return OrderedDict({f"{key}_TTA": value for key, value in results.items()})

@@ -1,0 +1,104 @@
+"""What train_net.py does: set up, then train or evaluate."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ..config import add_distill_config
+from ..data import check_datasets, register_coco, register_digits
+from .evaluation import student_for_evaluation, teacher_for_evaluation, test_time_augmentation
+from .launch import launch_processes
+from .trainer import DistillTrainer
+
+AddConfig = Callable[[CfgNode], None]
+
+
+def run(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
+    """Do what the command line asks for, in as many processes as it asks for.
+
+    Args:
+        args: of :func:`argument_parser`.
+        add_config: adds further keys to the config (those of projects); picklable.
+
+    Returns:
+        the results of the evaluation where they come about in this process, else None.
+    """
+    # Read once before any process is started: a wrong key is then told once.
+    cfg = load_config(args, add_config)
+    return launch_processes(main, args, device=cfg.MODEL.DEVICE, main_args=(args, add_config))
+
+
+def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
+    """Detectron2's defaults, ours, the file, the overrides; frozen.
+
+    Raises:
+        ValueError: a device that this machine lacks.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    if add_config is not None:
+        add_config(cfg)
+    if args.config_file:
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)
+    cfg.merge_from_list(args.opts)
+    _resolve_teacher(cfg, args.config_file)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a machine "
+            "with one, or MODEL.DEVICE cpu."
+        )
+    cfg.freeze()
+    return cfg
+
+
+def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
+    """A teacher's config may be named relative to the folder of the student's."""
+    teacher = cfg.MODEL.DISTILL.TEACHER
+    beside = os.path.join(os.path.dirname(config_file), teacher.CONFIG_FILE)
+    if teacher.CONFIG_FILE and not os.path.isfile(teacher.CONFIG_FILE) and os.path.isfile(beside):
+        teacher.CONFIG_FILE = beside
+
+
+def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
+    """Train or evaluate in this process, one of one or more."""
+    cfg = load_config(args, add_config)
+    default_setup(cfg, args)
+    register_coco(cfg)
+    register_digits(cfg)
+    training = not (args.eval_only or args.eval_teacher)
+    _check_data(cfg, train=training)
+    if training:
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+    if args.eval_teacher:
+        cfg, model = teacher_for_evaluation(cfg)
+    else:
+        cfg, model = student_for_evaluation(cfg, resume=args.resume)
+    results = DistillTrainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(test_time_augmentation(cfg, model, DistillTrainer))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def _check_data(cfg: CfgNode, *, train: bool) -> None:
+    """Check the data sets in one process; all stop if it finds a fault."""
+    error = None
+    if comm.is_main_process():
+        try:
+            check_datasets(cfg, train=train)
+        except (ValueError, OSError) as found:
+            error = found
+    error = comm.all_gather(error)[0]
+    if error is not None:
+        raise error

@@ -1,0 +1,125 @@
+"""The trainer: Detectron2's DefaultTrainer, with a student to save and a teacher to hide."""
+
+import logging
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from ..data import build_train_loader
+from ..modeling import DistilledDetector
+from .checkpointer import StudentCheckpointer
+from .evaluation import build_evaluator, test_time_augmentation
+from .hooks import Reseed
+from .step import DistillStep
+
+logger = logging.getLogger(__name__)
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains what ``cfg`` describes: a :class:`DistilledDetector` or any stock detector.
+
+    What differs from DefaultTrainer: checkpoints hold the plain student under "model"; they hold
+    all that an exact resume needs; processes may run on CPUs; metrics are read late.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer.__init__ can be extended at none of the points where this one differs;
+        # its build_* methods, hooks and loop are used as they are.
+        TrainerBase.__init__(self)
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+        model = self.build_model(cfg)
+        self.student = model.student if isinstance(model, DistilledDetector) else model
+        optimizer = self.build_optimizer(cfg, model)
+        on_gpu = next(model.parameters()).is_cuda
+        ddp = create_ddp_model(
+            model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
+        )
+        self._trainer = DistillStep(ddp, None, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        own = {}
+        if isinstance(model, DistilledDetector) and model.distiller is not None:
+            own["distiller"] = model.distiller
+        self.checkpointer = StudentCheckpointer(
+            self.student, cfg.OUTPUT_DIR, **own, trainer=weakref.proxy(self)
+        )
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[Any]:
+        """DefaultTrainer's hooks, behind one that makes each step's random numbers its own."""
+        found = [Reseed(), *super().build_hooks()]
+        if self.cfg.TEST.AUG.ENABLED:
+            found.insert(-1, hooks.EvalHook(0, self._test_with_augmentation))
+        return found
+
+    def _test_with_augmentation(self) -> OrderedDict:
+        return test_time_augmentation(self.cfg, self.student, self)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume from the last checkpoint of OUTPUT_DIR, or start from ``MODEL.WEIGHTS``.
+
+        Args:
+            resume: where there is a checkpoint, restore all of the training's state from it.
+
+        Raises:
+            ValueError: weights or a checkpoint that do not fit.
+        """
+        resumed = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resumed:
+            self.start_iter = self.iter + 1
+            if self.start_iter >= self.max_iter:
+                logger.warning(
+                    "The checkpoint is at iteration %d and SOLVER.MAX_ITER is %d: nothing is left "
+                    "to train.",
+                    self.iter,
+                    self.max_iter,
+                )
+        self._trainer.data_loader = self.build_train_loader(
+            self.cfg, start_iter=self.start_iter, seed=self.seed
+        )
+
+    def after_train(self) -> None:
+        """Write what is still on its way, then run the hooks."""
+        if self.iter == self.max_iter:
+            self._trainer.flush()
+        super().after_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs beside the weights."""
+        # Nothing that is not finite gets saved.
+        self._trainer.flush()
+        state = TrainerBase.state_dict(self)
+        state["seed"] = self.seed
+        state["optimizer"] = self.optimizer.state_dict()
+        state["grad_scaler"] = self._trainer.grad_scaler.state_dict()
+        # RetinaNet and FCOS keep a running mean in a plain attribute.
+        if hasattr(self.student, "loss_normalizer"):
+            state["loss_normalizer"] = float(self.student.loss_normalizer)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        TrainerBase.load_state_dict(self, state_dict)
+        self.seed = state_dict["seed"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if "loss_normalizer" in state_dict:
+            self.student.loss_normalizer = state_dict["loss_normalizer"]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0, seed: int | None = None) -> Any:
+        """A loader whose batches depend on the seed and the iteration alone."""
+        return build_train_loader(cfg, start_iter=start_iter, seed=seed)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See :func:`ssim_kd.engine.evaluation.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name)

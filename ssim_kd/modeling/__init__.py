@@ -1,0 +1,19 @@
+"""The meta-architecture and its parts."""
+
+from .batch import DistillBatch
+from .distiller import DISTILLER_REGISTRY, Distiller, FeatureDistiller
+from .meta_arch import DistilledDetector
+from .taps import FeatureTap, tappable_levels
+from .teacher import FrozenTeacher, teacher_config
+
+__all__ = [
+    "DISTILLER_REGISTRY",
+    "DistillBatch",
+    "DistilledDetector",
+    "Distiller",
+    "FeatureDistiller",
+    "FeatureTap",
+    "FrozenTeacher",
+    "tappable_levels",
+    "teacher_config",
+]

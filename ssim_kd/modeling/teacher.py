@@ -1,0 +1,176 @@
+"""The teacher: a detector of any kind, frozen, of which the feature path alone is kept."""
+
+import logging
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..checkpoint import load_strictly, read_weights
+from ..config import add_distill_config, student_config
+from .taps import FeatureTap, tappable_levels
+
+logger = logging.getLogger(__name__)
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, out of ``MODEL.DISTILL.TEACHER``.
+
+    Returns:
+        a frozen config whose ``MODEL.WEIGHTS`` are the teacher's.
+
+    Raises:
+        ValueError: a config or weights that are not given, or cannot be found or understood.
+    """
+    node = cfg.MODEL.DISTILL.TEACHER
+    name = node.CONFIG_FILE
+    if not name:
+        raise ValueError(
+            "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; expected a name of the model zoo (e.g. "
+            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml) or a .yaml file."
+        )
+    teacher = get_cfg()
+    add_distill_config(teacher)
+    # A student that was distilled by another project can be a teacher: its keys are not ours.
+    teacher.MODEL.DISTILL.set_new_allowed(True)
+    path = name if PathManager.isfile(name) else _zoo_config(name)
+    if path is None:
+        raise ValueError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {name!r}: neither a file nor a name of the "
+            "model zoo (e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml)."
+        )
+    try:
+        teacher.merge_from_file(path, allow_unsafe=False)
+        teacher.merge_from_list(list(node.OPTS))
+    except Exception as error:
+        raise ValueError(
+            f"The teacher's config cannot be read: MODEL.DISTILL.TEACHER.CONFIG_FILE {name!r} with "
+            f"OPTS {list(node.OPTS)}: {error}"
+        ) from error
+    teacher.MODEL.WEIGHTS = _weights(node.WEIGHTS, name)
+    teacher.MODEL.DEVICE = "cpu"
+    return student_config(teacher)
+
+
+def _zoo_config(name: str) -> str | None:
+    try:
+        return str(model_zoo.get_config_file(name))
+    except RuntimeError:
+        return None
+
+
+def _weights(weights: str, config_file: str) -> str:
+    """The file or URL of the teacher's weights."""
+    name = weights or config_file
+    if weights and not weights.endswith((".yaml", ".yml")):
+        return weights
+    try:
+        return str(model_zoo.get_checkpoint_url(name))
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.DISTILL.TEACHER.WEIGHTS is {weights!r} and the model zoo has no weights for "
+            f"{name!r}; expected a .pth or .pkl file, a URL, or a name of the model zoo."
+        ) from error
+
+
+class FrozenTeacher:
+    """The feature path of a detector: preprocessing and backbone, never trained.
+
+    Deliberately no ``nn.Module``: see :class:`DistilledDetector`. Every module in it is in eval
+    mode and no parameter asks for a gradient. Heads are not kept: they cost memory and no method
+    needs them.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, input_format: str = "BGR", student_format: str = "BGR"
+    ) -> None:
+        """
+        Args:
+            model: a detector with ``backbone``, ``pixel_mean`` and ``pixel_std``, weights loaded.
+            input_format: channel order that the teacher was trained on, "BGR" or "RGB".
+            student_format: channel order of the images it will be given.
+        """
+        for name in ("backbone", "pixel_mean", "pixel_std"):
+            if not hasattr(model, name):
+                raise ValueError(
+                    f"The teacher {type(model).__name__} has no {name!r}; expected a detector "
+                    "like GeneralizedRCNN or RetinaNet."
+                )
+        self.backbone = model.backbone.requires_grad_(False).eval()
+        self.pixel_mean = model.pixel_mean.detach()
+        self.pixel_std = model.pixel_std.detach()
+        self.swap_channels = input_format != student_format
+        self._tap: FeatureTap | None = None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "FrozenTeacher":
+        """Build the teacher of ``MODEL.DISTILL.TEACHER`` on the CPU and load its weights strictly.
+
+        Args:
+            cfg: the student's config.
+
+        Raises:
+            ValueError: what :func:`teacher_config` and :func:`load_teacher` raise.
+        """
+        config = teacher_config(cfg)
+        weights = read_weights(config.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+        model = build_model(config)
+        load_strictly(model, weights, feature_path="backbone.")
+        teacher = cls(
+            model, input_format=config.INPUT.FORMAT, student_format=cfg.INPUT.FORMAT
+        )
+        logger.info(
+            "Teacher: %s, %.1fM parameters on its feature path, weights %s (sha256 %s)",
+            config.MODEL.META_ARCHITECTURE,
+            sum(p.numel() for p in teacher.backbone.parameters()) / 1e6,
+            weights.path,
+            weights.sha256[:12],
+        )
+        return teacher
+
+    @property
+    def levels(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level that can be tapped."""
+        return tappable_levels(self)
+
+    def tap(self, levels: list[str]) -> None:
+        """Choose the levels that a call returns."""
+        self._tap = FeatureTap(self, levels)
+
+    def to(self, device: torch.device) -> "FrozenTeacher":
+        """Move the teacher; its dtype stays its own."""
+        self.backbone.to(device)
+        self.pixel_mean = self.pixel_mean.to(device)
+        self.pixel_std = self.pixel_std.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            images: (3, H, W) each, in [0, 255], in the student's channel order, on the teacher's
+                device.
+
+        Returns:
+            the tapped maps (N, C, H, W) by level.
+        """
+        if self._tap is None:
+            raise RuntimeError("No level of the teacher is tapped: call tap() first.")
+        with self._tap as features:
+            self.backbone(self._preprocess(images))
+        return features
+
+    def _preprocess(self, images: list[torch.Tensor]) -> torch.Tensor:
+        if self.swap_channels:
+            images = [image.flip(0) for image in images]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        # 0.6 knows size_divisibility alone; main adds constraints such as ViT's square padding.
+        constraints = getattr(self.backbone, "padding_constraints", None)
+        options = {"padding_constraints": constraints} if constraints else {}
+        padded = ImageList.from_tensors(images, self.backbone.size_divisibility, **options)
+        return padded.tensor
