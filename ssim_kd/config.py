@@ -92,6 +92,9 @@ def _add_dataset_keys(cfg: CN) -> None:
     # Boxes of zero area in a training set: "error" stops before training and names them;
     # "drop" leaves them out and says how many (COCO's own train2017 has two).
     datasets.ZERO_AREA_BOXES = "error"
+    # Training images that cannot be read: False stops and names data set and file; True takes
+    # another image instead, and lists what was skipped at the end.
+    cfg.DATALOADER.SKIP_CORRUPT = False
 
     digits = datasets.DIGITS = CN()
     # The embedded data set, registered as digits_train, digits_val and digits_test.

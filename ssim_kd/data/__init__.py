@@ -5,9 +5,15 @@ from detectron2.config import CfgNode
 from .check import DatasetSummary, check_datasets
 from .coco import register_coco
 from .digits import ensure_digits, register_digits
+from .loader import TrainLoader, build_train_loader
+from .reading import CheckedMapper, UnreadableImageError
 
 __all__ = [
+    "CheckedMapper",
     "DatasetSummary",
+    "TrainLoader",
+    "UnreadableImageError",
+    "build_train_loader",
     "check_datasets",
     "ensure_digits",
     "register_coco",

@@ -154,20 +154,20 @@ def _boxes(
     size_of: NDArray[np.float64],
 ) -> None:
     boxes = _numbers([annotation["bbox"] for annotation in annotations], 4)
-    finite: NDArray[np.bool_] = np.isfinite(boxes).all(axis=1)
+    finite = np.asarray(np.isfinite(boxes).all(axis=1))
     _report(found, annotations, ~finite, "bbox", "that is not four finite numbers")
-    negative: NDArray[np.bool_] = finite & (boxes[:, 2:] < 0).any(axis=1)
+    negative = finite & np.asarray((boxes[:, 2:] < 0).any(axis=1))
     _report(found, annotations, negative, "bbox", "of negative width or height")
     usable: NDArray[np.bool_] = (
         finite & ~negative & (owner >= 0) & np.isfinite(size_of).all(axis=1)[owner]
     )
     sizes = size_of[owner]
     extent = box_extent(np.where(usable[:, None], boxes, 0.0), sizes)
-    zero = usable & (extent <= LEAST_SIDE).any(axis=1)
+    zero = usable & np.asarray((extent <= LEAST_SIDE).any(axis=1))
     found.zero_area = int(zero.sum())
     found.zero_area_examples = _examples(annotations, zero, "bbox")
     # COCO's own boxes exceed the image by rounding: that is not worth a word.
-    beyond = (boxes[:, 2:] - extent > 0.5).any(axis=1)
+    beyond = np.asarray((boxes[:, 2:] - extent > 0.5).any(axis=1))
     found.clipped = int((usable & ~zero & beyond).sum())
 
 

@@ -1,8 +1,11 @@
 """Checks the data sets of a config before anything is built: ``check_datasets(cfg, train=...)``."""
 
+import contextlib
 import difflib
+import gc
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from .annotations import Findings, inspect_coco
 from .coco import is_registered_here
 from .digits import ensure_digits
+from .reading import refuse_deep
 
 ZERO_AREA_POLICIES = ("error", "drop")
 
@@ -124,6 +128,11 @@ def _check_one(where: str, name: str, *, training: bool) -> tuple[Findings | Non
             f"{where}: {json_file} names the image {first}, which is not in {image_root}. "
             "Expected every file_name relative to the image folder."
         )
+    if first:
+        try:
+            refuse_deep(os.path.join(image_root, first))
+        except OSError as error:
+            raise ValueError(f"{where}: the first image, {first}: {error}.") from error
     return found, [str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])]
 
 
@@ -131,7 +140,7 @@ def _read_json(where: str, name: str, json_file: str, *, training: bool) -> dict
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(f"{where}: {json_file} does not exist. {_advice(name)}")
     try:
-        with PathManager.open(json_file, "rb") as file:
+        with PathManager.open(json_file, "rb") as file, _no_garbage_collection():
             content = json.loads(file.read())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         size = os.path.getsize(json_file) if os.path.exists(json_file) else 0
@@ -155,6 +164,18 @@ def _read_json(where: str, name: str, json_file: str, *, training: bool) -> dict
         if not content[key] and key != "annotations":
             raise ValueError(f'{where}: {json_file}: "{key}" is empty. Expected at least one.')
     return content
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Parsing makes millions of objects and no garbage: searching for it would take most time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_findings(

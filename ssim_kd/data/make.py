@@ -27,7 +27,8 @@ def make_split(
     that want the same split wait on a lock which the operating system frees when its holder dies.
 
     Args:
-        scene, split: what to draw, see :func:`render_image`.
+        scene: what to draw, see :func:`render_image`.
+        split: "train", "val" or "test".
         num_images: >= 1.
         folder: made with its parents.
         classes: names of the categories; their ids in the json file are 1, 2, ...

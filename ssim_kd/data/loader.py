@@ -1,0 +1,217 @@
+"""A training loader that can be resumed exactly: ``build_train_loader(cfg, start_iter=...)``."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from .boxes import drop_zero_area_boxes
+from .order import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
+from .reading import CheckedMapper, Mapper, Record, UnreadableImageError, seeded
+
+logger = logging.getLogger(__name__)
+
+# Key under which a sample carries the files that it replaces; taken out before the model sees it.
+_SKIPPED = "_skipped_files"
+# Images tried in the place of one that cannot be read.
+MAX_REPLACEMENTS = 20
+
+
+class TrainLoader:
+    """Iterates over the batches of this rank, for ever: lists of the mapper's outputs.
+
+    The order of images and the random numbers of the mapper depend on ``seed``, the number of the
+    iteration and the number of ranks alone: not on the number of workers, nor on where the run was
+    interrupted. Workers start when the first batch is asked for; until then :meth:`resume` may
+    change where it begins. A mapper that keeps a state of its own between calls is not resumable.
+
+    Attributes:
+        seed: of order and augmentation. Save it (:meth:`state_dict`) where SEED is negative.
+        start_iter: number of the first batch.
+        skipped: image files that could not be read, and how often each was met.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, dicts: Sequence[Record], mapper: Mapper, seed: int, start_iter: int
+    ) -> None:
+        world_size = comm.get_world_size()
+        total = cfg.SOLVER.IMS_PER_BATCH
+        if total < 1 or total % world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {total}: expected a multiple of the {world_size} "
+                "processes, at least one image each."
+            )
+        self.seed = seed
+        self.start_iter = start_iter
+        self.skipped: Counter[str] = Counter()
+        self._batch_size = total // world_size
+        self._num_workers = cfg.DATALOADER.NUM_WORKERS
+        self._groups = aspect_groups(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+        self._shape = {"images": len(dicts), "batch": total, "processes": world_size}
+        self._mapper = mapper
+        self._skip = bool(cfg.DATALOADER.SKIP_CORRUPT)
+        self._indices = index_stream(cfg, dicts)
+        self._records = DatasetFromList(list(dicts), serialize=True)
+        self._started = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Return plain integers for the checkpoint, from which :meth:`resume` goes on."""
+        return {"seed": int(self.seed), **self._shape}
+
+    def resume(self, start_iter: int, state: dict[str, int] | None = None) -> None:
+        """Begin at an iteration, with the seed of the interrupted run.
+
+        Where the number of images, of processes or the batch size differ from the interrupted
+        run's, the order of images differs as well: a warning says so.
+
+        Args:
+            start_iter: number of the first batch, >= 0.
+            state: from :meth:`state_dict` of the interrupted run. None keeps the seed.
+
+        Raises:
+            RuntimeError: batches have been taken already.
+        """
+        if self._started:
+            raise RuntimeError("resume() must be called before the first batch is taken.")
+        self.start_iter = start_iter
+        if state is None:
+            return
+        self.seed = int(state["seed"])
+        for key, now in self._shape.items():
+            if state.get(key, now) != now:
+                logger.warning(
+                    "The interrupted run had %s = %s, this one has %s: from here on the order of "
+                    "images is not that of an uninterrupted run.",
+                    key,
+                    state[key],
+                    now,
+                )
+
+    def __iter__(self) -> Iterator[list[Record]]:
+        # A generator: nothing below runs before the first batch is asked for.
+        self._started = True
+        order = BatchOrder(
+            self._indices(self.seed),
+            self._batch_size,
+            groups=self._groups,
+            start_iter=self.start_iter,
+        )
+        # With a generator of its own the loader leaves the global one alone.
+        loader: DataLoader[Record] = DataLoader(
+            _Samples(self._records, self._mapper, self.seed, self._skip),
+            batch_sampler=order,  # type: ignore[arg-type]
+            num_workers=self._num_workers,
+            collate_fn=_as_list,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        for batch in loader:
+            for record in batch:
+                for message in record.pop(_SKIPPED, ()):
+                    self._note(message)
+            yield batch
+
+    def _note(self, message: str) -> None:
+        if message not in self.skipped:
+            logger.warning("Skipped, and another image taken instead: %s", message)
+        self.skipped[message] += 1
+
+    def log_skipped(self) -> None:
+        """Log what was skipped so far on this rank; nothing if nothing was."""
+        if self.skipped:
+            lines = "\n".join(f"  {n} x {message}" for message, n in self.skipped.most_common())
+            logger.warning(
+                "%d images could not be read (%d times):\n%s",
+                len(self.skipped),
+                self.skipped.total(),
+                lines,
+            )
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    *,
+    start_iter: int = 0,
+    seed: int | None = None,
+    mapper: Mapper | None = None,
+    dataset: Sequence[Record] | None = None,
+) -> TrainLoader:
+    """Build the training loader of this rank. Every rank must call it.
+
+    Args:
+        cfg: DATASETS, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED are read.
+        start_iter: number of the first batch, >= 0: batches before it are skipped unread.
+        seed: of order and augmentation, >= 0. None takes ``cfg.SEED``, or where that is negative a
+            random one that all ranks share.
+        mapper: from a record of the data set to the model's input. None: Detectron2's own.
+        dataset: the records. None loads ``cfg.DATASETS.TRAIN``.
+
+    Raises:
+        ValueError: an unknown sampler, or a batch size that the ranks cannot share.
+        TypeError: the data set is not a sequence of records.
+    """
+    if dataset is None:
+        dataset = _load_records(cfg)
+    if not isinstance(dataset, Sequence):
+        raise TypeError(
+            f"The data set is a {type(dataset).__name__}: expected a list of records, since the "
+            "order of any other kind cannot be computed ahead."
+        )
+    if seed is None:
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    checked = CheckedMapper(mapper or DatasetMapper(cfg, True), cfg.DATASETS.TRAIN)
+    return TrainLoader(cfg, dataset, checked, int(seed), start_iter)
+
+
+def _load_records(cfg: CfgNode) -> Sequence[Record]:
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    records: Sequence[Record] = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    if cfg.DATASETS.ZERO_AREA_BOXES == "drop" and isinstance(records, Sequence):
+        return drop_zero_area_boxes(records, drop_emptied=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    return records
+
+
+class _Samples(Dataset[Record]):
+    """Maps a draw (index, position) to the model's input, seeded by the position."""
+
+    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: int, skip: bool) -> None:
+        self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
+
+    def __getitem__(self, draw: Draw) -> Record:
+        index, position = draw
+        position = position * self._world_size + self._rank
+        skipped: list[str] = []
+        for attempt in range(1 + MAX_REPLACEMENTS):
+            seed = sample_seed(self._seed, position, attempt)
+            if attempt:
+                index = seed % len(self._records)
+            with seeded(seed):
+                try:
+                    record = self._mapper(self._records[index])
+                except UnreadableImageError as error:
+                    if not self._skip:
+                        raise
+                    skipped.append(str(error))
+                    continue
+            if record is not None:  # None: the mapper itself asks for another image
+                if skipped:
+                    record[_SKIPPED] = skipped
+                return record
+        raise UnreadableImageError(
+            f"{MAX_REPLACEMENTS + 1} images in a row could not be used. The last: "
+            f"{skipped[-1] if skipped else 'the mapper returned None'}"
+        )
+
+
+def _as_list(batch: list[Record]) -> list[Record]:
+    return batch
