@@ -29,7 +29,7 @@ endif
 .PHONY: help setup demo test lint faults bench bench-gpu clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 setup: $(READY)
 

@@ -8,8 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-# Two cores is what the suite is timed on, and more threads than cores slow small tensors down. Set before torch is
-# imported, and inherited by the processes that tests start.
+# Two cores is what the suite is timed on, and more threads than cores slow small tensors down.
+# Set before torch is imported, and inherited by the processes that tests start.
 THREADS = int(os.environ.get("SSIM_KD_TEST_THREADS", "2"))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -43,7 +43,7 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_network() -> Iterator[None]:
-    """Refuse connections that leave this machine: a test that downloads would pass here and fail elsewhere."""
+    """Refuse connections that leave this machine: no test may depend on a download."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address) -> None:

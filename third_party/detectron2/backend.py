@@ -1,7 +1,7 @@
 """PEP 517 backend: download Detectron2 0.6, patch it, build a pure-Python wheel.
 
-All work happens in a temporary folder, so that a build leaves nothing beside this file and can be repeated. Two builds
-of the same patches give the same bytes.
+All work happens in a temporary folder, so that a build leaves nothing beside this file and can be
+repeated. Two builds of the same patches give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from setuptools import build_meta
 
 HERE = Path(__file__).resolve().parent
 
-# The project that carries tag v0.6's Python files, its configs and its small projects. It is not installed itself: its
-# metadata cannot be built without torch, and its extension cannot be compiled since the archive lacks the C++ sources.
+# The project that carries tag v0.6's Python files, its configs and its small projects. It is not
+# installed itself: its metadata cannot be built without torch, and its extension cannot be
+# compiled since the archive lacks the C++ sources.
 REQUIREMENT = "pb1-detectron2==0.6"
 ARCHIVE_ROOT = "pb1-detectron2-0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
@@ -34,7 +35,8 @@ PROJECTS = {
     "panoptic_deeplab": "projects/Panoptic-DeepLab/panoptic_deeplab",
 }
 
-# The time of every file in the wheel (2021-11-15, the month of v0.6), so that builds repeat byte by byte.
+# The time of every file in the wheel (2021-11-15, the month of v0.6), so that builds repeat byte
+# by byte.
 SOURCE_DATE_EPOCH = "1636934400"
 
 
@@ -47,15 +49,16 @@ class UnsupportedOperation(Exception):
 
 
 def download(folder: Path) -> Path:
-    """Download the source archive into `folder` from the package index that pip is set up for; return its path."""
+    """Download the source archive into `folder` from the index that pip is set up for."""
     from unearth import PackageFinder
 
     settings = IndexSettings.from_pip()
     settings.export_certificates()
     hint = (
-        f"Looked in: {settings}. The settings of pip and uv (index, extra index, find-links, certificate) are read from "
-        "their environment variables and pip's configuration files. Without a network, put the source archive into a "
-        "folder and set PIP_FIND_LINKS to it and PIP_NO_INDEX=1."
+        f"Looked in: {settings}. The settings of pip and uv (index, extra index, find-links, "
+        "certificate) are read from their environment variables and pip's configuration files. "
+        "Without a network, put the source archive into a folder and set PIP_FIND_LINKS to it "
+        "and PIP_NO_INDEX=1."
     )
     name = REQUIREMENT.partition("==")[0]
     try:
@@ -70,12 +73,14 @@ def download(folder: Path) -> Path:
             raise RecipeError(
                 f"Cannot build detectron2: no source archive of {REQUIREMENT} was found. {hint}"
             )
-        return finder.download(match.link, folder)  # an archive that lies on this machine is returned where it is
+        # An archive that lies on this machine already is not copied: its own path comes back.
+        return finder.download(match.link, folder)
     except RecipeError:
         raise
-    except Exception as error:  # unearth lets its HTTP library's errors through, and which one that is has changed
+    except Exception as error:  # those of unearth's HTTP library, which has changed before
         raise RecipeError(
-            f"Cannot build detectron2: downloading {REQUIREMENT} failed with {type(error).__name__}: {error}. {hint}"
+            f"Cannot build detectron2: downloading {REQUIREMENT} failed with "
+            f"{type(error).__name__}: {error}. {hint}"
         ) from error
 
 
@@ -84,16 +89,18 @@ def check_hash(archive: Path) -> None:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise RecipeError(
-            f"Cannot build detectron2: {archive.name} ({archive.stat().st_size} bytes) has sha256 {found}, expected "
-            f"{SHA256}. The download was cut short, or the index serves another file under that name."
+            f"Cannot build detectron2: {archive.name} ({archive.stat().st_size} bytes) has "
+            f"sha256 {found}, expected {SHA256}. The download was cut short, or the index "
+            "serves another file under that name."
         )
 
 
 def lay_out_sources(archive: Path, tree: Path) -> None:
-    """Unpack `archive` and make `tree` a project that setuptools can build: package, metadata, licence."""
+    """Unpack `archive` and put the patched package into `tree`."""
     with tempfile.TemporaryDirectory() as tmp:
         with tarfile.open(archive) as tar:
-            # The filter is new in the security releases of 3.10 and 3.11; the hash vouches for the content either way.
+            # The filter is new in the security releases of 3.10 and 3.11; the hash vouches for
+            # the content either way.
             if hasattr(tarfile, "data_filter"):
                 tar.extractall(tmp, filter="data")
             else:
@@ -124,12 +131,12 @@ def project_tree() -> Iterator[Path]:
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    """Nothing beyond pyproject.toml's list. setuptools' own hook would look for the sources, which are not there yet."""
+    """Name nothing: setuptools' own hook would look for the sources, not there yet."""
     return []
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
-    """Write the metadata. Needs no sources, hence no download: a resolver can ask for it cheaply."""
+    """Write the metadata. That needs no download, so a resolver can ask for it cheaply."""
     target = Path(metadata_directory).resolve()
     with project_tree() as tree:
         (tree / "detectron2").mkdir()

@@ -1,7 +1,8 @@
 """Where pip would look for packages: the recipe downloads its sources from the same places.
 
-A build environment has no pip to ask (uv's never has), so its settings are read here: environment variables first, then
-the configuration files in pip's order. Options on pip's command line do not reach a build backend.
+A build environment has no pip to ask (uv's never has), so its settings are read here: environment
+variables first, then the configuration files in pip's order. Options on pip's command line do not
+reach a build backend.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+KEYS = ("index-url", "extra-index-url", "find-links", "trusted-host", "no-index", "cert")
 SECTIONS = ("global", "install")  # later ones win, as in pip
 TRUE = {"1", "true", "yes", "on", "y", "t"}
 
@@ -32,20 +34,19 @@ class IndexSettings:
         environ: Mapping[str, str] | None = None,
         config_files: Sequence[Path] | None = None,
     ) -> IndexSettings:
-        """Read pip's settings, and uv's index variables, from `environ` and `config_files` (the later file wins)."""
+        """Read pip's settings and uv's index variables. Of `config_files`, the later one wins."""
         environ = os.environ if environ is None else environ
         if config_files is None:
             config_files = pip_config_files(environ)
         settings = _read_files(config_files)
-        for key in ("index-url", "extra-index-url", "find-links", "trusted-host", "no-index", "cert"):
+        for key in KEYS:
             value = environ.get("PIP_" + key.upper().replace("-", "_"))
             if value:
                 settings[key] = value
-        main = environ.get("UV_DEFAULT_INDEX") or environ.get("UV_INDEX_URL") or settings.get("index-url")
-        extra = (
-            _words(environ.get("UV_INDEX") or environ.get("UV_EXTRA_INDEX_URL"))
-            or _words(settings.get("extra-index-url"))
-        )  # fmt: skip
+        uv_main = environ.get("UV_DEFAULT_INDEX") or environ.get("UV_INDEX_URL")
+        uv_extra = environ.get("UV_INDEX") or environ.get("UV_EXTRA_INDEX_URL")
+        main = uv_main or settings.get("index-url")
+        extra = _words(uv_extra or settings.get("extra-index-url"))
         links = _words(settings.get("find-links"))
         if settings.get("no-index", "").lower() in TRUE:
             urls: list[str] = []
