@@ -158,10 +158,9 @@ def _boxes(
     _report(found, annotations, ~finite, "bbox", "that is not four finite numbers")
     negative = finite & np.asarray((boxes[:, 2:] < 0).any(axis=1))
     _report(found, annotations, negative, "bbox", "of negative width or height")
-    usable: NDArray[np.bool_] = (
-        finite & ~negative & (owner >= 0) & np.isfinite(size_of).all(axis=1)[owner]
-    )
     sizes = size_of[owner]
+    sized = np.asarray(np.isfinite(sizes).all(axis=1))
+    usable = finite & ~negative & (owner >= 0) & sized
     extent = box_extent(np.where(usable[:, None], boxes, 0.0), sizes)
     zero = usable & np.asarray((extent <= LEAST_SIDE).any(axis=1))
     found.zero_area = int(zero.sum())
