@@ -1,6 +1,7 @@
 """What train_net.py does: set up, then train or evaluate."""
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,15 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from ..config import add_distill_config
-from ..data import check_datasets, register_coco, register_digits
+from ..data import check_datasets, register_datasets
 from .evaluation import student_for_evaluation, teacher_for_evaluation, test_time_augmentation
 from .launch import launch_processes
 from .trainer import DistillTrainer
+
+logger = logging.getLogger(__name__)
 
 AddConfig = Callable[[CfgNode], None]
 
@@ -70,8 +74,8 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     """Train or evaluate in this process, one of one or more."""
     cfg = load_config(args, add_config)
     default_setup(cfg, args)
-    register_coco(cfg)
-    register_digits(cfg)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
+    register_datasets(cfg)
     training = not (args.eval_only or args.eval_teacher)
     _check_data(cfg, train=training)
     if training:
@@ -96,7 +100,8 @@ def _check_data(cfg: CfgNode, *, train: bool) -> None:
     error = None
     if comm.is_main_process():
         try:
-            check_datasets(cfg, train=train)
+            for summary in check_datasets(cfg, train=train):
+                logger.info("%s", summary)
         except (ValueError, OSError) as found:
             error = found
     error = comm.all_gather(error)[0]

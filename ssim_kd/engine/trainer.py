@@ -11,7 +11,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..data import build_train_loader
+from ..data import TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
 from .checkpointer import StudentCheckpointer
 from .evaluation import build_evaluator, test_time_augmentation
@@ -34,7 +34,6 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
         model = self.build_model(cfg)
         self.student = model.student if isinstance(model, DistilledDetector) else model
@@ -43,7 +42,8 @@ class DistillTrainer(DefaultTrainer):
         ddp = create_ddp_model(
             model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
         )
-        self._trainer = DistillStep(ddp, None, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
+        loader = self.build_train_loader(cfg)
+        self._trainer = DistillStep(ddp, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         own = {}
         if isinstance(model, DistilledDetector) and model.distiller is not None:
@@ -82,9 +82,6 @@ class DistillTrainer(DefaultTrainer):
                     self.iter,
                     self.max_iter,
                 )
-        self._trainer.data_loader = self.build_train_loader(
-            self.cfg, start_iter=self.start_iter, seed=self.seed
-        )
 
     def after_train(self) -> None:
         """Write what is still on its way, then run the hooks."""
@@ -92,12 +89,17 @@ class DistillTrainer(DefaultTrainer):
             self._trainer.flush()
         super().after_train()
 
+    @property
+    def seed(self) -> int:
+        """Of the run: SEED, or what was drawn where that is negative."""
+        return int(self.data_loader.seed)
+
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs beside the weights."""
         # Nothing that is not finite gets saved.
         self._trainer.flush()
         state = TrainerBase.state_dict(self)
-        state["seed"] = self.seed
+        state["data"] = self.data_loader.state_dict()
         state["optimizer"] = self.optimizer.state_dict()
         state["grad_scaler"] = self._trainer.grad_scaler.state_dict()
         # RetinaNet and FCOS keep a running mean in a plain attribute.
@@ -108,16 +110,16 @@ class DistillTrainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up :meth:`state_dict`."""
         TrainerBase.load_state_dict(self, state_dict)
-        self.seed = state_dict["seed"]
+        self.data_loader.resume(self.iter + 1, state_dict["data"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if "loss_normalizer" in state_dict:
             self.student.loss_normalizer = state_dict["loss_normalizer"]
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode, *, start_iter: int = 0, seed: int | None = None) -> Any:
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """A loader whose batches depend on the seed and the iteration alone."""
-        return build_train_loader(cfg, start_iter=start_iter, seed=seed)
+        return build_train_loader(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
