@@ -1,0 +1,187 @@
+"""The teacher: frozen, hidden from the model that holds it, with its own preprocessing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from ssim_kd.modeling import FrozenTeacher
+from tests.helpers import (
+    TEACHER_FPN,
+    build,
+    distilled_config,
+    make_batch,
+    save_weights,
+    stock_config,
+    train_losses,
+)
+
+
+@pytest.fixture(scope="module")
+def cfg(weights_of):
+    return distilled_config("faster", "cascade", weights_of("cascade"))
+
+
+@pytest.fixture
+def model(cfg):
+    return build(cfg)
+
+
+def storages(module: nn.Module) -> set[int]:
+    tensors = (*module.parameters(), *module.buffers())
+    return {t.data_ptr() for t in tensors if t.numel()}
+
+
+def assert_frozen(teacher: FrozenTeacher, weights: Path) -> None:
+    assert not any(module.training for module in teacher.backbone.modules())
+    assert not any(p.requires_grad for p in teacher.backbone.parameters())
+    assert all(p.grad is None for p in teacher.backbone.parameters())
+    saved = torch.load(weights)["model"]
+    for name, value in teacher.backbone.state_dict().items():
+        assert torch.equal(value, saved[f"backbone.{name}"]), name
+
+
+def test_training_leaves_the_teacher_bit_identical_and_in_eval_mode(cfg, model, weights_of) -> None:
+    optimizer = build_optimizer(cfg, model)
+    before = copy.deepcopy(model.student.state_dict())
+    for step in range(3):
+        model.train()
+        losses = train_losses(model, make_batch(seed=step))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        assert_frozen(model.teacher, weights_of("cascade"))
+        model.eval()
+        assert_frozen(model.teacher, weights_of("cascade"))
+    changed = [k for k, v in model.student.state_dict().items() if not torch.equal(v, before[k])]
+    assert "backbone.fpn_output2.weight" in changed
+
+
+def test_no_part_of_the_model_holds_the_teacher(cfg, model) -> None:
+    hidden = storages(model.teacher.backbone)
+    modules = set(model.teacher.backbone.modules())
+    assert hidden and not modules & set(model.modules())
+    assert not hidden & {p.data_ptr() for p in model.parameters()}
+    assert not hidden & {b.data_ptr() for _, b in model.named_buffers()}
+    assert not hidden & {v.data_ptr() for v in model.state_dict().values() if v.numel()}
+    names = {key.split(".")[0] for key in model.state_dict()}
+    assert names == {"student", "distiller"}
+    groups = build_optimizer(cfg, model).param_groups
+    trained = {p.data_ptr() for group in groups for p in group["params"]}
+    assert not hidden & trained
+    adapters = [p for p in model.distiller.adapters.parameters()]
+    assert adapters and {p.data_ptr() for p in adapters} <= trained
+
+
+@pytest.fixture
+def gloo(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_leaves_the_teacher_out_and_finds_every_parameter_used(gloo, model) -> None:
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    hidden = storages(model.teacher.backbone)
+    assert not hidden & {p.data_ptr() for p in ddp.parameters()}
+    assert not hidden & {v.data_ptr() for v in ddp.state_dict().values() if v.numel()}
+    for step in range(2):  # the second step raises if the first left a parameter unused
+        sum(train_losses(ddp, make_batch(seed=step)).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_teacher_follows_the_device(cfg, model) -> None:
+    assert model.to("meta") is model
+    assert {p.device.type for p in model.teacher.backbone.parameters()} == {"meta"}
+    assert {b.device.type for b in model.teacher.backbone.buffers()} == {"meta"}
+    assert model.teacher.pixel_mean.device.type == model.teacher.pixel_std.device.type == "meta"
+
+
+def test_the_teacher_keeps_its_precision(model, weights_of) -> None:
+    model.bfloat16()
+    assert_frozen(model.teacher, weights_of("cascade"))
+
+
+def test_a_deep_copy_has_a_teacher_and_taps_of_its_own(model) -> None:
+    twin = copy.deepcopy(model)
+    assert not storages(twin.teacher.backbone) & storages(model.teacher.backbone)
+    for parameter in model.student.parameters():
+        parameter.data.zero_()
+    for parameter in model.teacher.backbone.parameters():
+        parameter.data.fill_(float("nan"))
+    losses = train_losses(twin)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    assert twin.student.backbone.fpn_output2.weight.grad.any()
+    assert model.student.backbone.fpn_output2.weight.grad is None
+
+
+def test_the_heads_are_not_kept(model) -> None:
+    held = [x for x in vars(model.teacher).values() if isinstance(x, nn.Module)]
+    assert held == [model.teacher.backbone]
+
+
+X101_LIKE = [
+    "MODEL.PIXEL_MEAN",
+    [123.675, 116.280, 103.530],
+    "MODEL.PIXEL_STD",
+    [58.395, 57.120, 57.375],
+    "INPUT.FORMAT",
+    "RGB",
+]
+
+
+def test_an_rgb_teacher_with_its_own_mean_and_std_sees_what_it_was_trained_on(tmp_path) -> None:
+    stock = stock_config("faster", *X101_LIKE, fpn=TEACHER_FPN)
+    path = save_weights(stock, tmp_path / "x101.pth")
+    cfg = distilled_config("faster", "faster", path, teacher_opts=X101_LIKE)
+    assert cfg.INPUT.FORMAT == "BGR"
+    model = build(cfg)
+    expected_model = build_model(stock).eval()
+    expected_model.load_state_dict(torch.load(path)["model"])
+    batch = make_batch(((96, 128), (64, 96)))
+
+    # By hand: swap the channels, normalise each, pad with zeros at the right and bottom.
+    mean = torch.tensor([123.675, 116.280, 103.530])[:, None, None]
+    std = torch.tensor([58.395, 57.120, 57.375])[:, None, None]
+    images = [(x["image"][[2, 1, 0]].float() - mean) / std for x in batch]
+    padded = [F.pad(i, (0, 128 - i.shape[2], 0, 96 - i.shape[1])) for i in images]
+    with torch.no_grad():
+        expected = expected_model.backbone(torch.stack(padded))
+    found = model.teacher([x["image"] for x in batch])
+    assert set(found) == {"p2", "p3", "p4", "p5", "p6"}
+    for level, value in found.items():
+        assert torch.equal(value, expected[level]), level
+        assert not value.requires_grad
+
+
+def test_equal_channel_orders_are_not_swapped(model, weights_of) -> None:
+    stock = stock_config("cascade", fpn=TEACHER_FPN)
+    reference = build_model(stock).eval()
+    reference.load_state_dict(torch.load(weights_of("cascade"))["model"])
+    batch = make_batch()
+    with torch.no_grad():
+        expected = reference.backbone(reference.preprocess_image(batch).tensor)
+    found = model.teacher([x["image"] for x in batch])
+    assert all(torch.equal(value, expected[level]) for level, value in found.items())
+
+
+def test_no_teacher_without_a_tap_or_a_backbone() -> None:
+    with pytest.raises(ValueError, match="Linear has no 'backbone'"):
+        FrozenTeacher(nn.Linear(1, 1))
+    teacher = FrozenTeacher(build_model(stock_config("faster")))
+    with pytest.raises(RuntimeError, match=r"call tap\(\) first"):
+        teacher([torch.zeros(3, 32, 32)])
