@@ -38,11 +38,12 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def inspect_coco(content: dict[str, Any]) -> Findings:
+def inspect_coco(content: dict[str, Any], *, unique_annotations: bool = True) -> Findings:
     """Inspect parsed json.
 
     Args:
         content: with the lists "images", "categories" and, but for test sets, "annotations".
+        unique_annotations: False: annotations may share an id, as in COCO's own minival files.
 
     Returns:
         counts and problems; only what could be read is counted where entries are malformed.
@@ -62,6 +63,8 @@ def inspect_coco(content: dict[str, Any]) -> Findings:
     if found.problems:
         return found
     for title, rows, _ in tables:
+        if title == "annotations" and not unique_annotations:
+            continue
         _unique(found, title, _ids(rows, "id"))
     size_of = _sizes(found, images)
     found.empty_images = len(images)

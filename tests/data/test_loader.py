@@ -1,0 +1,336 @@
+"""The training loader: order, exact resume, workers, ranks, and images that cannot be read."""
+
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+
+from ssim_kd.data import UnreadableImageError, build_train_loader, register_coco
+from ssim_kd.data.boxes import drop_zero_area_boxes
+from ssim_kd.data.order import BatchOrder, aspect_groups, sample_seed
+from tests.data.coco_sets import content, write
+
+MIXED = ((32, 24), (24, 32), (40, 24), (24, 24), (24, 40))
+
+
+def fake_records(count=23):
+    """Records without files, of mixed aspect."""
+    sizes = itertools.cycle(MIXED)
+    return [
+        {"id": i, "width": w, "height": h, "annotations": [{"category_id": i % 4}]}
+        for i, (w, h) in zip(range(count), sizes, strict=False)
+    ]
+
+
+def randomised(record):
+    """A mapper that shows which random numbers it was given."""
+    numbers = random.random(), float(np.random.rand()), float(torch.rand(()))
+    return {"id": record["id"], "width": record["width"], "numbers": numbers}
+
+
+@pytest.fixture
+def small(cfg):
+    cfg.SEED = 5
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    return cfg
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def build(cfg, **options):
+    return build_train_loader(cfg, mapper=randomised, dataset=fake_records(), **options)
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+@pytest.mark.parametrize("grouping", [True, False])
+def test_resumed_equals_uninterrupted(small, sampler, grouping):
+    small.DATALOADER.SAMPLER_TRAIN = sampler
+    small.DATALOADER.REPEAT_THRESHOLD = 0.5
+    small.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    whole = take(build(small), 30)
+    assert all(len(batch) == 4 for batch in whole)
+    for start in (0, 1, 7, 29):
+        assert take(build(small, start_iter=start), 30 - start) == whole[start:]
+
+
+def test_random_subset(small):
+    small.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    small.DATALOADER.RANDOM_SUBSET_RATIO = 0.3
+    whole = take(build(small), 12)
+    assert len({r["id"] for batch in whole for r in batch}) <= 6
+    assert take(build(small, start_iter=5), 7) == whole[5:]
+
+
+def test_workers_change_nothing(small):
+    whole = take(build(small), 12)
+    small.DATALOADER.NUM_WORKERS = 2
+    assert take(build(small), 12) == whole
+    assert take(build(small, start_iter=5), 7) == whole[5:]
+
+
+def test_same_order_as_detectron2(small):
+    records = fake_records()
+    sampled = (records[i] for i in TrainingSampler(len(records), seed=5))
+    expected = take(AspectRatioGroupedDataset(sampled, 4), 20)
+    assert [[r["id"] for r in b] for b in take(build(small), 20)] == [
+        [r["id"] for r in b] for b in expected
+    ]
+
+
+def test_batches_are_of_one_aspect(small):
+    shape = {r["id"]: r["width"] > r["height"] for r in fake_records()}
+    batches = take(build(small), 20)
+    assert all(len({shape[r["id"]] for r in batch}) == 1 for batch in batches)
+    assert {shape[batch[0]["id"]] for batch in batches} == {True, False}
+
+
+def test_other_seeds_give_other_orders_and_numbers(small):
+    first = take(build(small), 5)
+    assert take(build(small, seed=6), 5) != first
+    numbers = [r["numbers"] for batch in first for r in batch]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_global_generators_are_left_alone(small):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(3).tolist()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    take(build(small), 3)
+    small.DATALOADER.NUM_WORKERS = 1
+    take(build(small), 3)
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
+
+
+def test_ranks_share_the_stream(small, monkeypatch):
+    alone = take(build(small), 20)
+    by_id = {}
+    for batch in alone:
+        for record in batch:
+            by_id.setdefault(record["id"], []).append(record["numbers"])
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    shards = []
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        small.DATALOADER.ASPECT_RATIO_GROUPING = False
+        loader = build(small)
+        whole = take(loader, 20)
+        assert all(len(batch) == 2 for batch in whole)
+        assert take(build(small, start_iter=9), 11) == whole[9:]
+        shards.append([r for batch in whole for r in batch])
+    # 23 images: the first 23 draws of both ranks together are one epoch.
+    drawn = [r["id"] for pair in zip(*shards, strict=True) for r in pair]
+    assert sorted(drawn[:23]) == list(range(23))
+    # A draw has the same augmentation however many ranks there are.
+    first = [shards[0][0], shards[1][0]]
+    assert all(r["numbers"] in by_id[r["id"]] for r in first)
+
+
+def test_resume_before_the_first_batch(small):
+    small.SEED = -1
+    interrupted = build(small)
+    whole = take(interrupted, 9)
+    state = interrupted.state_dict()
+    assert all(type(value) is int for value in state.values())
+    again = build(small)
+    again.resume(4, state)
+    assert again.seed == interrupted.seed
+    assert take(again, 5) == whole[4:]
+    with pytest.raises(RuntimeError, match="before the first batch"):
+        again.resume(0)
+
+
+def test_resume_with_another_shape_is_told(small, caplog):
+    state = build(small).state_dict()
+    small.SOLVER.IMS_PER_BATCH = 2
+    build(small).resume(3, state)
+    assert "batch = 4, this one has 2" in caplog.text
+
+
+def test_nothing_runs_before_the_first_batch(small):
+    calls = []
+    loader = build_train_loader(small, mapper=calls.append, dataset=fake_records())
+    batches = iter(loader)
+    loader.resume(2)
+    assert calls == []
+    del batches
+
+
+def test_fast_forward_of_a_long_run():
+    records = [{"width": 4 + i % 3, "height": 5} for i in range(118_000)]
+    order = BatchOrder(
+        TrainingSampler(len(records), seed=1),
+        16,
+        groups=aspect_groups(records),
+        start_iter=90_000,
+    )
+    start = time.perf_counter()
+    next(iter(order))
+    assert time.perf_counter() - start < 10  # about one second
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("DATALOADER.SAMPLER_TRAIN", "NoSampler", "'NoSampler': expected one of TrainingSampler"),
+        ("SOLVER.IMS_PER_BATCH", 0, "IMS_PER_BATCH is 0"),
+    ],
+)
+def test_bad_options(small, key, value, message):
+    small.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        build(small)
+
+
+def test_bad_data_sets(small):
+    with pytest.raises(TypeError, match="is a generator: expected a list"):
+        build_train_loader(small, mapper=randomised, dataset=(r for r in fake_records()))
+    with pytest.raises(ValueError, match=r"no 'width'.*ASPECT_RATIO_GROUPING"):
+        build_train_loader(small, mapper=randomised, dataset=[{"height": 3}])
+
+
+def test_sample_seeds_are_fixed_and_distinct():
+    assert sample_seed(5, 0) == 16823399
+    seeds = {sample_seed(a, b, c) for a in range(5) for b in range(50) for c in range(3)}
+    assert len(seeds) == 750
+
+
+@pytest.fixture
+def on_disk(small, tmp_path):
+    """Twelve images on disk, as data set my_set."""
+    paths = write(tmp_path / "set", content(num_images=12, sizes=MIXED))
+    small.DATASETS.REGISTER_COCO = [["my_set", *paths]]
+    small.DATASETS.TRAIN = ("my_set",)
+    small.INPUT.MIN_SIZE_TRAIN, small.INPUT.MAX_SIZE_TRAIN = (24, 32, 40), 80
+    register_coco(small)
+    return small, Path(paths[1])
+
+
+def test_real_images_and_augmentation(on_disk):
+    cfg, _ = on_disk
+
+    def shown(batches):
+        return [
+            [(r["file_name"], r["image"], r["instances"].gt_boxes.tensor) for r in batch]
+            for batch in batches
+        ]
+
+    whole = shown(take(build_train_loader(cfg), 8))
+    cfg.DATALOADER.NUM_WORKERS = 2
+    resumed = shown(take(build_train_loader(cfg, start_iter=3), 5))
+    for a, b in zip(itertools.chain(*whole[3:]), itertools.chain(*resumed), strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
+def corrupt(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+        from PIL import Image
+
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:900])
+    elif how == "html":
+        path.write_text("<html>404</html>")
+    elif how == "size":
+        from PIL import Image
+
+        Image.fromarray(np.zeros((7, 9, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "html", "size"])
+def test_unreadable_image_stops_and_is_named(on_disk, how, workers):
+    cfg, root = on_disk
+    corrupt(root / "0.png", how)
+    cfg.DATALOADER.NUM_WORKERS = workers
+    with pytest.raises(UnreadableImageError, match=r"Data set 'my_set': image .*0\.png"):
+        take(build_train_loader(cfg), 12)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_skipped(on_disk, caplog, workers):
+    cfg, root = on_disk
+    cfg.DATALOADER.SKIP_CORRUPT = True
+    cfg.DATALOADER.NUM_WORKERS = workers
+    corrupt(root / "0.png", "empty")
+    loader = build_train_loader(cfg)
+    batches = take(loader, 12)
+    assert all(len(batch) == 4 for batch in batches)
+    names = [[r["file_name"] for r in batch] for batch in batches]
+    assert not any(name.endswith("/0.png") for batch in names for name in batch)
+    assert not any(key.startswith("_") for batch in batches for r in batch for key in r)
+    ((message, times),) = loader.skipped.items()
+    assert "0.png" in message and times >= 3
+    loader.log_skipped()
+    assert "1 images could not be read" in caplog.text
+    # What replaces it is the same after a resume.
+    resumed = take(build_train_loader(cfg, start_iter=6), 6)
+    assert [[r["file_name"] for r in batch] for batch in resumed] == names[6:]
+
+
+def test_all_images_unreadable(on_disk):
+    cfg, root = on_disk
+    cfg.DATALOADER.SKIP_CORRUPT = True
+    for path in root.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UnreadableImageError, match="21 images in a row"):
+        take(build_train_loader(cfg), 1)
+
+
+def test_mapper_that_returns_none_asks_for_another(small):
+    def picky(record):
+        return randomised(record) if record["id"] != 3 else None
+
+    loader = build_train_loader(small, mapper=picky, dataset=fake_records())
+    assert all(r["id"] != 3 for batch in take(loader, 15) for r in batch)
+    assert not loader.skipped
+
+
+def test_boxes_of_zero_area_are_left_out(small, tmp_path):
+    data = content(num_images=3)
+    data["annotations"][0]["bbox"] = [1, 1, 0, 5]  # image 1 keeps its other box
+    data["annotations"][2]["bbox"] = [90, 1, 5, 5]  # image 2 loses both
+    data["annotations"][3]["bbox"] = [1, 1, 5, 0]
+    small.DATASETS.REGISTER_COCO = [["my_set", *write(tmp_path / "set", data)]]
+    small.DATASETS.TRAIN, small.DATASETS.ZERO_AREA_BOXES = ("my_set",), "drop"
+    register_coco(small)
+
+    def boxes_of_each_image():
+        batches = take(build_train_loader(small), 6)
+        return {r["image_id"]: len(r["instances"]) for batch in batches for r in batch}
+
+    assert boxes_of_each_image() == {1: 1, 3: 2}
+    small.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert boxes_of_each_image() == {1: 1, 2: 0, 3: 2}
+    # Detectron2's mapper leaves them out as well, so no box of zero area is ever learned.
+    small.DATASETS.ZERO_AREA_BOXES = "error"
+    assert boxes_of_each_image() == {1: 1, 2: 0, 3: 2}
+
+
+def test_dropping_keeps_the_records_and_crowds(small, tmp_path):
+    data = content(num_images=2)
+    data["annotations"][0].update(bbox=[1, 1, 0, 5], iscrowd=1)
+    small.DATASETS.REGISTER_COCO = [["my_set", *write(tmp_path / "set", data)]]
+    register_coco(small)
+    records = DatasetCatalog.get("my_set")
+    before = json.dumps(records)
+    kept = drop_zero_area_boxes(records, drop_emptied=True)
+    assert json.dumps(records) == before and kept == records
+
+
+def test_records_are_held_serialised(small):
+    assert isinstance(build(small)._records, DatasetFromList)
