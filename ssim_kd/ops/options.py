@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,11 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def check_number(name: str, value: object, *, at_least: float = 0.0, above: bool = False) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number >= ``at_least`` (> if ``above``)."""
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number in [``low``, ``high``]."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value):  # type: ignore[arg-type]
-        if value > at_least or (value == at_least and not above):  # type: ignore[operator]
-            return
-    bound = f"{'above' if above else 'at least'} {at_least:g}"
-    raise ValueError(f"{name} must be a finite number {bound}; got {value!r}")
+    if not (is_number and low <= value <= high):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}]; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,13 @@ class SSIMOptions:
         size = self.window_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
             raise ValueError(f"window_size must be a positive odd integer; got {size!r}")
-        check_number("sigma", self.sigma, above=True)
-        check_number("data_range", self.data_range, above=True)
-        for name in ("k1", "k2", "alpha", "beta", "gamma"):
-            check_number(name, getattr(self, name))
+        check_number("sigma", self.sigma, 1e-3, 1e6)
+        # The bounds keep C1, C2 and their product, of the order of data_range^4, within float32.
+        check_number("data_range", self.data_range, 1e-6, 1e6)
+        for name in ("k1", "k2"):
+            check_number(name, getattr(self, name), 0.0, 10.0)
+        for name in ("alpha", "beta", "gamma"):
+            check_number(name, getattr(self, name), 0.0, 100.0)
         check_choice("padding", self.padding, PADDINGS)
         check_choice("scaling", self.scaling, (None, *SCOPES))
         check_choice("scaling_grad", self.scaling_grad, (True, False))

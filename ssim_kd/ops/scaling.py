@@ -22,6 +22,28 @@ def relative_floor(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps
 
 
+def half_low_and_scale(
+    low: Tensor, high: Tensor, peak: Tensor, min_range: float = MIN_RANGE
+) -> tuple[Tensor, Tensor]:
+    """``low / 2`` and ``2 / (high - low)``, so that (x / 2 - low / 2) * scale lies in [0, 1].
+
+    Everything is halved because high - low can overflow where both are finite.
+
+    Args:
+        low, high: extrema, any shape; inf and -inf where there was no valid cell.
+        peak: the largest magnitude in the same scope, cells that are not valid included.
+        min_range: see ``minmax_scale``.
+
+    Returns:
+        two tensors of the same shape; both 0 where the range counts as constant.
+    """
+    half_range = 0.5 * high - 0.5 * low
+    floor = (0.5 * relative_floor(peak.dtype) * peak).clamp(min=0.5 * min_range)
+    varies = half_range.detach() > floor  # False too for inf and -inf
+    scale = torch.where(varies, 1.0 / torch.where(varies, half_range, 1.0), 0.0)
+    return 0.5 * torch.where(varies, low, 0.0), scale
+
+
 def minmax_scale(
     x: Tensor,
     *,
@@ -66,10 +88,6 @@ def minmax_scale(
         invalid = ~mask[:, None]
         low = source.masked_fill(invalid, float("inf")).amin(dims, keepdim=True)
         high = source.masked_fill(invalid, float("-inf")).amax(dims, keepdim=True)
-    # Half of everything: max - min itself can overflow where min and max are finite.
-    half_range = 0.5 * high - 0.5 * low
     peak = x.detach().abs().amax(dims, keepdim=True)
-    floor = (0.5 * relative_floor(x.dtype) * peak).clamp(min=0.5 * min_range)
-    varies = half_range.detach() > floor  # False too where no cell is valid: inf and -inf
-    scale = torch.where(varies, 1.0 / torch.where(varies, half_range, 1.0), 0.0)
-    return (0.5 * x - 0.5 * torch.where(varies, low, 0.0)) * scale
+    half_low, scale = half_low_and_scale(low, high, peak, min_range)
+    return (0.5 * x - half_low) * scale

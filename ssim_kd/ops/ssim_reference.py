@@ -69,13 +69,14 @@ def _moments(x: Tensor, y: Tensor, options: SSIMOptions) -> _Moments:
     unit = power_of_two_unit(both.amax(dim=(2, 3), keepdim=True))
     x, y = x * unit, y * unit
     smallest = torch.where(unit < 1, MIN_CONSTANT, 0.0)
-    # Variances do not depend on a common shift. Close to zero, E[x^2] - E[x]^2 loses no digits.
-    shift = y.mean(dim=(2, 3), keepdim=True)
-    x, y = x - shift, y - shift
+    # Variances do not depend on a shift. Close to zero, E[x^2] - E[x]^2 loses no digits.
+    shift_x = x.detach().mean(dim=(2, 3), keepdim=True)
+    shift_y = y.mean(dim=(2, 3), keepdim=True)
+    x, y = x - shift_x, y - shift_y
     a, b = _windowed_mean(x, options), _windowed_mean(y, options)
     return _Moments(
-        mean_x=a + shift,
-        mean_y=b + shift,
+        mean_x=a + shift_x,
+        mean_y=b + shift_y,
         var_x=_windowed_mean(x * x, options) - a * a,
         var_y=_windowed_mean(y * y, options) - b * b,
         cov=_windowed_mean(x * y, options) - a * b,

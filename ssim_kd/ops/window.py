@@ -16,7 +16,7 @@ from torch import Tensor
 def gaussian_window(size: int, sigma: float) -> Tensor:
     """Weights (size,) float64 of a Gaussian of ``sigma`` cells; they sum to 1. Do not write to it."""
     offset = torch.arange(size, dtype=torch.float64) - size // 2
-    weight = torch.exp(-(offset**2) / (2 * sigma**2))
+    weight = torch.exp(-0.5 * (offset / sigma) ** 2)
     return weight / weight.sum()
 
 
