@@ -109,11 +109,19 @@ class TrainLoader:
             collate_fn=_as_list,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for batch in loader:
-            for record in batch:
-                for message in record.pop(_SKIPPED, ()):
-                    self._note(message)
-            yield batch
+        batches = iter(loader)
+        try:
+            for batch in batches:
+                for record in batch:
+                    for message in record.pop(_SKIPPED, ()):
+                        self._note(message)
+                yield batch
+        finally:
+            # An error keeps the iterator alive by its traceback; without this the workers would
+            # stay until that is garbage, and then be waited for.
+            shut_down = getattr(batches, "_shutdown_workers", None)
+            if shut_down is not None:
+                shut_down()
 
     def _note(self, message: str) -> None:
         if message not in self.skipped:
