@@ -12,12 +12,15 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from index_settings import IndexSettings
 from patches import apply_patches
 from setuptools import build_meta
+
+Settings = Mapping[str, Any] | None  # what a front end passes on from its command line
 
 HERE = Path(__file__).resolve().parent
 
@@ -130,12 +133,14 @@ def project_tree() -> Iterator[Path]:
             os.chdir(before)
 
 
-def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     """Name nothing: setuptools' own hook would look for the sources, not there yet."""
     return []
 
 
-def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
     """Write the metadata. That needs no download, so a resolver can ask for it cheaply."""
     target = Path(metadata_directory).resolve()
     with project_tree() as tree:
@@ -144,7 +149,9 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -
         return build_meta.prepare_metadata_for_build_wheel(str(target), config_settings)
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+def build_wheel(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
     """Download, check, patch and build."""
     target = Path(wheel_directory).resolve()
     metadata = str(Path(metadata_directory).resolve()) if metadata_directory else None
@@ -155,6 +162,6 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
         return build_meta.build_wheel(str(target), config_settings, metadata)
 
 
-def build_sdist(sdist_directory, config_settings=None):
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
     """Refused: the sources are not ours to pack again."""
     raise UnsupportedOperation("detectron2's recipe builds wheels alone")
