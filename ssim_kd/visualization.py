@@ -1,0 +1,237 @@
+"""Pictures: detections beside the ground truth, and SSIM loss maps by level.
+
+Shapes: N images, C channels, H x W cells; pictures are (height, width, 3) uint8 RGB.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from .losses import ssim_map
+from .modeling.batch import DistillBatch
+from .modeling.taps import FeatureTap
+
+Picture = NDArray[np.uint8]
+
+#: Loss of anti-correlated windows is above it, of unrelated ones at it: the end of the colour scale.
+LOSS_RANGE = (0.0, 0.5)
+_CLASS_COLOURS = colormaps["tab10"]
+
+
+@dataclass(frozen=True)
+class LossMaps:
+    """What SSIM says of a level, cell by cell; each (N, H, W) float32 on the CPU.
+
+    The means over the channels of (1 - SSIM) / 2 and of SSIM's terms. Cells in the padding of an
+    image are NaN.
+
+    Attributes:
+        loss: in about [0, 1], 0 where student and teacher agree.
+        luminance, contrast: in [0, 1], 1 where means and variances agree.
+        structure: in [-1, 1], the correlation.
+    """
+
+    loss: torch.Tensor
+    luminance: torch.Tensor
+    contrast: torch.Tensor
+    structure: torch.Tensor
+
+
+def draw_detections(
+    image: Picture,
+    instances: Instances,
+    class_names: Sequence[str],
+    *,
+    scale: float = 1.0,
+    min_score: float = 0.5,
+) -> Picture:
+    """Draw boxes with classes and scores, or ground truth, on an enlarged image.
+
+    Args:
+        image: (height, width, 3) RGB.
+        instances: ``pred_boxes``, ``pred_classes`` and ``scores``, or ``gt_boxes`` and
+            ``gt_classes``; boxes in pixels of ``image``.
+        class_names: by class number.
+        scale: of the result's side to the image's; small images need 2 or more for legible text.
+        min_score: detections below it are left out.
+
+    Returns:
+        (height * scale, width * scale, 3) RGB. A class has the same colour in every picture.
+    """
+    instances = instances.to("cpu")
+    if instances.has("gt_boxes"):
+        boxes, classes = instances.gt_boxes.clone(), instances.gt_classes
+        labels = [class_names[c] for c in classes.tolist()]
+    else:
+        instances = instances[instances.scores >= min_score]
+        boxes, classes = instances.pred_boxes.clone(), instances.pred_classes
+        labels = [
+            f"{class_names[c]} {score:.0%}"
+            for c, score in zip(classes.tolist(), instances.scores.tolist(), strict=True)
+        ]
+    enlarged = resize(image, round(image.shape[0] * scale), round(image.shape[1] * scale))
+    boxes.scale(scale, scale)
+    canvas = Visualizer(enlarged)
+    drawn = canvas.overlay_instances(
+        boxes=boxes,
+        labels=labels,
+        assigned_colors=[_CLASS_COLOURS(c % 10)[:3] for c in classes.tolist()],
+        alpha=0.9,
+    )
+    return np.ascontiguousarray(drawn.get_image())
+
+
+def resize(image: Picture, height: int, width: int) -> Picture:
+    """Resize a picture (H, W, 3) to (height, width, 3), bicubically."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def heatmap(
+    values: torch.Tensor,
+    height: int,
+    width: int,
+    *,
+    limits: tuple[float, float] = LOSS_RANGE,
+    colours: str = "inferno",
+) -> Picture:
+    """Colour a map, cell by cell.
+
+    Args:
+        values: (H, W); NaN is drawn grey.
+        height, width: of the result in pixels.
+        limits: values at the ends of the colour scale; beyond them the end's colour is taken.
+        colours: name of a colour map of matplotlib.
+
+    Returns:
+        (height, width, 3) RGB; cells have sharp edges, so that the level's resolution is seen.
+    """
+    low, high = limits
+    cells = values.detach().cpu().float().numpy()
+    colour_map = colormaps[colours].with_extremes(bad="0.5")
+    rgb = colour_map(np.ma.masked_invalid((cells - low) / (high - low)), bytes=True)[..., :3]
+    enlarged = Image.fromarray(rgb).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(enlarged)
+
+
+@torch.no_grad()
+def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, LossMaps]:
+    """Compare the features of student and teacher on some images.
+
+    Neither weights nor running statistics nor random numbers are touched: the student's backbone
+    is in eval mode meanwhile.
+
+    Args:
+        model: a DistilledDetector with a teacher. Where its distiller compares by another loss
+            than SSIM, the maps are those of SSIM with its default options all the same.
+        batched_inputs: as for every Detectron2 model; ``image`` is (3, H, W) in [0, 255].
+
+    Returns:
+        the maps by level.
+
+    Raises:
+        ValueError: a model without a teacher.
+    """
+    if model.teacher is None or model.distiller is None:
+        raise ValueError("There is no teacher to compare with: MODEL.DISTILL.ENABLED is False.")
+    distiller, student = model.distiller, model.student
+    inputs = [{**x, "image": x["image"].to(model.device)} for x in batched_inputs]
+    teacher_features = model.teacher([x["image"] for x in inputs])
+    with _eval_mode(student), FeatureTap(student, distiller.levels) as student_features:
+        student.backbone(student.preprocess_image(inputs).tensor)
+
+    options = {"scaling": "channel"}
+    if getattr(distiller, "loss_name", "") == "ssim":
+        options = {**distiller.options, "padding": "same"}
+    batch = DistillBatch.from_inputs(batched_inputs, model.device)
+    found = {}
+    for level in distiller.levels:
+        ours, theirs = distiller._align(level, student_features[level], teacher_features[level])
+        mask = batch.valid_mask(*ours.shape[-2:], distiller.strides[level])
+        found[level] = _compare(ours, theirs, mask, options)
+    return found
+
+
+class _eval_mode:
+    """Puts every submodule into eval mode, and back into the mode that each was in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = {module: module.training for module in model.modules()}
+
+    def __enter__(self) -> None:
+        for module in self._modes:
+            module.training = False
+
+    def __exit__(self, *_exc_info: object) -> None:
+        for module, training in self._modes.items():
+            module.training = training
+
+
+def _compare(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> LossMaps:
+    ssim = ssim_map(student, teacher, mask=mask, **options)
+    terms = ssim_map(student, teacher, mask=mask, components=True, **options)
+    means = [x.mean(dim=1) for x in (0.5 * (1.0 - ssim), *terms)]
+    if mask is not None:
+        means = [x.masked_fill(~mask, float("nan")) for x in means]
+    return LossMaps(*(x.float().cpu() for x in means))
+
+
+def loss_map_images(
+    model: Any, batched_inputs: list[dict[str, Any]], *, input_format: str = "BGR"
+) -> dict[str, Picture]:
+    """Draw the loss maps of every level, e.g. for TensorBoard.
+
+    Args:
+        model, batched_inputs: as in :func:`loss_maps`.
+        input_format: channel order of the images, ``cfg.INPUT.FORMAT``.
+
+    Returns:
+        one picture by level: a row for each image with the image, the loss (black 0, yellow 0.5
+        or more), and luminance, contrast and structure (black 1, yellow 0 or less).
+    """
+    pictures = {}
+    for level, maps in loss_maps(model, batched_inputs).items():
+        rows = []
+        for index, record in enumerate(batched_inputs):
+            image = to_rgb(record["image"], input_format)
+            stride = model.distiller.strides[level]
+            height, width = image.shape[:2]
+            panels = [image]
+            for name, limits in _PANELS.items():
+                cells = getattr(maps, name)[index]
+                # The whole map, padded cells included, then the part that shows the image.
+                size = (cells.shape[0] * stride, cells.shape[1] * stride)
+                panels.append(heatmap(cells, *size, limits=limits)[:height, :width])
+            rows.append(np.concatenate(panels, axis=1))
+        widest = max(row.shape[1] for row in rows)
+        rows = [np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]
+        pictures[level] = np.concatenate(rows, axis=0)
+    return pictures
+
+
+# The terms are 1 where student and teacher agree: their scales run backwards.
+_PANELS = {
+    "loss": LOSS_RANGE,
+    "luminance": (1.0, 0.0),
+    "contrast": (1.0, 0.0),
+    "structure": (1.0, 0.0),
+}
+
+
+def to_rgb(image: torch.Tensor, input_format: str = "BGR") -> Picture:
+    """Turn a model's input (3, H, W) in [0, 255] into a picture (H, W, 3)."""
+    pixels = image.detach().cpu().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(pixels[..., ::-1] if input_format == "BGR" else pixels)

@@ -1,0 +1,358 @@
+#!/usr/bin/env python
+"""The demo: a teacher, a student by itself, and the student that learns from the teacher.
+
+Makes the digits data set, trains the three through train_net.py, prints one table, and writes
+summary.json and demo.png into the output folder. Everything that the trainings print goes to log
+files there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+
+from projects import add_project_configs  # noqa: E402
+from ssim_kd.data import ensure_digits, register_digits  # noqa: E402
+from ssim_kd.engine import argument_parser  # noqa: E402
+from ssim_kd.engine.main import load_config  # noqa: E402
+
+CONFIGS = ROOT / "configs" / "Digits-Detection"
+METRICS = ("AP", "AP50", "AP75")
+# Overrides of --quick: seconds instead of minutes, and nothing is learned.
+QUICK = {
+    "SOLVER.MAX_ITER": 4,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
+    "DATASETS.DIGITS.NUM_IMAGES": (16, 4, 8),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of the three trainings: its key in summary.json, its title, its config."""
+
+    key: str
+    title: str
+    config: str
+
+
+TRAININGS = (
+    Training("teacher", "teacher", "teacher_faster_rcnn_R_50_w8_demo.yaml"),
+    Training("student", "plain student", "plain_faster_rcnn_R_50_w4_demo.yaml"),
+    Training("distilled", "distilled student", "ssim_faster_rcnn_R_50_w4_demo.yaml"),
+)
+
+
+class StepError(RuntimeError):
+    """A step failed; the message holds what the user needs to see."""
+
+
+@dataclass
+class Console:
+    """Short progress: one line that is rewritten on a terminal, a line now and then elsewhere."""
+
+    period: float = 10.0  # in seconds, where lines cannot be rewritten
+    terminal: bool = field(default_factory=lambda: sys.stdout.isatty())
+    _last: float = 0.0
+
+    def step(self, text: str) -> None:
+        """Announce a step."""
+        self._last = 0.0
+        print(text, flush=True)
+
+    def progress(self, text: str) -> None:
+        """Show where the step is."""
+        if self.terminal:
+            print(f"\r\033[K  {text}", end="", flush=True)
+        elif time.monotonic() - self._last >= self.period:
+            self._last = time.monotonic()
+            print(f"  {text}", flush=True)
+
+    def done(self, text: str) -> None:
+        """Close the step."""
+        print(f"{chr(13)}{chr(27)}[K  {text}" if self.terminal else f"  {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    args = parse(argv)
+    started, cpu_started = time.monotonic(), cpu_seconds()
+    out = Path(args.output).resolve()
+    console = Console()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        console.step(f"SSIM distillation on handwritten digits, on {describe(args.device)}")
+        configs = {t.key: config_of(t, args, out) for t in TRAININGS}
+        console.step("[1/5] data")
+        make_data(configs["student"])
+        for number, training in enumerate(TRAININGS, start=2):
+            console.step(f"[{number}/5] {training.title}: {out / training.key}/log.txt")
+            train(training, configs[training.key], args, out, console)
+        console.step("[5/5] speed and picture")
+        summary = summarise(configs, out)
+        from tools.demo_picture import draw_demo
+
+        draw_demo(configs, out / "demo.png", summary)
+    except StepError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. --resume goes on where it was.", file=sys.stderr)
+        return 130
+    summary["run"] = {
+        "seed": args.seed,
+        "device": describe(args.device),
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(cpu_seconds() - cpu_started, 1),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\n{table(summary)}\n\n{out / 'summary.json'}\n{out / 'demo.png'}")
+    return 0
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default=str(ROOT / "output" / "demo"), help="folder of results")
+    parser.add_argument("--data", default=str(ROOT / "datasets" / "digits"), help="folder of data")
+    parser.add_argument("--seed", type=int, default=1, help="of all three trainings, >= 0")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is finished and go on where a training stopped; without it all three "
+        "trainings start anew (the data is kept in either case)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few iterations: tests the demo")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}: expected 0 or more")
+    return args
+
+
+def overrides(training: Training, args: argparse.Namespace, out: Path) -> list[str]:
+    """KEY VALUE ... for train_net.py."""
+    found: dict[str, Any] = {
+        "SEED": args.seed,
+        "MODEL.DEVICE": args.device,
+        "OUTPUT_DIR": out / training.key,
+        "DATASETS.DIGITS.ROOT": Path(args.data).resolve(),
+        # A GPU is faster than one process draws and reads images.
+        "DATALOADER.NUM_WORKERS": 4 if args.device.startswith("cuda") else 1,
+    }
+    if training.key == "distilled":
+        found["MODEL.DISTILL.TEACHER.WEIGHTS"] = out / "teacher" / "model_final.pth"
+    if args.quick:
+        found |= QUICK
+    return [str(x) for pair in found.items() for x in pair]
+
+
+def config_of(training: Training, args: argparse.Namespace, out: Path) -> CfgNode:
+    """The config that train_net.py will see."""
+    command = ["--config-file", str(CONFIGS / training.config), *overrides(training, args, out)]
+    try:
+        return load_config(argument_parser().parse_args(command), add_project_configs)
+    except ValueError as error:
+        raise StepError(str(error)) from error
+
+
+def make_data(cfg: CfgNode) -> None:
+    """Draw the digits, with a progress bar, unless they are there."""
+    register_digits(cfg)
+    ensure_digits(["digits_train", "digits_test"])
+
+
+def train(
+    training: Training,
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    out: Path,
+    console: Console,
+    *,
+    script: Path = ROOT / "train_net.py",
+) -> None:
+    """Train and evaluate in a process of its own.
+
+    Raises:
+        StepError: the process failed; the message holds the end of its log.
+    """
+    folder = out / training.key
+    settings = fingerprint(cfg)
+    marker = folder / "demo_settings.json"
+    resume = args.resume and marker.is_file() and json.loads(marker.read_text()) == settings
+    if resume and results_of(folder) is not None and (folder / "model_final.pth").is_file():
+        console.done("kept: it is finished")
+        return
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        marker.write_text(json.dumps(settings))
+    command = [sys.executable, str(script), "--config-file", str(CONFIGS / training.config)]
+    command += ["--resume"] if resume else []
+    command += overrides(training, args, out)
+    log = folder / "console.txt"
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT
+        )
+        try:
+            watch(process, folder, cfg.SOLVER.MAX_ITER, console)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    results = results_of(folder)
+    if process.returncode != 0 or results is None:
+        raise StepError(
+            f"The {training.title}'s training failed with exit status {process.returncode}. "
+            f"The end of {log}:\n\n{tail(log)}"
+        )
+    console.done("  ".join(f"{name} {results[name]:.1f}" for name in METRICS))
+
+
+def watch(
+    process: subprocess.Popen, folder: Path, iterations: int, console: Console
+) -> None:
+    """Show the progress of a training until its process ends."""
+    while process.poll() is None:
+        rows = read_metrics(folder)
+        losses = [row for row in rows if "total_loss" in row]
+        if not losses:
+            console.progress("starting")
+        elif losses[-1]["iteration"] + 1 >= iterations:
+            console.progress("evaluating")
+        else:
+            row = losses[-1]
+            left = int(row.get("eta_seconds", 0))
+            console.progress(
+                f"iteration {row['iteration'] + 1}/{iterations}  loss {row['total_loss']:.3f}  "
+                f"{left // 60}:{left % 60:02d} left"
+            )
+        try:
+            process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.json that are whole."""
+    path = folder / "metrics.json"
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # being written
+    return rows
+
+
+def results_of(folder: Path) -> dict[str, float] | None:
+    """The metrics of the evaluation, 0 to 100, or None before there is one."""
+    for row in reversed(read_metrics(folder)):
+        if "bbox/AP" in row:
+            return {name: row[f"bbox/{name}"] for name in METRICS}
+    return None
+
+
+def fingerprint(cfg: CfgNode) -> dict[str, str]:
+    """What a training depends on: its config, and its teacher's weights."""
+    found = {"config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
+    weights = Path(cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
+    if cfg.MODEL.DISTILL.ENABLED and weights.is_file():
+        found["teacher"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return found
+
+
+def tail(path: Path, lines: int = 20) -> str:
+    """The last lines of a file."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any]]:
+    """Collect what was measured, and measure parameters and speed."""
+    from tools.demo_picture import load_student, load_test_images
+
+    models = {key: load_student(cfg, out / key) for key, cfg in configs.items()}
+    images = load_test_images(configs["student"], 50)
+    speeds = images_per_second({k: lambda x, m=m: m(x) for k, m in models.items()}, images)
+    summary: dict[str, dict[str, Any]] = {}
+    for key, model in models.items():
+        rows = [row for row in read_metrics(out / key) if "time" in row]
+        period = 20  # iterations between two rows
+        summary[key] = {
+            **{name: round(value, 2) for name, value in (results_of(out / key) or {}).items()},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "images_per_second": round(speeds[key], 1),
+            "seconds_trained": round(sum(row["time"] * period for row in rows), 1),
+        }
+    return summary
+
+
+def images_per_second(
+    models: dict[str, Callable[[list[dict[str, Any]]], Any]], images: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Images a second, one at a time, from tensors to detections; the median of five rounds.
+
+    The models take turns, so that a machine that is busy now and then treats them alike.
+    """
+    rounds: dict[str, list[float]] = {key: [] for key in models}
+    with torch.no_grad():
+        for _ in range(5):
+            for key, model in models.items():
+                model(images[:1])
+                start = time.perf_counter()
+                for image in images:
+                    model([image])  # its results are read on the host: nothing is left running
+                rounds[key].append(len(images) / (time.perf_counter() - start))
+    return {key: sorted(values)[len(values) // 2] for key, values in rounds.items()}
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """The results as text."""
+    lines = [
+        f"{'':18}{'AP':>7}{'AP50':>7}{'AP75':>7}{'parameters':>12}{'images/s':>10}{'trained':>9}"
+    ]
+    for training in TRAININGS:
+        row = summary[training.key]
+        values = "".join(f"{row[name]:7.1f}" for name in METRICS)
+        lines.append(
+            f"{training.title:18}{values}{row['parameters'] / 1e6:11.2f}M"
+            f"{row['images_per_second']:10.1f}{row['seconds_trained']:8.0f}s"
+        )
+    gain = summary["distilled"]["AP"] - summary["student"]["AP"]
+    return "\n".join([*lines, "", f"Distillation changed the student's AP by {gain:+.1f}."])
+
+
+def cpu_seconds() -> float:
+    """Seconds of processor time that this process and its finished children took."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def describe(device: str) -> str:
+    """The device in words."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
