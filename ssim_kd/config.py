@@ -1,6 +1,8 @@
 """Every config key that ``ssim_kd`` adds to Detectron2's, each with its meaning and values."""
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 
 def add_distill_config(cfg: CN) -> None:
@@ -10,6 +12,7 @@ def add_distill_config(cfg: CN) -> None:
         cfg: a config made by :func:`detectron2.config.get_cfg`.
     """
     _add_model_keys(cfg)
+    _add_solver_keys(cfg)
     _add_dataset_keys(cfg)
 
 
@@ -21,6 +24,27 @@ def student_config(cfg: CN) -> CN:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE
     cfg.freeze()
     return cfg
+
+
+def write_stock_config(cfg: CN, path: str) -> None:
+    """Write the student's config without the keys that stock Detectron2 does not know.
+
+    Args:
+        cfg: of the training.
+        path: a .yaml file.
+    """
+
+    def keep_known(node: CN, known: CN) -> CN:
+        return CN(
+            {
+                key: keep_known(value, known[key]) if isinstance(value, CN) else value
+                for key, value in node.items()
+                if key in known
+            }
+        )
+
+    with PathManager.open(path, "w") as file:
+        file.write(keep_known(student_config(cfg), get_cfg()).dump())
 
 
 def _add_model_keys(cfg: CN) -> None:
@@ -64,6 +88,9 @@ def _add_model_keys(cfg: CN) -> None:
     teacher.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
     teacher.OPTS = []
+    # AP that the teacher must reach on DATASETS.TEST[0]: it is evaluated once, before training,
+    # which does not start if it falls short. 0 asks for none.
+    teacher.EXPECTED_AP = 0.0
 
     ssim = distill.SSIM = CN()
     # Side of the Gaussian window in cells: odd, >= 1. Maps smaller than it: see ssim_loss.
@@ -83,6 +110,17 @@ def _add_model_keys(cfg: CN) -> None:
     ssim.PADDING = "same"
     # Implementation: "auto" (the fastest that runs here), "reference", "eager" or "triton".
     ssim.IMPL = "auto"
+
+
+def _add_solver_keys(cfg: CN) -> None:
+    solver = cfg.SOLVER
+    # How many of the periodic checkpoints stay on the disk, the newest ones. 0 keeps all.
+    solver.CHECKPOINTS_TO_KEEP = 0
+    # Seconds that a run has after SIGTERM to finish its step and save, before it is ended.
+    solver.GRACE_PERIOD = 25.0
+    # Steps with a loss or gradient that is not finite which are skipped before the run stops.
+    # 0 stops at the first. More than 0 makes every step wait for its losses.
+    solver.MAX_SKIPPED_STEPS = 0
 
 
 def _add_dataset_keys(cfg: CN) -> None:

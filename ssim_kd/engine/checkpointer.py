@@ -9,6 +9,7 @@ from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from torch import nn
 
 from ..checkpoint import read_checkpoint
 
@@ -28,6 +29,22 @@ class StudentCheckpointer(DetectionCheckpointer):
     "model" holds the plain student. What else belongs to the training has keys of its own.
     """
 
+    def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any) -> None:
+        """
+        Args:
+            model: the student.
+            save_dir: folder of the checkpoints.
+            keep: how many periodic checkpoints stay, the newest; 0 for all.
+            others: objects with ``state_dict()``, saved under their names.
+
+        Raises:
+            ValueError: ``keep`` is negative.
+        """
+        super().__init__(model, save_dir, **others)
+        if keep < 0:
+            raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; expected 0 or more.")
+        self.keep = keep
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{name}.pth`` and tag it as the last.
 
@@ -46,6 +63,15 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
+        self._prune()
+
+    def _prune(self) -> None:
+        periodic = sorted(
+            (p for p in self.get_all_checkpoint_files() if _iteration(p) is not None),
+            key=lambda p: _iteration(p) or 0,
+        )
+        for path in periodic[: -self.keep] if self.keep else []:
+            os.unlink(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Make a checkpoint the one that ``--resume`` takes first."""
@@ -69,8 +95,9 @@ class StudentCheckpointer(DetectionCheckpointer):
             ValueError: checkpoints exist and none is whole, or one does not fit the training.
         """
         # One process decides, so that all resume from the same file.
-        found, error = comm.all_gather(self._newest_whole() if resume and comm.is_main_process()
-                                       else (None, None))[0]
+        found, error = comm.all_gather(
+            self._newest_whole() if resume and comm.is_main_process() else (None, None)
+        )[0]
         if error:
             raise ValueError(error)
         if found is None:
@@ -102,7 +129,11 @@ class StudentCheckpointer(DetectionCheckpointer):
         """The tagged checkpoint, then the others from the newest on."""
         if not os.path.isdir(self.save_dir):
             return []
-        others = [p for p in self.get_all_checkpoint_files() if _iteration(p) is not None]
+        others = [
+            p
+            for p in self.get_all_checkpoint_files()
+            if _iteration(p) is not None or os.path.basename(p) == "model_final.pth"
+        ]
         others.sort(key=os.path.getmtime, reverse=True)
         tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
         if not os.path.isfile(tagged):
@@ -118,8 +149,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.logger.info("Resuming from %s", path)
         checkpoint = read_checkpoint(path)
         missing = [key for key in self.checkpointables if key not in checkpoint]
-        extra = [key for key in ("distiller",) if key in checkpoint and key not in
-                 self.checkpointables]
+        extra = [
+            key for key in ("distiller",) if key in checkpoint and key not in self.checkpointables
+        ]
         if missing or extra:
             raise ValueError(
                 f"--resume: {path} lacks {missing} and has {extra} beside the config: it was not "
@@ -143,7 +175,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         return {"model": data}
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """Weights to start from may lack the heads; a backbone that they fit in part is a mistake."""
+        """A start may lack the heads; a backbone that the weights fit in part is a mistake."""
         backbone = getattr(self.model, "backbone", None)
         prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
         wrong = [
@@ -161,9 +193,9 @@ class StudentCheckpointer(DetectionCheckpointer):
 
 
 def _iteration(path: str) -> int | None:
-    """The iteration of ``model_0004999.pth``, 0 for ``model_final.pth``, None for other files."""
-    match = re.fullmatch(r"model_(?:(\d+)|final)\.pth", os.path.basename(path))
-    return int(match.group(1) or 0) if match else None
+    """The iteration of a periodic checkpoint, ``model_0004999.pth``; None for other files."""
+    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
+    return int(match.group(1)) if match else None
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:

@@ -19,6 +19,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import load_strictly, read_weights
@@ -105,10 +106,32 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.freeze()
     model = build_model(teacher)
-    load_strictly(
-        model, read_weights(teacher.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
-    )
+    load_strictly(model, read_weights(teacher.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS"))
     return teacher, model
+
+
+def check_teacher(cfg: CfgNode, trainer: Any, expected: float) -> None:
+    """Evaluate the teacher, and stop if it falls short.
+
+    Args:
+        cfg: of the student.
+        trainer: whose ``test`` evaluates.
+        expected: box AP on the first of ``DATASETS.TEST``, in [0, 100].
+
+    Raises:
+        ValueError: it falls short; on every process.
+    """
+    teacher, model = teacher_for_evaluation(cfg)
+    results = trainer.test(teacher, model)
+    if len(cfg.DATASETS.TEST) > 1:
+        results = results[cfg.DATASETS.TEST[0]]
+    reached = comm.all_gather(float(results["bbox"]["AP"]) if results else None)[0]
+    if not reached >= expected:  # NaN falls short as well
+        raise ValueError(
+            f"The teacher reaches {reached:.2f} AP on {cfg.DATASETS.TEST[0]}, but "
+            f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}: check its weights and config."
+        )
+    logger.info("The teacher reaches %.2f AP, as expected (%.2f).", reached, expected)
 
 
 def test_time_augmentation(cfg: CfgNode, model: nn.Module, trainer: Any) -> OrderedDict:

@@ -1,7 +1,6 @@
 """From a command line to processes: one, spawned ones, or those of torchrun and SLURM."""
 
 import argparse
-import logging
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
-logger = logging.getLogger(__name__)
+from .stopping import EXIT_STOPPED, Stopped, forward_sigterm
 
 #: How long a process waits for another before it gives up.
 TIMEOUT = timedelta(minutes=30)
@@ -55,31 +54,36 @@ def launch_processes(
     environment = _rank_from_environment()
     if environment is not None:
         os.environ.update(environment)
-        _join(cuda=cuda, init_method="env://", ranks_per_machine=int(environment["LOCAL_WORLD_SIZE"]))
-        try:
-            return main(*main_args)
-        finally:
-            dist.destroy_process_group()
+        _join(
+            cuda=cuda, init_method="env://", ranks_per_machine=int(environment["LOCAL_WORLD_SIZE"])
+        )
+        result = main(*main_args)
+        # After an exception the group is left as it is: to leave it would wait for the others.
+        dist.destroy_process_group()
+        return result
     processes = args.num_gpus * args.num_machines
     if processes <= 1:
         return main(*main_args)
-    if cuda:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=main_args,
-            timeout=TIMEOUT,
-        )
-        return None
-    url = args.dist_url if args.num_machines > 1 else _free_url(args.dist_url)
-    mp.spawn(
-        _cpu_worker,
-        nprocs=args.num_gpus,
-        args=(main, main_args, processes, args.num_gpus, args.machine_rank, url),
-    )
+    forward_sigterm()
+    try:
+        if cuda:
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=main_args,
+                timeout=TIMEOUT,
+            )
+        else:
+            url = args.dist_url if args.num_machines > 1 else _free_url(args.dist_url)
+            ranks = (processes, args.num_gpus, args.machine_rank)
+            mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(main, main_args, *ranks, url))
+    except mp.ProcessExitedException as error:
+        if error.exit_code == EXIT_STOPPED:
+            raise Stopped from None
+        raise
     return None
 
 
@@ -103,7 +107,7 @@ def _cpu_worker(
     dist.destroy_process_group()
 
 
-def _join(*, cuda: bool, init_method: str, ranks_per_machine: int, **rank: int) -> None:
+def _join(*, cuda: bool, init_method: str, ranks_per_machine: int, **rank: Any) -> None:
     """Join the process group, and make the group of this machine that Detectron2 relies on."""
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

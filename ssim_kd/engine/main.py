@@ -2,21 +2,29 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_distill_config
+from ..config import add_distill_config, write_stock_config
 from ..data import check_datasets, register_datasets
-from .evaluation import student_for_evaluation, teacher_for_evaluation, test_time_augmentation
+from .evaluation import (
+    check_teacher,
+    student_for_evaluation,
+    teacher_for_evaluation,
+    test_time_augmentation,
+)
 from .launch import launch_processes
+from .stopping import die_with_parent, sole_owner
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,13 +58,19 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     if add_config is not None:
         add_config(cfg)
     if args.config_file:
-        cfg.merge_from_file(args.config_file, allow_unsafe=False)
+        try:
+            cfg.merge_from_file(args.config_file, allow_unsafe=False)
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(
+                f"--config-file {args.config_file} asks to run code ({error.problem}, line "
+                f"{error.problem_mark.line + 1}), which is refused; expected plain values."
+            ) from error
     cfg.merge_from_list(args.opts)
     _resolve_teacher(cfg, args.config_file)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a machine "
-            "with one, or MODEL.DEVICE cpu."
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a "
+            "machine with one, or MODEL.DEVICE cpu."
         )
     cfg.freeze()
     return cfg
@@ -72,16 +86,18 @@ def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
 
 def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     """Train or evaluate in this process, one of one or more."""
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()
     cfg = load_config(args, add_config)
+    _same_on_all(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
     register_datasets(cfg)
     training = not (args.eval_only or args.eval_teacher)
     _check_data(cfg, train=training)
     if training:
-        trainer = DistillTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
+        with sole_owner(cfg.OUTPUT_DIR):
+            return _train(cfg, resume=args.resume)
 
     if args.eval_teacher:
         cfg, model = teacher_for_evaluation(cfg)
@@ -93,6 +109,30 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def _train(cfg: CfgNode, *, resume: bool) -> Any:
+    if comm.is_main_process():
+        # What deploys the student: a config that stock Detectron2 reads.
+        write_stock_config(cfg, os.path.join(cfg.OUTPUT_DIR, "student.yaml"))
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
+    if cfg.MODEL.DISTILL.ENABLED and expected and not trainer.start_iter:
+        check_teacher(cfg, DistillTrainer, expected)
+    return trainer.train()
+
+
+def _same_on_all(cfg: CfgNode) -> None:
+    """Stop if the processes were given different configs."""
+    texts = comm.all_gather(cfg.dump())
+    unlike = [rank for rank, text in enumerate(texts) if text != texts[0]]
+    if unlike:
+        ours, theirs = (set(texts[rank].splitlines()) for rank in (0, unlike[0]))
+        raise ValueError(
+            f"The config of process {unlike[0]} is not that of process 0: {sorted(theirs - ours)} "
+            f"for {sorted(ours - theirs)}. Start all processes with the same arguments."
+        )
 
 
 def _check_data(cfg: CfgNode, *, train: bool) -> None:

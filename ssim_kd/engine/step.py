@@ -1,17 +1,27 @@
-"""One training step: forward, backward, optimizer; metrics are read late."""
+"""One training step: forward, backward, optimizer; what it reports is read late."""
 
+import json
+import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .report import StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, a gradient or a feature map is NaN or infinite."""
 
 
 class DistillStep(TrainerBase):
@@ -19,8 +29,12 @@ class DistillStep(TrainerBase):
 
     - Mixed precision is float16 with a gradient scaler on a GPU and bfloat16 on a CPU.
     - Values that are logged travel to the host behind the step, so that no step waits for them;
-      a loss that is not finite therefore stops a GPU run one step later, before anything is saved.
+      what is not finite therefore stops a GPU run one step later, before anything is saved.
     - The iterator over the data is made at the first step, when the place to resume at is known.
+
+    Attributes:
+        stop_requested: set it to ask for an orderly end.
+        should_stop: whether any process asked; the same on all of them after each step.
     """
 
     def __init__(
@@ -30,6 +44,8 @@ class DistillStep(TrainerBase):
         optimizer: torch.optim.Optimizer,
         *,
         amp: bool = False,
+        max_skipped: int = 0,
+        output_dir: str = ".",
         log_period: int = 20,
     ) -> None:
         """
@@ -38,6 +54,8 @@ class DistillStep(TrainerBase):
             data_loader: an iterable of batches without end.
             optimizer: of the model's parameters.
             amp: mixed precision.
+            max_skipped: steps that are not finite which are left out before the run stops.
+            output_dir: for the report on such a step.
             log_period: in iterations; every so often the metrics are brought up to date.
         """
         super().__init__()
@@ -46,9 +64,14 @@ class DistillStep(TrainerBase):
         self.data_loader = data_loader
         self.optimizer = optimizer
         self.log_period = log_period
+        self.max_skipped = max_skipped
+        self.output_dir = output_dir
+        self.skipped = 0
+        self.stop_requested = False
+        self.should_stop = False
         self.device = next(model.parameters()).device
         self._data: Iterator | None = None
-        self._pending: list[_Pending] = []
+        self._pending: list[StepReport] = []
         self._dtype: torch.dtype | None = None
         if amp:
             self._dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
@@ -57,7 +80,11 @@ class DistillStep(TrainerBase):
         )
 
     def run_step(self) -> None:
-        """Train on the next batch."""
+        """Train on the next batch.
+
+        Raises:
+            NonFiniteError: more steps than ``max_skipped`` were not finite.
+        """
         if not self.model.training:
             raise RuntimeError("The model was put into eval mode while it was being trained.")
         if self._data is None:
@@ -71,72 +98,90 @@ class DistillStep(TrainerBase):
             losses = self.model(batch)
             total = sum(losses.values())
         self.grad_scaler.scale(total).backward()
-        self._record(losses, data_time)
+        self._pending.append(self._report(losses, batch, data_time))
+        # Where nothing is gained by waiting, or something by not waiting, it is read at once.
+        at_once = (
+            self.device.type == "cpu"
+            or self.max_skipped > 0
+            or (self.iter + 1) % self.log_period == 0
+        )
+        try:
+            self.flush(keep=0 if at_once else 1)
+        except NonFiniteError as error:
+            self.skipped += 1
+            if self.skipped > self.max_skipped:
+                raise
+            logger.error("Step skipped (%d of %d): %s", self.skipped, self.max_skipped, error)
+            return
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _record(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
-        model = self.model
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        values = {**losses, **getattr(model, "metrics", {})}
-        self._pending.append(_Pending(self.iter, list(losses), values, data_time))
-        due = self.device.type == "cpu" or (self.iter + 1) % self.log_period == 0
-        self.flush(keep=0 if due else 1)
-
     def flush(self, *, keep: int = 0) -> None:
-        """Write the metrics of past steps into the EventStorage.
+        """Take in the reports of past steps: log their metrics, see whether to stop.
 
         Args:
             keep: how many of the latest steps to leave for later.
 
         Raises:
-            FloatingPointError: a loss that is NaN or infinite; names it.
+            NonFiniteError: a value that is NaN or infinite; names it, and where its batch and the
+                run's state were written.
         """
         while len(self._pending) > keep:
-            self._pending.pop(0).write(get_event_storage())
+            report = self._pending.pop(0)
+            report.read()
+            self.should_stop |= report.stop
+            wrong = report.not_finite()
+            if wrong:
+                self._pending.clear()
+                path = self._write_report(report, wrong)
+                raise NonFiniteError(
+                    f"Not finite at iteration {report.iteration}: {', '.join(wrong)}. The batch "
+                    f"and the state are in {path}."
+                )
+            if comm.is_main_process():
+                report.log(get_event_storage())
 
+    def _report(
+        self, losses: dict[str, torch.Tensor], batch: list[dict[str, Any]], data_time: float
+    ) -> StepReport:
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        health = dict(getattr(model, "health", {}))
+        metrics = dict(getattr(model, "metrics", {}))
+        # A gradient that overflows in float16 is the scaler's business.
+        if not self.grad_scaler.is_enabled():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            metrics["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        return StepReport(
+            self.iter,
+            losses=losses,
+            metrics=metrics,
+            health=health,
+            stop=self.stop_requested,
+            data_time=data_time,
+            images=[str(x.get("image_id", x.get("file_name", "?"))) for x in batch],
+        )
 
-class _Pending:
-    """The scalars of one step on their way to the host."""
-
-    def __init__(
-        self,
-        iteration: int,
-        losses: list[str],
-        values: dict[str, torch.Tensor],
-        data_time: float,
-    ) -> None:
-        self.iteration = iteration
-        self.losses = losses
-        self.names = list(values)
-        self.data_time = data_time
-        stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
-        if comm.get_world_size() > 1:
-            # The mean over the processes; a NaN of one reaches all, so that all stop together.
-            dist.all_reduce(stacked)
-            stacked /= comm.get_world_size()
-        self._ready: torch.cuda.Event | None = None
-        if stacked.is_cuda:
-            self._host = torch.empty(stacked.shape, pin_memory=True)
-            self._host.copy_(stacked, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._host = stacked
-
-    def write(self, storage: EventStorage) -> None:
-        if self._ready is not None:
-            self._ready.synchronize()
-        values = dict(zip(self.names, self._host.tolist(), strict=True))
-        total = sum(values[name] for name in self.losses)
-        bad = {k: v for k, v in values.items() if v != v or abs(v) == float("inf")}
-        if bad:
-            raise FloatingPointError(
-                f"Not finite at iteration {self.iteration}: {bad}. All values: {values}"
-            )
-        if not comm.is_main_process():
-            return
-        now, storage.iter = storage.iter, self.iteration
-        storage.put_scalars(data_time=self.data_time, total_loss=total, **values)
-        storage.iter = now
+    def _write_report(self, report: StepReport, wrong: list[str]) -> str:
+        name = f"not_finite_{report.iteration:07d}_rank{comm.get_rank()}.json"
+        path = os.path.join(self.output_dir, name)
+        bad = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        state = {
+            "iteration": report.iteration,
+            "rank": comm.get_rank(),
+            "not_finite": wrong,
+            "image_ids": report.images,
+            "values": {name: repr(value) for name, value in report.values.items()},
+            "parameters_with_such_gradients": bad,
+            "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+            "loss_scale": self.grad_scaler.get_scale(),
+            "random_seed": torch.initial_seed(),
+        }
+        with open(path, "w") as file:
+            json.dump(state, file, indent=1)
+        return path

@@ -17,6 +17,7 @@ from .checkpointer import StudentCheckpointer
 from .evaluation import build_evaluator, test_time_augmentation
 from .hooks import Reseed
 from .step import DistillStep
+from .stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +43,35 @@ class DistillTrainer(DefaultTrainer):
         ddp = create_ddp_model(
             model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
         )
-        loader = self.build_train_loader(cfg)
-        self._trainer = DistillStep(ddp, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
+        self._trainer = DistillStep(
+            ddp,
+            self.build_train_loader(cfg),
+            optimizer,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            max_skipped=cfg.SOLVER.MAX_SKIPPED_STEPS,
+            output_dir=cfg.OUTPUT_DIR,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         own = {}
-        if isinstance(model, DistilledDetector) and model.distiller is not None:
+        self.teacher_sha256 = ""
+        if isinstance(model, DistilledDetector) and model.teacher and model.distiller:
             own["distiller"] = model.distiller
+            self.teacher_sha256 = model.teacher.sha256
         self.checkpointer = StudentCheckpointer(
-            self.student, cfg.OUTPUT_DIR, **own, trainer=weakref.proxy(self)
+            self.student,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            **own,
+            trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[Any]:
         """DefaultTrainer's hooks, behind one that makes each step's random numbers its own."""
         found = [Reseed(), *super().build_hooks()]
+        # Behind the scheduler, whose state a checkpoint must hold as it is after the step.
+        place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.LRScheduler)) + 1
+        found.insert(place, StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD))
         if self.cfg.TEST.AUG.ENABLED:
             found.insert(-1, hooks.EvalHook(0, self._test_with_augmentation))
         return found
@@ -88,6 +104,16 @@ class DistillTrainer(DefaultTrainer):
         if self.iter == self.max_iter:
             self._trainer.flush()
         super().after_train()
+        self.data_loader.log_skipped()
+
+    def request_stop(self) -> None:
+        """Ask for an orderly end after the current step."""
+        self._trainer.stop_requested = True
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any process asked for an end; the same on all after each step."""
+        return self._trainer.should_stop
 
     @property
     def seed(self) -> int:
@@ -99,6 +125,9 @@ class DistillTrainer(DefaultTrainer):
         # Nothing that is not finite gets saved.
         self._trainer.flush()
         state = TrainerBase.state_dict(self)
+        state["teacher_sha256"] = self.teacher_sha256
+        state["base_lr"] = float(self.cfg.SOLVER.BASE_LR)
+        state["skipped_steps"] = self._trainer.skipped
         state["data"] = self.data_loader.state_dict()
         state["optimizer"] = self.optimizer.state_dict()
         state["grad_scaler"] = self._trainer.grad_scaler.state_dict()
@@ -108,8 +137,27 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`."""
+        """Take up :meth:`state_dict`.
+
+        Raises:
+            ValueError: the run was trained with another teacher.
+        """
+        if state_dict["teacher_sha256"] != self.teacher_sha256:
+            raise ValueError(
+                "--resume: the checkpoint was trained with the teacher of SHA-256 "
+                f"{state_dict['teacher_sha256'] or '(none)'}, but MODEL.DISTILL.TEACHER is that of "
+                f"{self.teacher_sha256 or '(none)'}. Resume with the former, or start anew in "
+                "another OUTPUT_DIR."
+            )
+        if state_dict["base_lr"] != self.cfg.SOLVER.BASE_LR:
+            logger.warning(
+                "SOLVER.BASE_LR is %g, but the run that is resumed was started at %g and goes on "
+                "with it. Start anew in another OUTPUT_DIR to change it.",
+                self.cfg.SOLVER.BASE_LR,
+                state_dict["base_lr"],
+            )
         TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.skipped = state_dict["skipped_steps"]
         self.data_loader.resume(self.iter + 1, state_dict["data"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])

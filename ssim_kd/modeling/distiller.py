@@ -46,7 +46,7 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) ->
     return distiller
 
 
-def match_levels(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) -> list[str]:
+def match_levels(cfg: CfgNode, student: Any, teacher: FrozenTeacher) -> list[str]:
     """The levels that are compared: ``MODEL.DISTILL.IN_FEATURES``, or every one in common.
 
     Raises:
@@ -151,9 +151,7 @@ class Distiller(nn.Module):
 
     def _check(self) -> None:
         if self.resize not in RESIZES:
-            raise ValueError(
-                f"MODEL.DISTILL.RESIZE is {self.resize!r}; expected one of {RESIZES}."
-            )
+            raise ValueError(f"MODEL.DISTILL.RESIZE is {self.resize!r}; expected one of {RESIZES}.")
         unlike = {
             level: (stride, self.teacher_strides[level])
             for level, stride in self.strides.items()
@@ -202,7 +200,7 @@ class Distiller(nn.Module):
         masks: list[torch.Tensor | None] = [None] * len(pairs)
         if self.mask_padding:
             masks = [
-                batch.valid_mask(*student.shape[-2:], self.strides[level])
+                batch.valid_mask(student.shape[-2], student.shape[-1], self.strides[level])
                 for level, student in zip(self.levels, students, strict=True)
             ]
         total, by_level = self.pyramid_loss(students, teachers, masks)

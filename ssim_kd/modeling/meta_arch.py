@@ -46,6 +46,8 @@ class DistilledDetector(nn.Module):
         self.student = student
         self.distiller = distiller
         self.teacher = teacher
+        #: One scalar a level and model, finite where its features are; of the last step.
+        self.health: dict[str, torch.Tensor] = {}
         self._tap = FeatureTap(student, distiller.levels) if distiller is not None else None
 
     @classmethod
@@ -84,12 +86,15 @@ class DistilledDetector(nn.Module):
 
         device = self.device
         # One copy to the device serves both models.
-        inputs = [
-            {**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs
-        ]
+        inputs = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
         teacher_features = self.teacher([x["image"] for x in inputs])
         with self._tap as student_features:
             losses = dict(self.student(inputs))
+        self.health = {
+            f"{whose} features {level}": features.detach().sum(dtype=torch.float32)
+            for whose, by_level in (("teacher", teacher_features), ("student", student_features))
+            for level, features in by_level.items()
+        }
         batch = DistillBatch.from_inputs(batched_inputs, device)
         distillation = self.distiller(student_features, teacher_features, batch)
         clash = losses.keys() & distillation.keys()

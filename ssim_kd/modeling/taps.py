@@ -1,19 +1,20 @@
 """Taps: the feature maps of a detector by the name of their level."""
 
+from typing import Any
+
 import torch
 from detectron2.layers import ShapeSpec
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
-def _sources(model: nn.Module) -> list[nn.Module]:
+def _sources(model: Any) -> list[Any]:
     """The modules whose outputs are maps by level: the backbone, and what an FPN stands on."""
     backbone = model.backbone
     bottom_up = getattr(backbone, "bottom_up", None)
     return [backbone] if bottom_up is None else [backbone, bottom_up]
 
 
-def tappable_levels(model: nn.Module) -> dict[str, ShapeSpec]:
+def tappable_levels(model: Any) -> dict[str, ShapeSpec]:
     """Every level of a detector that can be tapped.
 
     Args:
@@ -41,13 +42,13 @@ class FeatureTap:
         features["p3"]                                   # (N, C, H, W)
     """
 
-    def __init__(self, model: nn.Module, levels: list[str]) -> None:
+    def __init__(self, model: Any, levels: list[str]) -> None:
         """
         Args:
             model: a detector with a Detectron2 ``backbone``.
             levels: names of levels, each in :func:`tappable_levels`.
         """
-        self._by_source: list[tuple[nn.Module, list[str]]] = []
+        self._by_source: list[tuple[Any, list[str]]] = []
         missing = list(levels)
         for source in _sources(model):
             found = [name for name in missing if name in source.output_shape()]
@@ -62,7 +63,7 @@ class FeatureTap:
         features: dict[str, torch.Tensor] = {}
         for source, names in self._by_source:
 
-            def collect(_module, _inputs, output, names=names):
+            def collect(_module: Any, _inputs: Any, output: Any, names: list[str] = names) -> None:
                 features.update({name: output[name] for name in names})
 
             self._handles.append(source.register_forward_hook(collect))

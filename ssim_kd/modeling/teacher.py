@@ -1,6 +1,7 @@
 """The teacher: a detector of any kind, frozen, of which the feature path alone is kept."""
 
 import logging
+from typing import Any
 
 import torch
 from detectron2 import model_zoo
@@ -9,7 +10,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
-from torch import nn
 
 from ..checkpoint import load_strictly, read_weights
 from ..config import add_distill_config, student_config
@@ -38,14 +38,16 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     add_distill_config(teacher)
     # A student that was distilled by another project can be a teacher: its keys are not ours.
     teacher.MODEL.DISTILL.set_new_allowed(True)
-    path = name if PathManager.isfile(name) else _zoo_config(name)
+    in_zoo = not PathManager.isfile(name)
+    path = _zoo_config(name) if in_zoo else name
     if path is None:
         raise ValueError(
             f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {name!r}: neither a file nor a name of the "
             "model zoo (e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml)."
         )
     try:
-        teacher.merge_from_file(path, allow_unsafe=False)
+        # The zoo's files come with Detectron2 and may run Python: its RetinaNets compute anchors.
+        teacher.merge_from_file(path, allow_unsafe=in_zoo)
         teacher.merge_from_list(list(node.OPTS))
     except Exception as error:
         raise ValueError(
@@ -87,7 +89,7 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, model: nn.Module, *, input_format: str = "BGR", student_format: str = "BGR"
+        self, model: Any, *, input_format: str = "BGR", student_format: str = "BGR"
     ) -> None:
         """
         Args:
@@ -104,6 +106,8 @@ class FrozenTeacher:
         self.backbone = model.backbone.requires_grad_(False).eval()
         self.pixel_mean = model.pixel_mean.detach()
         self.pixel_std = model.pixel_std.detach()
+        #: SHA-256 of the weights' file, "" where there is none.
+        self.sha256 = ""
         self.swap_channels = input_format != student_format
         self._tap: FeatureTap | None = None
 
@@ -121,9 +125,8 @@ class FrozenTeacher:
         weights = read_weights(config.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
         model = build_model(config)
         load_strictly(model, weights, feature_path="backbone.")
-        teacher = cls(
-            model, input_format=config.INPUT.FORMAT, student_format=cfg.INPUT.FORMAT
-        )
+        teacher = cls(model, input_format=config.INPUT.FORMAT, student_format=cfg.INPUT.FORMAT)
+        teacher.sha256 = weights.sha256
         logger.info(
             "Teacher: %s, %.1fM parameters on its feature path, weights %s (sha256 %s)",
             config.MODEL.META_ARCHITECTURE,
