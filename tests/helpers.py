@@ -49,6 +49,9 @@ _SMALL = {
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 30,
     "MODEL.RPN.POST_NMS_TOPK_TEST": 30,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
+    # Untrained detectors are sure of nothing: without this they would detect nothing.
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
     "INPUT.MIN_SIZE_TEST": 96,
     "INPUT.MAX_SIZE_TEST": 128,
 }
@@ -149,6 +152,6 @@ def train_losses(
         return model(make_batch() if batch is None else batch)
 
 
-def gradients(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The gradient of each parameter by its name."""
-    return {name: p.grad for name, p in module.named_parameters()}
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of each parameter that has one, by its name."""
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

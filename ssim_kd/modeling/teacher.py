@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import load_strictly, read_weights
 from ..config import add_distill_config, student_config
+from .folding import fold_batch_norms
 from .taps import FeatureTap, tappable_levels
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,29 @@ def _weights(weights: str, config_file: str) -> str:
         ) from error
 
 
+def _dtype(cfg: CfgNode) -> torch.dtype:
+    """The precision of ``TEACHER.PRECISION``.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    name = cfg.MODEL.DISTILL.TEACHER.PRECISION
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    dtypes = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "auto": torch.float32,
+    }
+    if name not in dtypes:
+        raise ValueError(
+            f"MODEL.DISTILL.TEACHER.PRECISION is {name!r}; expected one of {list(dtypes)}."
+        )
+    if name == "auto" and cfg.SOLVER.AMP.ENABLED:
+        return torch.float16 if on_gpu else torch.bfloat16
+    return dtypes[name]
+
+
 class FrozenTeacher:
     """The feature path of a detector: preprocessing and backbone, never trained.
 
@@ -89,13 +113,25 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, model: Any, *, input_format: str = "BGR", student_format: str = "BGR"
+        self,
+        model: Any,
+        *,
+        input_format: str = "BGR",
+        student_format: str = "BGR",
+        dtype: torch.dtype = torch.float32,
+        fold_bn: bool = True,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         """
         Args:
             model: a detector with ``backbone``, ``pixel_mean`` and ``pixel_std``, weights loaded.
             input_format: channel order that the teacher was trained on, "BGR" or "RGB".
             student_format: channel order of the images it will be given.
+            dtype: of its weights and feature maps.
+            fold_bn: whether to fold batch norms into the convolutions before them.
+            channels_last: memory format of its maps.
+            compiled: whether to ``torch.compile`` it; levels below an FPN cannot be tapped then.
         """
         for name in ("backbone", "pixel_mean", "pixel_std"):
             if not hasattr(model, name):
@@ -109,6 +145,13 @@ class FrozenTeacher:
         #: SHA-256 of the weights' file, "" where there is none.
         self.sha256 = ""
         self.swap_channels = input_format != student_format
+        self.dtype = dtype
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if fold_bn:
+            fold_batch_norms(self.backbone)
+        self.backbone.to(dtype=dtype, memory_format=self._memory_format)
+        self._compiled = torch.compile(self.backbone) if compiled else None
+        self._levels: list[str] = []
         self._tap: FeatureTap | None = None
 
     @classmethod
@@ -125,7 +168,16 @@ class FrozenTeacher:
         weights = read_weights(config.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
         model = build_model(config)
         load_strictly(model, weights, feature_path="backbone.")
-        teacher = cls(model, input_format=config.INPUT.FORMAT, student_format=cfg.INPUT.FORMAT)
+        node = cfg.MODEL.DISTILL.TEACHER
+        teacher = cls(
+            model,
+            input_format=config.INPUT.FORMAT,
+            student_format=cfg.INPUT.FORMAT,
+            dtype=_dtype(cfg),
+            fold_bn=node.FOLD_BN,
+            channels_last=node.CHANNELS_LAST,
+            compiled=node.COMPILE,
+        )
         teacher.sha256 = weights.sha256
         logger.info(
             "Teacher: %s, %.1fM parameters on its feature path, weights %s (sha256 %s)",
@@ -142,7 +194,18 @@ class FrozenTeacher:
         return tappable_levels(self)
 
     def tap(self, levels: list[str]) -> None:
-        """Choose the levels that a call returns."""
+        """Choose the levels that a call returns.
+
+        Raises:
+            ValueError: a level below the FPN of a compiled teacher.
+        """
+        inner = [level for level in levels if level not in self.backbone.output_shape()]
+        if inner and self._compiled is not None:
+            raise ValueError(
+                f"MODEL.DISTILL.IN_FEATURES names {inner}, which a compiled teacher does not show: "
+                "set MODEL.DISTILL.TEACHER.COMPILE to False."
+            )
+        self._levels = levels
         self._tap = FeatureTap(self, levels)
 
     def to(self, device: torch.device) -> "FrozenTeacher":
@@ -164,8 +227,14 @@ class FrozenTeacher:
         """
         if self._tap is None:
             raise RuntimeError("No level of the teacher is tapped: call tap() first.")
-        with self._tap as features:
-            self.backbone(self._preprocess(images))
+        batch = self._preprocess(images)
+        # The teacher's precision is its own, whatever the student trains in.
+        with torch.autocast(batch.device.type, enabled=False):
+            if self._compiled is not None:
+                outputs = self._compiled(batch)
+                return {level: outputs[level] for level in self._levels}
+            with self._tap as features:
+                self.backbone(batch)
         return features
 
     def _preprocess(self, images: list[torch.Tensor]) -> torch.Tensor:
@@ -176,4 +245,4 @@ class FrozenTeacher:
         constraints = getattr(self.backbone, "padding_constraints", None)
         options = {"padding_constraints": constraints} if constraints else {}
         padded = ImageList.from_tensors(images, self.backbone.size_divisibility, **options)
-        return padded.tensor
+        return padded.tensor.to(self.dtype, memory_format=self._memory_format)

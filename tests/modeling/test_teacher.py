@@ -79,7 +79,7 @@ def test_no_part_of_the_model_holds_the_teacher(cfg, model) -> None:
     groups = build_optimizer(cfg, model).param_groups
     trained = {p.data_ptr() for group in groups for p in group["params"]}
     assert not hidden & trained
-    adapters = [p for p in model.distiller.adapters.parameters()]
+    adapters = list(model.distiller.adapters.parameters())
     assert adapters and {p.data_ptr() for p in adapters} <= trained
 
 

@@ -1,0 +1,151 @@
+"""Any student with any teacher whose levels match."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import (
+    STUDENT_FPN,
+    TEACHER_FPN,
+    build,
+    distilled_config,
+    make_batch,
+    train_losses,
+)
+
+P2_P6 = ["p2", "p3", "p4", "p5", "p6"]
+P3_P6 = ["p3", "p4", "p5", "p6"]
+RES = ["res2", "res3", "res4", "res5"]
+
+
+def check_step(model, batch=None) -> None:
+    """One step: finite losses, and a gradient of the distillation alone in every adapter."""
+    losses = train_losses(model, batch)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert losses["loss_distill"] > 0
+    losses["loss_distill"].backward(retain_graph=True)
+    for name, p in model.distiller.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        assert p.grad.any() or name.endswith("bias"), name
+    reached = [n for n, p in model.student.backbone.named_parameters() if p.grad is not None]
+    assert reached
+    sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "levels"),
+    [
+        ("faster", "cascade", P2_P6),
+        ("faster", "mask", P2_P6),
+        ("mask", "cascade", P2_P6),
+        ("cascade", "faster", P2_P6),
+        ("retinanet", "retinanet", [*P3_P6, "p7"]),
+        # Of p2-p6 and p3-p7 the four in the middle are common, and their strides agree.
+        ("retinanet", "cascade", P3_P6),
+        ("faster", "retinanet", P3_P6),
+        # A C4 student has no FPN: its res4 is compared with the one below the teacher's.
+        ("c4", "faster", ["res4"]),
+        ("c4", "c4", ["res4"]),
+    ],
+)
+def test_common_levels_are_found(student, teacher, levels, weights_of) -> None:
+    model = build(distilled_config(student, teacher, weights_of(teacher)))
+    assert model.distiller.levels == levels
+    # p7 of a small image is a single cell, constant when scaled: no gradient.
+    check_step(model, make_batch(((160, 256),)) if "p7" in levels else None)
+    assert {k for k in model.metrics if not k.endswith("_weighted")} == {
+        f"distill/ssim_{level}" for level in levels
+    }
+    # FPNs of 32 and 48 channels; backbones below them that are alike need no adapter.
+    assert list(model.distiller.adapters) == [level for level in levels if level[0] == "p"]
+
+
+@pytest.mark.parametrize("levels", [RES, ["res5", "p3"], ["p4"]])
+def test_levels_can_be_named(levels, weights_of) -> None:
+    cfg = distilled_config(
+        "faster", "mask", weights_of("mask"), "MODEL.DISTILL.IN_FEATURES", levels
+    )
+    model = build(cfg)
+    assert model.distiller.levels == levels
+    check_step(model)
+
+
+def test_an_fpn_student_learns_from_a_c4_teacher_by_name(weights_of) -> None:
+    cfg = distilled_config("faster", "c4", weights_of("c4"), "MODEL.DISTILL.IN_FEATURES", ["res4"])
+    check_step(build(cfg))
+
+
+def test_class_counts_may_differ(weights_of) -> None:
+    opts = ("MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    model = build(distilled_config("faster", "faster", weights_of("faster"), *opts))
+    assert model.student.roi_heads.num_classes == 3
+    check_step(model)
+
+
+def test_maps_padded_unlike_are_cropped(weights_of) -> None:
+    # The C4 student does not pad: 100 x 130 gives 7 x 9 cells. Its teacher pads to 128 x 160.
+    model = build(distilled_config("c4", "faster", weights_of("faster")))
+    shapes = []
+    model.distiller.pyramid_loss = lambda students, teachers, masks: (
+        shapes.append((students[0].shape[-2:], teachers[0].shape[-2:], masks[0]))
+        or (students[0].sum() * 0, torch.zeros(1))
+    )
+    train_losses(model, make_batch(((100, 130),)))
+    assert shapes == [((7, 9), (7, 9), None)]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "teacher_stride", "student_stride"),
+    [("dc5", "faster", 32, 16), ("faster", "dc5", 16, 32)],
+)
+def test_strides_that_differ_are_resized_where_asked_for(
+    student, teacher, teacher_stride, student_stride, weights_of
+) -> None:
+    opts = ("MODEL.DISTILL.IN_FEATURES", ["res5"])
+    cfg = distilled_config(student, teacher, weights_of(teacher), *opts)
+    with pytest.raises(ValueError, match=rf"'res5': \({student_stride}, {teacher_stride}\)"):
+        build(cfg)
+    cfg.MODEL.DISTILL.RESIZE = "bilinear"
+    model = build(cfg)
+    seen = []
+    original = model.distiller.pyramid_loss
+    model.distiller.pyramid_loss = lambda s, t, m: seen.append((s, t)) or original(s, t, m)
+    check_step(model)
+    (((ours,), (theirs,)),) = seen
+    assert ours.shape == theirs.shape
+    assert ours.shape[-2:] == (96 // student_stride, 128 // student_stride)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fpn", "adapted"),
+    [
+        ("auto", TEACHER_FPN, []),
+        ("auto", STUDENT_FPN, P2_P6),
+        ("always", TEACHER_FPN, P2_P6),
+        ("none", TEACHER_FPN, []),
+    ],
+)
+def test_adapters_are_made_where_asked_for(mode, fpn, adapted, weights_of) -> None:
+    opts = ("MODEL.DISTILL.ADAPTER", mode, "MODEL.FPN.OUT_CHANNELS", fpn)
+    model = build(distilled_config("faster", "faster", weights_of("faster"), *opts))
+    adapters = model.distiller.adapters
+    assert list(adapters) == adapted
+    assert all(tuple(a.weight.shape) == (TEACHER_FPN, fpn, 1, 1) for a in adapters.values())
+    check_step(model)
+
+
+def test_a_student_can_teach_in_its_turn(weights_of, tmp_path) -> None:
+    cfg = distilled_config("faster", "faster", weights_of("faster"))
+    first = build(cfg)
+    torch.save({"model": first.student.state_dict()}, tmp_path / "model_final.pth")
+    # Its config, with all the keys of its own distillation and of the projects.
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = distilled_config("retinanet", "faster", tmp_path / "model_final.pth")
+    again.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "config.yaml")
+    again.MODEL.DISTILL.TEACHER.OPTS = []
+    model = build(again)
+    expected = first.student.backbone.state_dict()
+    for name, value in model.teacher.backbone.state_dict().items():
+        assert torch.equal(value, expected[name])
+    check_step(model)

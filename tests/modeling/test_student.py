@@ -1,0 +1,162 @@
+"""The student: a stock detector, in its checkpoints and in its losses."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+
+from ssim_kd.config import student_config
+from tests.helpers import (
+    build,
+    distilled_config,
+    gradients,
+    make_batch,
+    stock_config,
+    train_losses,
+)
+
+STUDENTS = ("faster", "mask", "cascade", "retinanet")
+
+
+@pytest.fixture(scope="module")
+def cfg(weights_of):
+    return distilled_config("faster", "faster", weights_of("faster"))
+
+
+def save_checkpoint(model, folder: Path) -> Path:
+    """A checkpoint with everything that a training keeps."""
+    DetectionCheckpointer(model.student, str(folder), distiller=model.distiller).save("model_final")
+    return folder / "model_final.pth"
+
+
+def fields(output) -> dict[str, torch.Tensor]:
+    found = dict(output["instances"].get_fields())
+    found["pred_boxes"] = found["pred_boxes"].tensor
+    return found
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_checkpoint_is_the_stock_detectors(kind, weights_of, tmp_path, caplog) -> None:
+    cfg = distilled_config(kind, "faster", weights_of("faster"))
+    model = build(cfg)
+    path = save_checkpoint(model, tmp_path)
+
+    stock = build_model(stock_config(kind)).eval()
+    result = stock.load_state_dict(torch.load(path, weights_only=True)["model"], strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
+    with caplog.at_level(logging.WARNING):
+        DetectionCheckpointer(build_model(student_config(cfg))).load(str(path))
+    assert not caplog.records
+
+    cfg.MODEL.WEIGHTS = str(path)
+    predict = DefaultPredictor(student_config(cfg))
+    stock_predict = DefaultPredictor(stock_config(kind, "MODEL.WEIGHTS", str(path)))
+    image = make_batch(((96, 128),))[0]["image"]
+    with torch.no_grad():
+        expected = fields(model.eval()([{"image": image, "height": 96, "width": 128}])[0])
+    assert len(expected["scores"]) > 0
+    for predictor in (predict, stock_predict):
+        # 96 x 128 is the size that the predictors resize to.
+        found = fields(predictor(image.permute(1, 2, 0).numpy()))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+WITHOUT_US = """
+import sys
+for name in ("ssim_kd", "projects"):
+    sys.modules[name] = None  # an import of it fails
+import numpy as np
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+predict = DefaultPredictor(cfg)
+boxes = predict(np.zeros((96, 128, 3), np.uint8))["instances"].pred_boxes
+print("boxes", len(boxes), float(predict.model.backbone.fpn_output2.weight.double().sum()))
+"""
+
+
+def test_a_checkpoint_needs_no_ssim_kd(cfg, tmp_path) -> None:
+    model = build(cfg)
+    path = save_checkpoint(model, tmp_path)
+    stock = stock_config("faster", "MODEL.WEIGHTS", str(path))
+    (tmp_path / "stock.yaml").write_text(stock.dump())
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, "stock.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    total = float(model.student.backbone.fpn_output2.weight.detach().double().sum())
+    assert float(done.stdout.split()[-1]) == total
+    assert "not found in the checkpoint" not in done.stderr + done.stdout
+    assert "not used by the model" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_without_distillation_the_losses_are_the_stock_ones(kind) -> None:
+    off = ("MODEL.DISTILL.ENABLED", False)
+    model = build(distilled_config(kind, "faster", "no/such/weights.pth", *off))
+    assert model.teacher is None and model.distiller is None and model.metrics == {}
+    stock = build(stock_config(kind))
+    found, expected = train_losses(model), train_losses(stock)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("kind", ["faster", "retinanet"])
+def test_with_weight_0_the_gradients_are_the_baselines_bit_for_bit(kind, weights_of) -> None:
+    cfg = distilled_config(kind, "mask", weights_of("mask"), "MODEL.DISTILL.LOSS_WEIGHT", 0.0)
+    model = build(cfg)
+    state = torch.get_rng_state()
+    stock = build(stock_config(kind))
+    assert torch.equal(state, torch.get_rng_state())
+
+    found = train_losses(model)
+    state = torch.get_rng_state()
+    expected = train_losses(stock)
+    assert torch.equal(state, torch.get_rng_state())
+    assert found["loss_distill"] == 0
+    assert found.keys() - expected.keys() == {"loss_distill"}
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+    sum(found.values()).backward()
+    sum(expected.values()).backward()
+    ours, theirs = gradients(model.student), gradients(stock)
+    assert theirs and ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert torch.equal(ours[name], gradient), name
+
+
+def test_distillation_only_adds_its_loss(cfg) -> None:
+    found = train_losses(build(cfg))
+    expected = train_losses(build(stock_config("faster")))
+    assert found.keys() - expected.keys() == {"loss_distill"}
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    assert found["loss_distill"] > 0
+
+
+def test_the_inputs_are_left_as_they_were(cfg) -> None:
+    batch, untouched = make_batch(), make_batch()
+    train_losses(build(cfg), batch)
+    for one, other in zip(batch, untouched, strict=True):
+        assert one.keys() == other.keys()
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["instances"].gt_boxes.tensor, other["instances"].gt_boxes.tensor)
+
+
+def test_a_distillers_loss_may_not_hide_one_of_the_students(cfg, monkeypatch) -> None:
+    model = build(cfg)
+    monkeypatch.setattr(type(model.distiller), "forward", lambda *_: {"loss_cls": torch.zeros(())})
+    with pytest.raises(ValueError, match="loss_cls"):
+        train_losses(model)

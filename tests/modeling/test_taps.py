@@ -1,0 +1,128 @@
+"""Taps: by level, and gone after each step."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from ssim_kd.modeling import FeatureTap, tappable_levels
+from tests.helpers import build, distilled_config, make_batch, stock_config, train_losses
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return build_model(stock_config("faster")).eval()
+
+
+@pytest.fixture(scope="module")
+def model(weights_of):
+    cfg = distilled_config(
+        "faster", "faster", weights_of("faster"), "MODEL.DISTILL.IN_FEATURES", ["res3", "p3"]
+    )
+    return build(cfg)
+
+
+def hooks(model: torch.nn.Module) -> list:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for m in model.modules() for kind in kinds for hook in getattr(m, kind).values()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("faster", {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}),
+        ("retinanet", {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}),
+        ("c4", {"res4": 16}),
+        ("dc5", {"res5": 16}),
+    ],
+)
+def test_levels_come_with_their_strides(kind, expected) -> None:
+    model = build_model(stock_config(kind))
+    levels = tappable_levels(model)
+    below = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+    if kind in ("faster", "retinanet"):
+        expected = expected | {k: v for k, v in below.items() if kind == "faster" or k != "res2"}
+    assert {name: shape.stride for name, shape in levels.items()} == expected
+    with FeatureTap(model, list(levels)) as features, torch.no_grad():
+        model.backbone(torch.zeros(1, 3, 128, 128))
+    found = {name: (value.shape[1], 128 // value.shape[2]) for name, value in features.items()}
+    assert found == {name: (shape.channels, shape.stride) for name, shape in levels.items()}
+
+
+def test_a_tap_gives_the_very_tensors_of_the_forward(detector) -> None:
+    images = torch.rand(1, 3, 64, 64)
+    with FeatureTap(detector, ["p3", "res5"]) as features, torch.no_grad():
+        outputs = detector.backbone(images)
+    assert features["p3"] is outputs["p3"]
+    with torch.no_grad():
+        below = detector.backbone.bottom_up(images)
+    assert set(features) == {"p3", "res5"} and torch.equal(features["res5"], below["res5"])
+
+
+def test_an_unknown_level_is_refused_by_name(detector) -> None:
+    with pytest.raises(ValueError, match=r"\['p7', 'res9'\] are not among .*'p2'.*'res5'"):
+        FeatureTap(detector, ["p3", "p7", "res9"])
+
+
+def test_no_hook_is_left_after_a_step(model) -> None:
+    assert not hooks(model) and not hooks(model.teacher.backbone)
+    assert "loss_distill" in train_losses(model)
+    assert not hooks(model) and not hooks(model.teacher.backbone)
+
+
+def test_no_hook_is_left_after_an_exception(model, monkeypatch) -> None:
+    batch = make_batch()
+    del batch[0]["instances"]
+    with pytest.raises((AssertionError, KeyError)):
+        train_losses(model, batch)
+    assert not hooks(model) and not hooks(model.teacher.backbone)
+
+    def fail(*_args, **_kwargs):
+        raise ArithmeticError("in the teacher")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.teacher.backbone.bottom_up, "forward", fail)
+        with pytest.raises(ArithmeticError):
+            train_losses(model)
+    assert not hooks(model) and not hooks(model.teacher.backbone)
+    assert "loss_distill" in train_losses(model)
+
+
+def test_no_activation_outlives_the_step(model) -> None:
+    seen: list[weakref.ref] = []
+
+    def remember(_module, _inputs, output):
+        seen.extend(weakref.ref(value) for value in output.values())
+
+    handles = [
+        module.register_forward_hook(remember)
+        for module in (model.student.backbone, model.teacher.backbone)
+    ]
+    losses = train_losses(model)
+    for handle in handles:
+        handle.remove()
+    sum(losses.values()).backward()
+    del losses
+    gc.collect()
+    assert len(seen) == 10 and not [ref for ref in seen if ref() is not None]
+    assert all(not value.requires_grad for value in model.metrics.values())
+
+
+def test_evaluation_neither_taps_nor_asks_the_teacher(model, monkeypatch) -> None:
+    def fail(*_args, **_kwargs):
+        raise AssertionError("asked in evaluation")
+
+    monkeypatch.setattr(type(model.teacher), "__call__", fail)
+    monkeypatch.setattr(FeatureTap, "__enter__", fail)
+    model.eval()
+    batch = make_batch()
+    with torch.no_grad():
+        found = model(batch)
+        expected = model.student(batch)
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["instances"].scores, other["instances"].scores)
