@@ -308,3 +308,17 @@ def test_digits_are_made_by_the_check(cfg):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ("digits_val",)
     register_digits(cfg)
     assert [s.findings.images for s in check_datasets(cfg, train=True)] == [2, 2]
+
+
+def test_double_ids_of_cocos_own_minival_are_admitted(cfg, tmp_path):
+    data = edited(id=2)
+    json_file, root = write(tmp_path / "set", data)
+    minival = tmp_path / "instances_minival2014.json"
+    minival.write_text(json.dumps(data))
+    cfg.DATASETS.REGISTER_COCO = [["my_minival", str(minival), root], ["mine", json_file, root]]
+    register_coco(cfg)
+    cfg.DATASETS.TEST = ("my_minival",)
+    check_datasets(cfg, train=False)
+    cfg.DATASETS.TEST = ("mine",)
+    with pytest.raises(ValueError, match="more than once"):
+        check_datasets(cfg, train=False)
