@@ -6,16 +6,17 @@ from collections import OrderedDict
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..data import TrainLoader, build_train_loader
+from ..data import CheckedMapper, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
 from .checkpointer import StudentCheckpointer
 from .evaluation import build_evaluator, test_time_augmentation
-from .hooks import Reseed
+from .hooks import Reseed, VisualizeDistillation
 from .step import DistillStep
 from .stopping import StopOnSignal
 
@@ -74,6 +75,11 @@ class DistillTrainer(DefaultTrainer):
         found.insert(place, StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD))
         if self.cfg.TEST.AUG.ENABLED:
             found.insert(-1, hooks.EvalHook(0, self._test_with_augmentation))
+        model = getattr(self.model, "module", self.model)
+        distills = isinstance(model, DistilledDetector) and model.teacher is not None
+        if distills and self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
+            # Before the writers, which come last.
+            found.insert(-1, VisualizeDistillation(self.cfg))
         return found
 
     def _test_with_augmentation(self) -> OrderedDict:
@@ -168,6 +174,12 @@ class DistillTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """A loader whose batches depend on the seed and the iteration alone."""
         return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's own, with errors that name the image."""
+        mapper = CheckedMapper(DatasetMapper(cfg, False), [dataset_name])
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
