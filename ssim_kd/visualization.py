@@ -22,7 +22,7 @@ from .modeling.taps import FeatureTap
 
 Picture = NDArray[np.uint8]
 
-#: Loss of anti-correlated windows is above it, of unrelated ones at it: the end of the colour scale.
+#: Ends of the colour scale: 0 where the maps agree, 0.5 where they have nothing in common.
 LOSS_RANGE = (0.0, 0.5)
 _CLASS_COLOURS = colormaps["tab10"]
 
@@ -155,7 +155,8 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     found = {}
     for level in distiller.levels:
         ours, theirs = distiller._align(level, student_features[level], teacher_features[level])
-        mask = batch.valid_mask(*ours.shape[-2:], distiller.strides[level])
+        height, width = ours.shape[-2:]
+        mask = batch.valid_mask(height, width, distiller.strides[level])
         found[level] = _compare(ours, theirs, mask, options)
     return found
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         console.step("[1/5] data")
         make_data(configs["student"])
         for number, training in enumerate(TRAININGS, start=2):
-            console.step(f"[{number}/5] {training.title}: {out / training.key}/log.txt")
+            console.step(f"[{number}/5] {training.title}: {out / training.key}/console.txt")
             train(training, configs[training.key], args, out, console)
         console.step("[5/5] speed and picture")
         summary = summarise(configs, out)
@@ -228,9 +228,7 @@ def train(
     console.done("  ".join(f"{name} {results[name]:.1f}" for name in METRICS))
 
 
-def watch(
-    process: subprocess.Popen, folder: Path, iterations: int, console: Console
-) -> None:
+def watch(process: subprocess.Popen, folder: Path, iterations: int, console: Console) -> None:
     """Show the progress of a training until its process ends."""
     while process.poll() is None:
         rows = read_metrics(folder)
@@ -292,22 +290,35 @@ def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any
 
     models = {key: load_student(cfg, out / key) for key, cfg in configs.items()}
     images = load_test_images(configs["student"], 50)
-    speeds = images_per_second({k: lambda x, m=m: m(x) for k, m in models.items()}, images)
+    speeds = images_per_second(models, images)
     summary: dict[str, dict[str, Any]] = {}
     for key, model in models.items():
-        rows = [row for row in read_metrics(out / key) if "time" in row]
-        period = 20  # iterations between two rows
         summary[key] = {
             **{name: round(value, 2) for name, value in (results_of(out / key) or {}).items()},
             "parameters": sum(p.numel() for p in model.parameters()),
             "images_per_second": round(speeds[key], 1),
-            "seconds_trained": round(sum(row["time"] * period for row in rows), 1),
+            "seconds_trained": round(seconds_trained(read_metrics(out / key)), 1),
         }
     return summary
 
 
+def seconds_trained(rows: list[dict[str, float]]) -> float:
+    """Seconds that the iterations took, without start and evaluation, also over a resume.
+
+    Args:
+        rows: of metrics.json; "time" is the median of the iterations since the row before.
+    """
+    seconds, previous = 0.0, -1.0
+    for row in rows:
+        if "time" in row:
+            # After a resume the iterations since the last checkpoint come again.
+            seconds += row["time"] * max(row["iteration"] - previous, 0)
+            previous = row["iteration"]
+    return seconds
+
+
 def images_per_second(
-    models: dict[str, Callable[[list[dict[str, Any]]], Any]], images: list[dict[str, Any]]
+    models: Mapping[str, Callable[[list[dict[str, Any]]], Any]], images: list[dict[str, Any]]
 ) -> dict[str, float]:
     """Images a second, one at a time, from tensors to detections; the median of five rounds.
 

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from torch import nn
 
@@ -25,7 +26,7 @@ from ssim_kd.visualization import LOSS_RANGE, draw_detections, heatmap, loss_map
 
 TEST_SET = "digits_test"
 # Not chosen for what they show: the first images with at least so many digits.
-NUM_IMAGES, LEAST_DIGITS = 4, 3
+NUM_IMAGES, LEAST_DIGITS = 4, 4
 # Side of a panel in inches, and pixels an inch.
 SIDE, DPI = 1.75, 100
 
@@ -46,9 +47,7 @@ def load_distilled(cfg: CfgNode, folder: Path) -> DistilledDetector:
     return model.eval()
 
 
-def load_test_images(
-    cfg: CfgNode, count: int, *, least_digits: int = 0
-) -> list[dict[str, Any]]:
+def load_test_images(cfg: CfgNode, count: int, *, least_digits: int = 0) -> list[dict[str, Any]]:
     """The first ``count`` inputs of the test split that show at least so many digits.
 
     Each has ``image`` (3, H, W) in the channel order of ``cfg``, and ``instances``, the truth.
@@ -84,7 +83,7 @@ def draw_demo(configs: dict[str, CfgNode], path: Path, summary: dict[str, dict[s
 
     def add_detections(title: str, found: list[Instances]) -> None:
         pairs = zip(images, found, strict=True)
-        columns.append((title, [draw_detections(i, f, names, scale=3.0) for i, f in pairs]))
+        columns.append((title, [draw_detections(i, f, names, scale=1.5) for i, f in pairs]))
 
     add_detections("ground truth", [x["instances"] for x in inputs])
     titles = {"teacher": "teacher", "student": "plain student", "distilled": "distilled student"}
@@ -97,10 +96,11 @@ def draw_demo(configs: dict[str, CfgNode], path: Path, summary: dict[str, dict[s
     distilled = load_distilled(configs["distilled"], Path(configs["distilled"].OUTPUT_DIR))
     maps = loss_maps(distilled, inputs)
     for level, found_maps in maps.items():
-        # A single cell says nothing.
-        if found_maps.loss.shape[-1] < 2:
+        # A map of a few cells says little to the eye.
+        if found_maps.loss.shape[-1] < 4:
             continue
-        drawn = [heatmap(cells, *i.shape[:2]) for cells, i in zip(found_maps.loss, images, strict=True)]
+        pairs = zip(found_maps.loss, images, strict=True)
+        drawn = [heatmap(cells, *image.shape[:2]) for cells, image in pairs]
         columns.append((f"SSIM loss {level}\nmean {found_maps.loss.nanmean():.2f}", drawn))
     _compose(columns).savefig(path, dpi=DPI)
     _shrink(path)
@@ -109,7 +109,8 @@ def draw_demo(configs: dict[str, CfgNode], path: Path, summary: dict[str, dict[s
 def _compose(columns: list[tuple[str, list[np.ndarray]]]) -> Figure:
     rows = len(columns[0][1])
     width = SIDE * len(columns) + 0.6
-    figure = Figure(figsize=(width, SIDE * rows + 0.5), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(width, SIDE * rows + 0.5), layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, pictures) in enumerate(columns):
@@ -117,7 +118,6 @@ def _compose(columns: list[tuple[str, list[np.ndarray]]]) -> Figure:
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture, interpolation="antialiased")
             axes[row, column].axis("off")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     scale = ScalarMappable(Normalize(*LOSS_RANGE), "inferno")
     bar = figure.colorbar(scale, ax=axes, fraction=0.015, pad=0.005, aspect=40)
     bar.set_label("(1 - SSIM) / 2 of distilled student and teacher", fontsize=9)
