@@ -88,6 +88,16 @@ def _add_model_keys(cfg: CN) -> None:
     teacher.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
     teacher.OPTS = []
+    # Precision of the teacher's forward: "float32", "float16", "bfloat16", or "auto": that of the
+    # student's training (half where SOLVER.AMP.ENABLED, else float32).
+    teacher.PRECISION = "auto"
+    # True: frozen batch norms become part of the convolutions before them.
+    teacher.FOLD_BN = True
+    # True: the teacher's maps lie channels last in memory, which half precision on a GPU likes.
+    teacher.CHANNELS_LAST = False
+    # True: torch.compile of the teacher. It compiles anew for new image sizes: for training at
+    # one size.
+    teacher.COMPILE = False
     # AP that the teacher must reach on DATASETS.TEST[0]: it is evaluated once, before training,
     # which does not start if it falls short. 0 asks for none.
     teacher.EXPECTED_AP = 0.0

@@ -24,6 +24,7 @@ LAYERS = {
     "ssim_kd.checkpoint": 2,
     "ssim_kd.modeling.adapters": 1,
     "ssim_kd.modeling.batch": 1,
+    "ssim_kd.modeling.folding": 1,
     "ssim_kd.modeling.taps": 1,
     "ssim_kd.config": 1,
     "ssim_kd.data": 1,
