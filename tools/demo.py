@@ -177,7 +177,10 @@ def config_of(training: Training, args: argparse.Namespace, out: Path) -> CfgNod
 def make_data(cfg: CfgNode) -> None:
     """Draw the digits, with a progress bar, unless they are there."""
     register_digits(cfg)
-    ensure_digits(["digits_train", "digits_test"])
+    try:
+        ensure_digits(["digits_train", "digits_test"])
+    except OSError as error:
+        raise StepError(f"The data could not be made: {error}") from error
 
 
 def train(

@@ -1,0 +1,204 @@
+"""The demo: its own functions on stand-in trainings, and one whole run of seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from ssim_kd.config import student_config
+from tools import demo, demo_picture
+
+TEACHER, STUDENT, DISTILLED = demo.TRAININGS
+RESULT = {"iteration": 3, "bbox/AP": 12.0, "bbox/AP50": 34.0, "bbox/AP75": 5.0}
+# Stands in for train_net.py: says what it was called with, and leaves a result.
+WORKS = f"""
+import json, pathlib, sys
+args = sys.argv[1:]
+folder = pathlib.Path(args[args.index("OUTPUT_DIR") + 1])
+with open(folder / "calls.txt", "a") as file:
+    file.write(" ".join(args) + "\\n")
+(folder / "metrics.json").write_text(json.dumps({RESULT!r}) + "\\n")
+(folder / "model_final.pth").write_bytes(b"")
+"""
+FAILS = "import sys; print('line\\n' * 100 + 'the cause'); sys.exit(3)"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def arguments(out: Path, *more: str):
+    data = str(out.parent / "data")
+    return demo.parse(["--output", str(out), "--data", data, "--device", "cpu", "--quick", *more])
+
+
+def train(training: demo.Training, out: Path, script: str, *more: str) -> None:
+    args = arguments(out, *more)
+    path = out.parent / "stand_in.py"
+    path.write_text(script)
+    cfg = demo.config_of(training, args, out)
+    demo.train(training, cfg, args, out, demo.Console(terminal=False), script=path)
+
+
+def test_a_seed_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.parse(["--seed", "-1"])
+    assert "--seed is -1: expected 0 or more" in capsys.readouterr().err
+
+
+def test_plain_and_distilled_differ_in_the_distillation_alone(out: Path) -> None:
+    args = arguments(out)
+    plain = demo.config_of(STUDENT, args, out).clone()
+    distilled = demo.config_of(DISTILLED, args, out).clone()
+    weights = out / "teacher" / "model_final.pth"
+    assert Path(distilled.MODEL.DISTILL.TEACHER.WEIGHTS) == weights
+    assert Path(distilled.MODEL.DISTILL.TEACHER.CONFIG_FILE).name == TEACHER.config
+    for cfg in (plain, distilled):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = ""
+        cfg.MODEL.DISTILL = None
+    assert plain == distilled
+
+
+def test_a_training_leaves_its_result(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(TEACHER, out, WORKS)
+    assert demo.results_of(out / "teacher") == {"AP": 12.0, "AP50": 34.0, "AP75": 5.0}
+    assert "AP 12.0  AP50 34.0  AP75 5.0" in capsys.readouterr().out
+
+
+def test_a_second_call_starts_anew(out: Path) -> None:
+    train(TEACHER, out, WORKS)
+    train(TEACHER, out, WORKS)
+    calls = (out / "teacher" / "calls.txt").read_text().splitlines()
+    assert len(calls) == 1
+    assert "--resume" not in calls[0]
+
+
+def test_resume_keeps_what_is_finished(out: Path) -> None:
+    train(TEACHER, out, WORKS)
+    train(TEACHER, out, FAILS, "--resume")  # is not called
+
+
+def test_resume_goes_on_with_what_is_not(out: Path) -> None:
+    train(TEACHER, out, WORKS)
+    (out / "teacher" / "model_final.pth").unlink()
+    train(TEACHER, out, WORKS, "--resume")
+    calls = (out / "teacher" / "calls.txt").read_text().splitlines()
+    assert len(calls) == 2
+    assert "--resume" in calls[1]
+
+
+def test_resume_trains_anew_what_another_seed_trained(out: Path) -> None:
+    train(TEACHER, out, WORKS)
+    train(TEACHER, out, WORKS, "--resume", "--seed", "7")
+    calls = (out / "teacher" / "calls.txt").read_text().splitlines()
+    assert len(calls) == 1
+    assert "SEED 7" in calls[0]
+    assert "--resume" not in calls[0]
+
+
+def test_a_failing_training_shows_the_end_of_its_log(out: Path) -> None:
+    with pytest.raises(demo.StepError, match="exit status 3") as found:
+        train(STUDENT, out, FAILS)
+    assert str(found.value).splitlines()[-1] == "the cause"
+    assert len(str(found.value).splitlines()) < 30
+
+
+def test_a_training_without_results_has_failed(out: Path) -> None:
+    with pytest.raises(demo.StepError, match="exit status 0"):
+        train(STUDENT, out, "pass")
+
+
+def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    console = demo.Console(period=60, terminal=False)
+    for number in range(5):
+        console.progress(f"iteration {number}")
+    assert capsys.readouterr().out == "  iteration 0\n"
+
+
+def test_watch_reads_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"iteration": 19, "total_loss": 1.25, "eta_seconds": 83.0}
+    (tmp_path / "metrics.json").write_text(json.dumps(row) + '\n{"iteration": 3')
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
+        demo.watch(process, tmp_path, 100, demo.Console(terminal=False))
+    assert "iteration 20/100  loss 1.250  1:23 left" in capsys.readouterr().out
+
+
+def test_seconds_trained_counts_iterations_that_came_again() -> None:
+    rows = [
+        {"iteration": 19, "time": 0.5},
+        {"iteration": 39, "time": 1.0},
+        {"iteration": 39, "bbox/AP": 3.0},
+    ]
+    assert demo.seconds_trained(rows) == 20 * 0.5 + 20 * 1.0
+
+
+def test_images_per_second_of_each_model() -> None:
+    speeds = demo.images_per_second(
+        {"a": len, "b": lambda x: torch.ones(300, 300) @ x[0]}, [torch.ones(300, 300)] * 3
+    )
+    assert set(speeds) == {"a", "b"}
+    assert speeds["a"] > speeds["b"] > 0
+
+
+def test_the_table() -> None:
+    row = {"AP": 1.0, "AP50": 2.0, "AP75": 3.0, "parameters": 235_000}
+    row |= {"images_per_second": 40.0, "seconds_trained": 61.4}
+    text = demo.table({"teacher": row, "student": row, "distilled": {**row, "AP": 2.5}})
+    lines = text.splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[3].split() == ["distilled", "student", "2.5", "2.0", "3.0", "0.23M", "40.0", "61s"]
+    assert lines[-1] == "Distillation changed the student's AP by +1.5."
+
+
+def test_the_picture(out: Path) -> None:
+    args = arguments(out)
+    torch.manual_seed(0)
+    for training in demo.TRAININGS:
+        cfg = demo.config_of(training, args, out)
+        folder = out / training.key
+        folder.mkdir(parents=True)
+        saved = {"model": build_model(student_config(cfg)).state_dict()}
+        if training is DISTILLED:
+            saved["distiller"] = build_model(cfg).distiller.state_dict()
+        torch.save(saved, folder / "model_final.pth")
+    configs = {t.key: demo.config_of(t, args, out) for t in demo.TRAININGS}
+    demo.make_data(configs["student"])
+    demo_picture.draw_demo(configs, out / "demo.png", {k: {"AP": 1.0} for k in configs})
+    with Image.open(out / "demo.png") as image:
+        assert image.width > 800
+    assert (out / "demo.png").stat().st_size < 600_000
+
+
+def test_bad_data_folder_is_told_and_the_status_is_not_zero(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out.parent / "data").write_text("a file where a folder should be")
+    argv = ["--output", str(out), "--data", str(out.parent / "data"), "--device", "cpu", "--quick"]
+    assert demo.main(argv) == 1
+    assert "data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_demo(out: Path) -> None:
+    argv = ["--output", str(out), "--data", str(out.parent / "data"), "--device", "cpu", "--quick"]
+    assert demo.main(argv) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for key in ("teacher", "student", "distilled"):
+        assert {"AP", "AP50", "AP75", "parameters"} <= summary[key].keys()
+        assert summary[key]["images_per_second"] > 0
+        assert summary[key]["seconds_trained"] > 0
+    assert summary["student"]["parameters"] == summary["distilled"]["parameters"]
+    assert (out / "demo.png").is_file()
+    # The student's file is a plain detector's: nothing of the teacher is in it.
+    keys = torch.load(out / "distilled" / "model_final.pth", weights_only=True)["model"]
+    plain = torch.load(out / "student" / "model_final.pth", weights_only=True)["model"]
+    assert keys.keys() == plain.keys()
