@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,14 +50,21 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy", "dtype"): np.dtype,
         ("numpy", "ndarray"): np.ndarray,
     }
-    _NUMPY_INTERNAL = ("numpy.core.multiarray", "numpy._core.multiarray")
+    # What NumPy's arrays are rebuilt by, in its versions 1 and 2 and the protocols of pickle.
+    _REBUILD = {
+        ("_codecs", "encode"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._ALLOWED:
             return self._ALLOWED[module, name]
-        if module in self._NUMPY_INTERNAL and name in ("_reconstruct", "scalar", "_frombuffer"):
-            return super().find_class(module, name)
-        if (module, name) in (("_codecs", "encode"), ("numpy.core.numeric", "_frombuffer")):
+        if (module, name) in self._REBUILD:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
@@ -99,13 +107,18 @@ def read_checkpoint(local: str) -> dict[str, Any]:
         the file's dict.
 
     Raises:
-        ValueError: no checkpoint, or one cut short; says which, and how large the file is.
+        ValueError: no checkpoint, one cut short, or a .pth whose bytes do not have the checksums
+            that they were written with; says which, and how large the file is. A .pkl and a .pth
+            of before torch 1.6 carry no checksums.
     """
     try:
         if local.endswith(".pkl"):
             data = load_pickle(local)
         else:
-            data = torch.load(local, map_location="cpu", weights_only=True, mmap=_is_zip(local))
+            in_zip = _is_zip(local)
+            if in_zip:
+                _check_sums(local)
+            data = torch.load(local, map_location="cpu", weights_only=True, mmap=in_zip)
     except Exception as error:
         raise ValueError(
             f"{local} ({os.path.getsize(local)} bytes) is not a checkpoint that can be read: it is "
@@ -119,6 +132,14 @@ def read_checkpoint(local: str) -> dict[str, Any]:
 def _is_zip(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
+
+
+def _check_sums(path: str) -> None:
+    """Compare every file in a zip with its CRC: torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"bytes of {damaged} were changed after they were written")
 
 
 def sha256_of(path: str) -> str:
@@ -150,6 +171,10 @@ def read_weights(path: str, *, key: str) -> Weights:
     except ValueError as error:
         raise ValueError(f"{key} is {path!r}: {error}") from error
     tensors = data.get("model", data)
+    if not isinstance(tensors, Mapping):
+        raise ValueError(
+            f"{key} is {path!r}, whose model is a {type(tensors).__name__} and no dict of tensors."
+        )
     found = {
         name.removeprefix("module."): torch.as_tensor(value)
         for name, value in tensors.items()
