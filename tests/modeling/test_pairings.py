@@ -144,6 +144,7 @@ def test_a_student_can_teach_in_its_turn(weights_of, tmp_path) -> None:
     again = distilled_config("retinanet", "faster", tmp_path / "model_final.pth")
     again.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "config.yaml")
     again.MODEL.DISTILL.TEACHER.OPTS = []
+    again.MODEL.DISTILL.TEACHER.FOLD_BN = False
     model = build(again)
     expected = first.student.backbone.state_dict()
     for name, value in model.teacher.backbone.state_dict().items():

@@ -52,8 +52,10 @@ def test_a_checkpoint_is_the_stock_detectors(kind, weights_of, tmp_path, caplog)
     stock = build_model(stock_config(kind)).eval()
     result = stock.load_state_dict(torch.load(path, weights_only=True)["model"], strict=False)
     assert not result.missing_keys and not result.unexpected_keys
+    student = build_model(student_config(cfg))
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
-        DetectionCheckpointer(build_model(student_config(cfg))).load(str(path))
+        DetectionCheckpointer(student).load(str(path))
     assert not caplog.records
 
     cfg.MODEL.WEIGHTS = str(path)

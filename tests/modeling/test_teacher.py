@@ -27,9 +27,13 @@ from tests.helpers import (
 )
 
 
+# With its batch norms kept apart, the teacher can be compared bit by bit with the saved one.
+EXACT = ("MODEL.DISTILL.TEACHER.FOLD_BN", False)
+
+
 @pytest.fixture(scope="module")
 def cfg(weights_of):
-    return distilled_config("faster", "cascade", weights_of("cascade"))
+    return distilled_config("faster", "cascade", weights_of("cascade"), *EXACT)
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ X101_LIKE = [
 def test_an_rgb_teacher_with_its_own_mean_and_std_sees_what_it_was_trained_on(tmp_path) -> None:
     stock = stock_config("faster", *X101_LIKE, fpn=TEACHER_FPN)
     path = save_weights(stock, tmp_path / "x101.pth")
-    cfg = distilled_config("faster", "faster", path, teacher_opts=X101_LIKE)
+    cfg = distilled_config("faster", "faster", path, *EXACT, teacher_opts=X101_LIKE)
     assert cfg.INPUT.FORMAT == "BGR"
     model = build(cfg)
     expected_model = build_model(stock).eval()
@@ -177,6 +181,19 @@ def test_equal_channel_orders_are_not_swapped(model, weights_of) -> None:
         expected = reference.backbone(reference.preprocess_image(batch).tensor)
     found = model.teacher([x["image"] for x in batch])
     assert all(torch.equal(value, expected[level]) for level, value in found.items())
+
+
+def test_folded_batch_norms_change_nothing_but_the_rounding(cfg, model) -> None:
+    folded = cfg.clone()
+    folded.MODEL.DISTILL.TEACHER.FOLD_BN = True
+    teacher = build(folded).teacher
+    assert not any("norm" in name for name in teacher.backbone.state_dict())
+    images = [x["image"] for x in make_batch()]
+    found, expected = teacher(images), model.teacher(images)
+    for level, value in expected.items():
+        torch.testing.assert_close(
+            found[level], value, rtol=1e-4, atol=1e-4 * float(value.abs().max())
+        )
 
 
 def test_no_teacher_without_a_tap_or_a_backbone() -> None:
