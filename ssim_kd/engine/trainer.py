@@ -1,6 +1,7 @@
 """The trainer: Detectron2's DefaultTrainer, with a student to save and a teacher to hide."""
 
 import logging
+import os
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -10,7 +11,9 @@ from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from ..data import CheckedMapper, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
@@ -94,6 +97,8 @@ class DistillTrainer(DefaultTrainer):
         Raises:
             ValueError: weights or a checkpoint that do not fit.
         """
+        if not self.cfg.MODEL.WEIGHTS:
+            self._warn_of_random_frozen()
         resumed = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resumed:
             self.start_iter = self.iter + 1
@@ -105,6 +110,19 @@ class DistillTrainer(DefaultTrainer):
                     self.max_iter,
                 )
 
+    def _warn_of_random_frozen(self) -> None:
+        frozen = [name for name, p in self.student.named_parameters() if not p.requires_grad]
+        norms = [m for m in self.student.modules() if isinstance(m, FrozenBatchNorm2d)]
+        if frozen or norms:
+            logger.warning(
+                "MODEL.WEIGHTS is empty, so that the student starts from random weights, of which "
+                "%d tensors and %d FrozenBN layers will never be trained: training is likely to "
+                "diverge. From scratch, use MODEL.BACKBONE.FREEZE_AT 0 and MODEL.RESNETS.NORM "
+                "'GN' or 'BN'.",
+                len(frozen),
+                len(norms),
+            )
+
     def after_train(self) -> None:
         """Write what is still on its way, then run the hooks."""
         if self.iter == self.max_iter:
@@ -115,6 +133,11 @@ class DistillTrainer(DefaultTrainer):
     def request_stop(self) -> None:
         """Ask for an orderly end after the current step."""
         self._trainer.stop_requested = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked for an end."""
+        return self._trainer.stop_requested
 
     @property
     def should_stop(self) -> bool:
