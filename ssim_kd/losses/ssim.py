@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssim_kd.ops.cells import cell_weights, check_maps, check_mask, compute_dtype
 from ssim_kd.ops.closed_form import closed_form_loss
-from ssim_kd.ops.dispatch import FAST, choose_impl
+from ssim_kd.ops.dispatch import choose_impl
 from ssim_kd.ops.options import SSIMOptions, check_ssim_options
 from ssim_kd.ops.scaling import minmax_scale
 from ssim_kd.ops.ssim_reference import ssim_map_reference
@@ -139,9 +139,9 @@ def _pyramid(
     for x, y in zip(inputs, targets, strict=True):
         check_maps(x, y)
     masks = [check_mask(mask, x) for mask, x in zip(masks, inputs, strict=True)]
-    impl = choose_impl(inputs[0], options)
-    if impl != "reference":
-        return closed_form_loss(FAST[impl], inputs, targets, masks, level_weights, options)
+    run = choose_impl(list(inputs), options)
+    if run is not None:
+        return closed_form_loss(run, inputs, targets, masks, level_weights, options)
     losses = [_reference(*level, options) for level in zip(inputs, targets, masks, strict=True)]
     total = torch.stack([w * v for w, v in zip(level_weights, losses, strict=True)]).sum()
     return total, torch.stack([v.detach() for v in losses])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import ssim_eager
@@ -13,8 +17,6 @@ from .options import SSIMOptions
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
-FAST: dict[str, RunLevels] = {"eager": ssim_eager.run_levels}
-
 
 def _say_once(message: str) -> None:
     if message not in _said:
@@ -22,23 +24,62 @@ def _say_once(message: str) -> None:
         logger.info(message)
 
 
+def _interpreted() -> bool:
+    """Triton runs its kernels in Python, on a CPU, if this was set before its import."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_module() -> ModuleType | str:
+    """The module of the Triton kernels, or why there is none. Imported on first use only."""
+    try:
+        return importlib.import_module(".ssim_triton", __package__)
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+
+
+def _why_not_triton(x: Tensor, options: SSIMOptions) -> str | None:
+    if x.device.type != "cuda" and not _interpreted():
+        return f"the maps are on {x.device.type}, and it needs a CUDA or ROCm device"
+    module = _triton_module()
+    return module if isinstance(module, str) else module.why_not(x, options)
+
+
 def require_triton() -> None:
-    """Raise ``RuntimeError`` unless the Triton implementation can be had."""
-    raise RuntimeError("impl='triton' is not available yet")
+    """Raise ``RuntimeError`` unless the Triton implementation can be had on this machine."""
+    reason: str | None = None
+    if not torch.cuda.is_available() and not _interpreted():
+        reason = "there is no CUDA or ROCm device"
+    elif isinstance(module := _triton_module(), str):
+        reason = module
+    if reason is not None:
+        raise RuntimeError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
 
 
-def choose_impl(x: Tensor, options: SSIMOptions) -> str:
-    """The implementation for maps like ``x``: an explicit choice as it is, "auto" resolved.
+def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
+    """The fast implementation for these levels, or None for the reference.
 
     Raises:
         RuntimeError: the explicit choice cannot be had.
     """
     if options.impl == "triton":
-        require_triton()
-    if options.impl != "reference" and not options.plain_exponents:
+        reasons = [_why_not_triton(x, options) for x in inputs]
+        for reason in filter(None, reasons):
+            raise RuntimeError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+    if options.impl == "reference":
+        return None
+    if not options.plain_exponents:
         _say_once("SSIM loss: exponents other than 1 have no fast form, taking impl 'reference'")
-        return "reference"
-    if options.impl != "auto":
-        return options.impl
-    _say_once(f"SSIM loss: impl 'auto' takes 'eager' on {x.device.type}")
-    return "eager"
+        return None
+    device = inputs[0].device.type
+    name = options.impl
+    if name == "auto":
+        reason = next(filter(None, (_why_not_triton(x, options) for x in inputs)), None)
+        name = "triton" if device == "cuda" and reason is None else "eager"
+        because = f" ({reason})" if device == "cuda" and reason is not None else ""
+        _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}{because}")
+    if name == "eager":
+        return ssim_eager.run_levels
+    module = _triton_module()
+    assert not isinstance(module, str)
+    run: RunLevels = module.run_levels
+    return run

@@ -1,0 +1,178 @@
+"""The SSIM loss and its gradient by Triton kernels, for CUDA and ROCm.
+
+A level takes: one launch over planes for their ranges and means; then, for a group of channels at a
+time, one for the loss and the vertical filters and one for the gradient; and one more where the
+gradient goes through the extrema. Shapes: N images, C channels, H x W cells, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .cells import cell_weights
+from .closed_form import LevelResult, grad_dtype
+from .extrema_gradient import ExtremaGradient
+from .options import SSIMOptions
+from .plane_affine import PlaneRange, minmax_affine, scope_range
+from .plane_kernels import extrema_kernel, range_kernel
+from .scaling import MIN_RANGE, relative_floor
+from .ssim_kernels import gradient_kernel, moments_kernel
+from .ssim_reference import HUGE, MIN_CONSTANT
+from .window import band_matrix
+
+LANES = 128  # columns a program works on, one a thread
+TILE = 1024  # cells of a plane a program reads at a time
+# Scratch is three maps. All channels at once where that is small, else at most one map's worth.
+SMALL_SCRATCH = 16 << 20
+MAX_WINDOW = 15  # filters live in registers: 7 window_size numbers a lane
+
+
+@lru_cache(maxsize=64)
+def _tables(length: int, size: int, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(``out``, ``in``), each (length, size) float32: row i holds the weights of cells
+    i - r ... i + r in the mean of cell i, and the weights of cell i in their means."""
+    matrix, radius = band_matrix(length, size, sigma), size // 2
+    near = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
+    exists = (near >= 0) & (near < length)
+    near = near.clamp(0, length - 1)
+    rows = torch.arange(length)[:, None].expand_as(near)
+    outward, inward = matrix[rows, near] * exists, matrix[near, rows] * exists
+    return outward.float().to(device), inward.float().to(device)
+
+
+def why_not(x: Tensor, options: SSIMOptions) -> str | None:
+    """Why these kernels cannot serve maps like ``x``, or None if they can."""
+    if x.dtype == torch.float64:
+        return "float64 maps"
+    if options.window_size > MAX_WINDOW:
+        return f"a window larger than {MAX_WINDOW}"
+    return None
+
+
+class _Level:
+    """One level: its table of planes and the launches over it."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, mask: Tensor | None, options: SSIMOptions, need_grad: bool
+    ):
+        n, c, h, w = x.shape
+        self.x, self.y, self.options = x, y, options
+        self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
+        dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+        self.channels_last = not dense
+        self.float32 = {"dtype": torch.float32, "device": x.device}
+        like = torch.empty(0, **self.float32)
+        self.weights = cell_weights(x.shape, like, mask, options.crop(h, w))
+        self.mask, self.valid = mask, x if mask is None else mask.contiguous().view(torch.uint8)
+        self.tile: dict[str, Any] = {"CB": 32 if self.channels_last else 1}
+        self.tile.update(BLOCK=TILE // self.tile["CB"], MASKED=mask is not None)
+        self.tile_grid = (n * triton.cdiv(c, self.tile["CB"]),)
+        per_channel = n * w
+        fits = max(1, max(SMALL_SCRATCH // 12, x.numel() // 3) // (per_channel * h))
+        groups = -(-c // min(c, fits)) if need_grad else 1
+        self.channels = -(-c // groups)  # in a launch
+        self.programs = sum(
+            triton.cdiv(per_channel * min(self.channels, c - c0), LANES)
+            for c0 in range(0, c, self.channels)
+        )
+        self._fill_planes()
+
+    def _fill_planes(self) -> None:
+        n, c, h, w = self.x.shape
+        options, like = self.options, self.float32
+        self.planes, self.ranges = torch.empty(9, n, c, **like), torch.empty(8, n, c, **like)
+        range_kernel[self.tile_grid](
+            self.x, self.y, self.valid, self.planes, self.ranges,
+            c, h, w, n * c, options.c1, options.c2, options.eps,
+            MIN_RANGE, relative_floor(torch.float32), HUGE, MIN_CONSTANT,
+            *self.x.stride(), *self.y.stride(), SCALED=options.scaling is not None, **self.tile,
+        )  # fmt: skip
+        if options.scaling in ("sample", "batch"):  # join the planes of a scope
+            for i in (0, 1):
+                found = self.ranges[4 * i : 4 * i + 4]
+                affine = minmax_affine(scope_range(PlaneRange(*found[:3]), options.scaling))
+                self.planes[3 * i], self.planes[3 * i + 1] = affine.half_low, affine.scale
+                self.planes[3 * i + 2] = (0.5 * found[3] - affine.half_low) * affine.scale
+
+    def run(self, partial: Tensor) -> Tensor | None:
+        """Write ``programs`` parts of the loss into ``partial``; return the gradient."""
+        n, c, h, w = self.x.shape
+        options, window = self.options, (self.options.window_size, self.options.sigma)
+        row_out, row_in = _tables(h, *window, self.x.device)
+        column_out, column_in = _tables(w, *window, self.x.device)
+        through = self.grad is not None and options.scaling is not None and options.scaling_grad
+        sums = torch.empty(2, n, c, w, **self.float32) if through else self.planes
+        weights = self.planes if self.weights is None else self.weights
+        build = {"K": options.window_size, "BLOCK": LANES, "CHANNELS_LAST": self.channels_last}
+        scratch = self.planes
+        if self.grad is not None:
+            scratch = torch.empty(3 * h * n * self.channels * w, **self.float32)
+        done = 0
+        for c0 in range(0, c, self.channels):
+            here = min(self.channels, c - c0)
+            lanes = n * here * w
+            programs = triton.cdiv(lanes, LANES)
+            sizes = (c, h, w, here, c0, lanes, n * c)
+            moments_kernel[(programs,)](
+                self.x, self.y, weights, self.planes, row_in, row_out, column_out, scratch,
+                partial[done:], *sizes, 1.0 / self.x.numel(), *self.x.stride(), *self.y.stride(),
+                GRAD=self.grad is not None, WEIGHTED=self.weights is not None, num_warps=4, **build,
+            )  # fmt: skip
+            done += programs
+            if self.grad is not None:
+                gradient_kernel[(programs,)](
+                    self.x, self.y, self.planes, column_in, scratch, self.grad, sums, *sizes,
+                    *self.x.stride(), *self.y.stride(), *self.grad.stride(),
+                    SUMS=through, num_warps=4, **build,
+                )  # fmt: skip
+        if through:
+            self._through_extrema(sums)
+        return self.grad
+
+    def _through_extrema(self, sums: Tensor) -> None:
+        assert self.grad is not None and self.options.scaling is not None
+        n, c, h, w = self.x.shape
+        if self.options.scaling == "channel":
+            extrema_kernel[self.tile_grid](
+                self.x, self.valid, self.planes, self.ranges, sums, self.grad,
+                c, h, w, n * c, *self.x.stride(), *self.grad.stride(), **self.tile,
+            )  # fmt: skip
+            return
+        planes = PlaneRange(*self.ranges[:3])
+        scoped = scope_range(planes, self.options.scaling)
+        slope = 0.5 * self.planes[1]
+        extrema = ExtremaGradient(planes, scoped, slope, self.options.scaling, self.mask)
+        extrema.sum_g, extrema.sum_gx = sums.sum(-1)
+        extrema.finish(self.x, self.grad)
+
+
+def run_levels(
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    options: SSIMOptions,
+    need_grad: Sequence[bool],
+) -> list[LevelResult]:
+    """Losses and gradients of L levels, (N, C, H, W) each; see ``closed_form.RunLevels``."""
+    levels = [
+        _Level(x.detach(), y, mask, options, need) if x.numel() else None
+        for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True)
+    ]
+    programs = [0 if level is None else level.programs for level in levels]
+    like = {"dtype": torch.float32, "device": inputs[0].device}
+    # One table for all levels, so that one sum finishes the whole pyramid.
+    partial = torch.zeros(len(levels), max(1, *programs, 1), **like)
+    grads: list[Tensor | None] = []
+    for x, level, row, need in zip(inputs, levels, partial, need_grad, strict=True):
+        if level is not None:
+            grads.append(level.run(row))
+        else:
+            grads.append(torch.zeros_like(x, dtype=grad_dtype(x)) if need else None)
+    values = partial.sum(1, dtype=torch.float64).float()
+    return [LevelResult(value, grad) for value, grad in zip(values, grads, strict=True)]
