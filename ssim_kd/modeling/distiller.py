@@ -1,6 +1,7 @@
 """Distillers: what makes losses of the features of student and teacher."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -84,6 +85,13 @@ def _strides(shapes: dict[str, ShapeSpec]) -> str:
     return ", ".join(f"{level} (stride {shape.stride})" for level, shape in shapes.items())
 
 
+def _weights(key: str, values: Iterable[Any]) -> list[float]:
+    values = list(values)
+    if not all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in values):
+        raise ValueError(f"MODEL.DISTILL.{key} is {values}; expected finite numbers of 0 or more.")
+    return [float(value) for value in values]
+
+
 class Distiller(nn.Module):
     """What every method shares: levels, adapters, alignment, weights and what is logged.
 
@@ -125,8 +133,8 @@ class Distiller(nn.Module):
         self.adapters = build_adapters(adapter, student_shapes, teacher_shapes)
         self.resize = resize
         self.mask_padding = mask_padding
-        self.level_weights = [float(w) for w in level_weights] or [1.0] * len(self.levels)
-        self.loss_weight = float(loss_weight)
+        self.level_weights = _weights("LEVEL_WEIGHTS", level_weights) or [1.0] * len(self.levels)
+        (self.loss_weight,) = _weights("LOSS_WEIGHT", [loss_weight])
         self.metrics: dict[str, torch.Tensor] = {}
         self._check()
 
@@ -167,14 +175,6 @@ class Distiller(nn.Module):
                 f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(self.level_weights)} weights for the "
                 f"{len(self.levels)} levels {self.levels}."
             )
-        for key, values in (
-            ("LEVEL_WEIGHTS", self.level_weights),
-            ("LOSS_WEIGHT", [self.loss_weight]),
-        ):
-            if not all(math.isfinite(value) and value >= 0 for value in values):
-                raise ValueError(
-                    f"MODEL.DISTILL.{key} is {values}; expected finite numbers of 0 or more."
-                )
 
     def forward(
         self,

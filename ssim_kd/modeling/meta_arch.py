@@ -53,6 +53,12 @@ class DistilledDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the student, then the teacher with its weights, then the distiller."""
+        name = cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE
+        if name == cls.__name__ or name not in META_ARCH_REGISTRY:
+            known = sorted({key for key, _ in META_ARCH_REGISTRY} - {cls.__name__})
+            raise ValueError(
+                f"MODEL.DISTILL.STUDENT_META_ARCHITECTURE is {name!r}; expected one of {known}."
+            )
         student = build_model(student_config(cfg))
         if not cfg.MODEL.DISTILL.ENABLED:
             return {"student": student}

@@ -166,7 +166,13 @@ class FrozenTeacher:
         """
         config = teacher_config(cfg)
         weights = read_weights(config.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
-        model = build_model(config)
+        try:
+            model = build_model(config)
+        except Exception as error:
+            raise ValueError(
+                "The teacher cannot be built from MODEL.DISTILL.TEACHER.CONFIG_FILE "
+                f"{cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE!r} with its OPTS: {error}"
+            ) from error
         load_strictly(model, weights, feature_path="backbone.")
         node = cfg.MODEL.DISTILL.TEACHER
         teacher = cls(

@@ -26,7 +26,6 @@ from tests.helpers import (
     train_losses,
 )
 
-
 # With its batch norms kept apart, the teacher can be compared bit by bit with the saved one.
 EXACT = ("MODEL.DISTILL.TEACHER.FOLD_BN", False)
 

@@ -1,0 +1,213 @@
+"""A config that cannot work stops when the model is built, and says what is expected."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.utils.file_io import PathManager
+
+import ssim_kd.modeling.teacher as teacher_module
+from ssim_kd.modeling import teacher_config
+from tests.helpers import KINDS, build, distilled_config, full_config
+
+D = "MODEL.DISTILL."
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("opts", "match"),
+    [
+        ([D + "NAME", "Nothing"], r"NAME is 'Nothing'; expected one of .*'FeatureDistiller'"),
+        ([D + "IN_FEATURES", ["p9"]], r"IN_FEATURES names \['p9'\], which the student lacks.*'p6'"),
+        ([D + "IN_FEATURES", ["p3", "p4", "p3"]], r"IN_FEATURES names a level twice: .*'p3'"),
+        ([D + "LOSS", "l3"], r"LOSS is 'l3'; expected one of \('ssim', 'l1', 'l2'\)"),
+        ([D + "SCALING", "image"], r"SCALING is 'image'; expected one of .*'channel'.*'none'"),
+        ([D + "ADAPTER", "conv"], r"ADAPTER is 'conv'; expected one of \('auto', 'always'"),
+        ([D + "ADAPTER", "none"], r"ADAPTER is 'none'.*p2 .* 32 channels and the teacher 48"),
+        ([D + "RESIZE", "area"], r"RESIZE is 'area'; expected one of \('error', 'bilinear'\)"),
+        ([D + "SSIM.WINDOW_SIZE", 10], r"SSIM: window_size must be a positive odd integer; got 10"),
+        ([D + "SSIM.WINDOW_SIZE", -3], r"SSIM: window_size must be a positive odd integer; got -3"),
+        ([D + "SSIM.SIGMA", 0.0], r"SSIM: sigma must be .*; got 0\.0"),
+        ([D + "SSIM.K1", -1.0], r"SSIM: k1 must be .*; got -1\.0"),
+        ([D + "SSIM.DATA_RANGE", 0.0], r"SSIM: data_range must be .*; got 0\.0"),
+        ([D + "SSIM.GAMMA", NAN], r"SSIM: gamma must be .*; got nan"),
+        ([D + "SSIM.PADDING", "zeros"], r"SSIM: padding must be one of 'same', 'valid'; got"),
+        ([D + "SSIM.IMPL", "fast"], r"SSIM: impl must be one of 'auto'.*; got 'fast'"),
+        ([D + "LOSS_WEIGHT", -1.0], r"LOSS_WEIGHT is \[-1\.0\]; expected finite numbers of 0"),
+        ([D + "LOSS_WEIGHT", NAN], r"LOSS_WEIGHT is \[nan\]; expected finite"),
+        ([D + "LOSS_WEIGHT", float("inf")], r"LOSS_WEIGHT is \[inf\]; expected finite"),
+        ([D + "LEVEL_WEIGHTS", [1.0, 1.0]], r"LEVEL_WEIGHTS has 2 weights for the 5 levels"),
+        ([D + "LEVEL_WEIGHTS", [1.0, 1, 1, 1, -2]], r"LEVEL_WEIGHTS is .*-2.*; expected finite"),
+        ([D + "LEVEL_WEIGHTS", [1, 1, 1, 1, "a"]], r"LEVEL_WEIGHTS is .*'a'"),
+        ([D + "NAME", "PKDDistiller", D + "PKD.EPS", 0.0], r"PKD\.EPS is 0\.0; expected a positi"),
+        ([D + "STUDENT_META_ARCHITECTURE", "YOLO"], r"STUDENT_META_ARCHITECTURE is 'YOLO'"),
+        (
+            [D + "STUDENT_META_ARCHITECTURE", "DistilledDetector"],
+            r"STUDENT_META_ARCHITECTURE is 'DistilledDetector'; expected",
+        ),
+    ],
+)
+def test_a_bad_value(opts, match, weights_of) -> None:
+    cfg = distilled_config("faster", "faster", weights_of("faster"))
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        node = cfg
+        *path, name = key.split(".")
+        for part in path:
+            node = node[part]
+        node[name] = value  # as YAML would, where .nan and .inf are numbers
+    with pytest.raises(ValueError, match=match) as caught:
+        build(cfg)
+    assert "MODEL.DISTILL." in str(caught.value)
+
+
+def test_a_level_that_the_teacher_lacks(weights_of) -> None:
+    cfg = distilled_config(
+        "retinanet", "faster", weights_of("faster"), D + "IN_FEATURES", ["p6", "p7"]
+    )
+    with pytest.raises(ValueError, match=r"names \['p7'\], which the teacher lacks; it has .*'p2'"):
+        build(cfg)
+
+
+def test_no_common_level(weights_of) -> None:
+    with pytest.raises(ValueError, match=r"share no level.*p2 \(stride 4\).*res4 \(stride 16\)"):
+        build(distilled_config("faster", "c4", weights_of("c4")))
+    # Equal names alone do not make a level common: both have res5, at strides 16 and 32.
+    with pytest.raises(ValueError, match=r"res5 \(stride 16\).*res5 \(stride 32\)"):
+        build(distilled_config("dc5", "faster", weights_of("faster")))
+
+
+# The teacher
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("", "CONFIG_FILE is empty; expected a name of the model zoo"),
+        ("no/such.yaml", "CONFIG_FILE is 'no/such.yaml': neither a file nor a name of the model"),
+    ],
+)
+def test_no_teachers_config(name, match, weights_of) -> None:
+    cfg = distilled_config("faster", "faster", weights_of("faster"))
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = name
+    with pytest.raises(ValueError, match="MODEL.DISTILL.TEACHER." + match):
+        build(cfg)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MODEL: [1, 2",
+        "MODEL:\n  NO_SUCH_KEY: 1\n",
+        "MODEL:\n  WEIGHTS: 3\n",
+        "_BASE_: nowhere.yaml\n",
+        "just words",
+        "\x00\x01",
+        "SEED: !!python/object/apply:os.system ['touch ran']\n",
+        "_BASE_: evil.yaml\n",
+        "MODEL:\n  META_ARCHITECTURE: YOLO\n",
+        "MODEL:\n  BACKBONE:\n    NAME: no_such_backbone\n",
+    ],
+)
+def test_an_unreadable_teachers_config(text, weights_of, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.yaml").write_text("SEED: !!python/object/apply:os.system ['touch ran']\n")
+    file = tmp_path / "teacher.yaml"
+    file.write_text(text)
+    cfg = distilled_config("faster", "faster", weights_of("faster"))
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(file)
+    cfg.MODEL.DISTILL.TEACHER.OPTS = []
+    with pytest.raises(
+        ValueError, match=f"MODEL.DISTILL.TEACHER.CONFIG_FILE .*{re.escape(repr(str(file)))}"
+    ):
+        build(cfg)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "opts", [["MODEL.NO_SUCH_KEY", 1], ["MODEL.MASK_ON"], ["MODEL.RESNETS.DEPTH", "deep"]]
+)
+def test_bad_overrides_of_the_teachers_config(opts, weights_of) -> None:
+    cfg = distilled_config("faster", "faster", weights_of("faster"), teacher_opts=opts)
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\..*OPTS.*" + opts[0]):
+        build(cfg)
+
+
+def test_the_wrong_weights_name_the_key(weights_of) -> None:
+    for kind in ("retinanet", "c4"):
+        cfg = distilled_config("faster", "faster", weights_of(kind))
+        with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is '.*keys (missing|unexpected)"):
+            build(cfg)
+    cfg = distilled_config("faster", "faster", "gone.pth")
+    with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is 'gone\.pth': no such file"):
+        build(cfg)
+
+
+def test_a_teacher_without_a_backbone_of_detectron2(weights_of) -> None:
+    cfg = distilled_config(
+        "faster", "faster", weights_of("faster"), teacher_opts=["MODEL.META_ARCHITECTURE", "Odd"]
+    )
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.CONFIG_FILE .*'Odd'"):
+        build(cfg)
+
+
+# Where the weights of a teacher are looked for
+
+
+def test_a_zoo_name_is_its_url(weights_of, monkeypatch) -> None:
+    cfg = distilled_config("faster", "faster", "")
+    asked = []
+
+    def get_local_path(path, **_kwargs):
+        asked.append(path)
+        return str(weights_of("faster"))
+
+    monkeypatch.setattr(PathManager, "get_local_path", get_local_path)
+    model = build(cfg)
+    assert asked == [
+        "https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/"
+        "faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba.pkl"
+    ]
+    saved = torch.load(weights_of("faster"))["model"]
+    assert torch.equal(
+        model.teacher.backbone.state_dict()["fpn_output2.weight"],
+        saved["backbone.fpn_output2.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "expected"),
+    [
+        (KINDS["faster"], "", model_zoo.get_checkpoint_url(KINDS["faster"])),
+        (KINDS["faster"], KINDS["mask"], model_zoo.get_checkpoint_url(KINDS["mask"])),
+        (KINDS["faster"], "a/file.pth", "a/file.pth"),
+        (KINDS["faster"], "detectron2://a/b.pkl", "detectron2://a/b.pkl"),
+    ],
+)
+def test_where_the_weights_are(config, weights, expected) -> None:
+    cfg = full_config()
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = config
+    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = weights
+    found = teacher_config(cfg)
+    assert expected == found.MODEL.WEIGHTS
+
+
+def test_a_config_of_ones_own_needs_weights(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("SEED: 1\n")
+    cfg = full_config()
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is '' and the model zoo has no"):
+        teacher_config(cfg)
+    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = "nowhere/faster.yaml"
+    with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is 'nowhere/faster\.yaml'"):
+        teacher_config(cfg)
+
+
+def test_the_teacher_is_loaded_before_any_data_is(weights_of, monkeypatch) -> None:
+    # Building the student alone downloads and reads no teacher.
+    monkeypatch.setattr(
+        teacher_module, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
+    )
+    build(distilled_config("faster", "faster", weights_of("faster"), D + "ENABLED", False))
