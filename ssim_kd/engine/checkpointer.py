@@ -2,9 +2,7 @@
 
 import os
 import re
-import shutil
-from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,6 +10,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import read_checkpoint
+from .atomic import remove_unfinished, write_atomically
 
 # Of these a start may lack some: they are not in the files of ImageNet backbones and begin at
 # their neutral values.
@@ -63,12 +62,14 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
-        self._prune()
+        self._prune(path)
 
-    def _prune(self) -> None:
+    def _prune(self, written: str) -> None:
+        # What was just written stays, also where a checkpoint of a later iteration is there: one
+        # that could not be read when the run was resumed.
         periodic = sorted(
             (p for p in self.get_all_checkpoint_files() if _iteration(p) is not None),
-            key=lambda p: _iteration(p) or 0,
+            key=lambda p: (p == written, _iteration(p) or 0),
         )
         for path in periodic[: -self.keep] if self.keep else []:
             os.unlink(path)
@@ -94,12 +95,10 @@ class StudentCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: checkpoints exist and none is whole, or one does not fit the training.
         """
-        # One process decides, so that all resume from the same file.
-        found, error = comm.all_gather(
-            self._newest_whole() if resume and comm.is_main_process() else (None, None)
-        )[0]
-        if error:
-            raise ValueError(error)
+        if resume and self.save_to_disk and os.path.isdir(self.save_dir):
+            for left in remove_unfinished(self.save_dir):
+                self.logger.info("Removed %s, which an earlier run did not finish.", left)
+        found = self.newest() if resume else None
         if found is None:
             if resume:
                 self.logger.info("No checkpoint in %s: training starts anew.", self.save_dir)
@@ -107,6 +106,20 @@ class StudentCheckpointer(DetectionCheckpointer):
             return False
         self._resume(found)
         return True
+
+    def newest(self) -> str | None:
+        """The newest checkpoint that is whole, the same on every process; None if there is none.
+
+        Raises:
+            ValueError: checkpoints exist and none is whole; on every process.
+        """
+        # One process decides.
+        found, error = comm.all_gather(
+            self._newest_whole() if comm.is_main_process() else (None, None)
+        )[0]
+        if error:
+            raise ValueError(error)
+        return str(found) if found else None
 
     def _newest_whole(self) -> tuple[str | None, str | None]:
         """(path, None), (None, None) where no checkpoint is, or (None, what is wrong)."""
@@ -196,37 +209,3 @@ def _iteration(path: str) -> int | None:
     """The iteration of a periodic checkpoint, ``model_0004999.pth``; None for other files."""
     match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
     return int(match.group(1)) if match else None
-
-
-def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a local file that is either whole or not there, also after a loss of power.
-
-    Args:
-        path: where it shall be; one that is there is replaced.
-        write: writes the content to the open binary file.
-
-    Raises:
-        OSError: it could not be written; says how much space is left.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    # torch.save turns a full disk into a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
-        if written:
-            os.unlink(temporary)
-        free = shutil.disk_usage(os.path.dirname(path) or ".").free
-        raise OSError(
-            f"{path} could not be written ({free} bytes are free after {written} that were "
-            f"removed again): {error}. Earlier files are whole."
-        ) from error
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -5,7 +5,6 @@ import os
 from collections import OrderedDict
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -25,6 +24,7 @@ from torch import nn
 from ..checkpoint import load_strictly, read_weights
 from ..config import student_config
 from ..modeling.teacher import teacher_config
+from .checkpointer import StudentCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.M
     cfg = student_config(cfg)
     model = build_model(cfg)
     path, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
-    checkpoints = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-    if resume and checkpoints.has_checkpoint():
-        path, key = checkpoints.get_checkpoint_file(), "the last checkpoint of OUTPUT_DIR"
+    newest = StudentCheckpointer(model, cfg.OUTPUT_DIR).newest() if resume else None
+    if newest:
+        path, key = newest, "the last checkpoint of OUTPUT_DIR"
     if not path:
         raise ValueError("MODEL.WEIGHTS is empty; --eval-only expects the weights to evaluate.")
     load_strictly(model, read_weights(path, key=key))

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_distill_config, write_stock_config
@@ -90,15 +91,23 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
         die_with_parent()
     cfg = load_config(args, add_config)
     _same_on_all(cfg)
+    if args.eval_only or args.eval_teacher:
+        return _evaluate(cfg, args)
+    PathManager.mkdirs(cfg.OUTPUT_DIR)
+    # Before anything is written there.
+    with sole_owner(cfg.OUTPUT_DIR):
+        return _train(cfg, args)
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
     register_datasets(cfg)
-    training = not (args.eval_only or args.eval_teacher)
     _check_data(cfg, train=training)
-    if training:
-        with sole_owner(cfg.OUTPUT_DIR):
-            return _train(cfg, resume=args.resume)
 
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    _set_up(cfg, args, training=False)
     if args.eval_teacher:
         cfg, model = teacher_for_evaluation(cfg)
     else:
@@ -111,12 +120,13 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     return results
 
 
-def _train(cfg: CfgNode, *, resume: bool) -> Any:
+def _train(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    _set_up(cfg, args, training=True)
     if comm.is_main_process():
         # What deploys the student: a config that stock Detectron2 reads.
         write_stock_config(cfg, os.path.join(cfg.OUTPUT_DIR, "student.yaml"))
     trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
+    trainer.resume_or_load(resume=args.resume)
     expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
     if cfg.MODEL.DISTILL.ENABLED and expected and not trainer.start_iter:
         check_teacher(cfg, DistillTrainer, expected)

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from detectron2.engine.train_loop import TrainerBase
@@ -21,7 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a gradient or a feature map is NaN or infinite."""
+    """A loss, a gradient or a feature map is NaN or infinite.
+
+    Attributes:
+        fatal: whether the step cannot be skipped.
+    """
+
+    def __init__(self, message: str, *, fatal: bool) -> None:
+        super().__init__(message)
+        self.fatal = fatal
 
 
 class DistillStep(TrainerBase):
@@ -93,9 +102,30 @@ class DistillStep(TrainerBase):
         batch = next(self._data)
         data_time = time.perf_counter() - start
 
+        statistics = [b.clone() for b in self.model.buffers()] if self.max_skipped else []
+        try:
+            self._backward(batch, data_time)
+        except NonFiniteError as error:
+            self.skipped += 1
+            if error.fatal or self.skipped > self.max_skipped:
+                raise
+            # What the forward has made of the batch norms' running means.
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+            logger.error("Step skipped (%d of %d): %s", self.skipped, self.max_skipped, error)
+            return
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _backward(self, batch: list[dict[str, Any]], data_time: float) -> None:
+        """Make the gradients, and take in reports."""
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
-            losses = self.model(batch)
+            try:
+                losses = self.model(batch)
+            except FloatingPointError as error:
+                # Detectron2's own check of the proposals.
+                self._raise_for_features(batch, error)
             total = sum(losses.values())
         self.grad_scaler.scale(total).backward()
         self._pending.append(self._report(losses, batch, data_time))
@@ -105,16 +135,7 @@ class DistillStep(TrainerBase):
             or self.max_skipped > 0
             or (self.iter + 1) % self.log_period == 0
         )
-        try:
-            self.flush(keep=0 if at_once else 1)
-        except NonFiniteError as error:
-            self.skipped += 1
-            if self.skipped > self.max_skipped:
-                raise
-            logger.error("Step skipped (%d of %d): %s", self.skipped, self.max_skipped, error)
-            return
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        self.flush(keep=0 if at_once else 1)
 
     def flush(self, *, keep: int = 0) -> None:
         """Take in the reports of past steps: log their metrics, see whether to stop.
@@ -133,22 +154,14 @@ class DistillStep(TrainerBase):
             wrong = report.not_finite()
             if wrong:
                 self._pending.clear()
-                path = self._write_report(report, wrong)
-                raise NonFiniteError(
-                    f"Not finite at iteration {report.iteration}: {', '.join(wrong)}. The batch "
-                    f"and the state are in {path}."
-                )
+                self._raise(wrong, report.iteration, report.images, report.values)
             if comm.is_main_process():
                 report.log(get_event_storage())
 
     def _report(
         self, losses: dict[str, torch.Tensor], batch: list[dict[str, Any]], data_time: float
     ) -> StepReport:
-        model = self.model
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        health = dict(getattr(model, "health", {}))
-        metrics = dict(getattr(model, "metrics", {}))
+        metrics = dict(getattr(self._detector, "metrics", {}))
         # A gradient that overflows in float16 is the scaler's business.
         if not self.grad_scaler.is_enabled():
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -157,14 +170,42 @@ class DistillStep(TrainerBase):
             self.iter,
             losses=losses,
             metrics=metrics,
-            health=health,
+            health=self._health(),
             stop=self.stop_requested,
             data_time=data_time,
-            images=[str(x.get("image_id", x.get("file_name", "?"))) for x in batch],
+            images=_image_ids(batch),
         )
 
-    def _write_report(self, report: StepReport, wrong: list[str]) -> str:
-        name = f"not_finite_{report.iteration:07d}_rank{comm.get_rank()}.json"
+    @property
+    def _detector(self) -> nn.Module:
+        model = self.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def _health(self) -> dict[str, torch.Tensor]:
+        return dict(getattr(self._detector, "health", {}))
+
+    def _raise_for_features(self, batch: list[dict[str, Any]], error: Exception) -> NoReturn:
+        """Say which features made the model stop in the middle of its forward."""
+        self.flush()
+        values = {name: float(value) for name, value in self._health().items()}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        # The other processes wait for this one's gradients: none can go on.
+        fatal = comm.get_world_size() > 1
+        self._raise(
+            wrong or [f"student ({error})"], self.iter, _image_ids(batch), values, fatal=fatal
+        )
+
+    def _raise(
+        self,
+        wrong: list[str],
+        iteration: int,
+        images: list[str],
+        values: dict[str, float],
+        *,
+        fatal: bool = False,
+    ) -> NoReturn:
+        """Write a report on a step, and raise."""
+        name = f"not_finite_{iteration:07d}_rank{comm.get_rank()}.json"
         path = os.path.join(self.output_dir, name)
         bad = [
             name
@@ -172,11 +213,11 @@ class DistillStep(TrainerBase):
             if p.grad is not None and not torch.isfinite(p.grad).all()
         ]
         state = {
-            "iteration": report.iteration,
+            "iteration": iteration,
             "rank": comm.get_rank(),
             "not_finite": wrong,
-            "image_ids": report.images,
-            "values": {name: repr(value) for name, value in report.values.items()},
+            "image_ids": images,
+            "values": {name: repr(value) for name, value in values.items()},
             "parameters_with_such_gradients": bad,
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "loss_scale": self.grad_scaler.get_scale(),
@@ -184,4 +225,13 @@ class DistillStep(TrainerBase):
         }
         with open(path, "w") as file:
             json.dump(state, file, indent=1)
-        return path
+        raise NonFiniteError(
+            f"Not finite at iteration {iteration}: {', '.join(wrong)}. The batch and the state "
+            f"are in {path}.",
+            # A teacher never changes: no later step can be better.
+            fatal=fatal or any(name.startswith("teacher ") for name in wrong),
+        )
+
+
+def _image_ids(batch: list[dict[str, Any]]) -> list[str]:
+    return [str(x.get("image_id", x.get("file_name", "?"))) for x in batch]

@@ -12,10 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ class StopOnSignal(HookBase):
     """On SIGTERM: finish the step, save a checkpoint, exit with :data:`EXIT_STOPPED`.
 
     SLURM and spot instances send it some seconds before they kill. All processes stop after the
-    same step, whichever of them got the signal. If a step takes longer than the grace period (as
-    it does where another process has died), the process ends without saving.
+    same step, whichever of them got the signal. An evaluation is broken off at the next image by
+    each process that got it. If that takes longer than the grace period (as it does where another
+    process has died), the process ends without saving.
     """
 
     def __init__(self, grace_period: float) -> None:
@@ -46,24 +49,39 @@ class StopOnSignal(HookBase):
         self.grace_period = grace_period
         self._previous: signal.Handlers | object | None = None
         self._timer: threading.Timer | None = None
+        self._in_evaluation: RemovableHandle | None = None
 
     def before_train(self) -> None:
         """Take over the signal; only the main thread may."""
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._request)
+        self._in_evaluation = self.trainer.student.register_forward_pre_hook(self._evaluates)
 
     def after_step(self) -> None:
-        """Save and leave if any process was asked to."""
-        if not self.trainer.should_stop:
-            return
+        """Save and leave if any process was asked to; the last step is saved by other hooks."""
+        if self.trainer.should_stop and self.trainer.iter + 1 < self.trainer.max_iter:
+            self._save()
+            comm.synchronize()
+            raise Stopped
+
+    def _save(self) -> None:
         iteration = self.trainer.iter
         logger.warning("SIGTERM: saving a checkpoint at iteration %d, then stopping.", iteration)
         self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        comm.synchronize()
+
+    def _evaluates(self, student: nn.Module, _inputs: Any) -> None:
+        """Before each image of an evaluation: leave if this process was asked to."""
+        if student.training or not self.trainer.stop_requested:
+            return
+        # After the last iteration the final checkpoint is there.
+        if self.trainer.iter < self.trainer.max_iter:
+            self._save()
         raise Stopped
 
     def after_train(self) -> None:
         """Give the signal back."""
+        if self._in_evaluation is not None:
+            self._in_evaluation.remove()
         if self._timer is not None:
             self._timer.cancel()
         if self._previous is not None:

@@ -109,6 +109,10 @@ class DistillTrainer(DefaultTrainer):
                     self.iter,
                     self.max_iter,
                 )
+            final = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+            # The run was killed between its last periodic checkpoint and the final one.
+            if self.iter == self.max_iter - 1 and not PathManager.isfile(final):
+                self.checkpointer.save("model_final", iteration=self.iter)
 
     def _warn_of_random_frozen(self) -> None:
         frozen = [name for name, p in self.student.named_parameters() if not p.requires_grad]
@@ -124,9 +128,12 @@ class DistillTrainer(DefaultTrainer):
             )
 
     def after_train(self) -> None:
-        """Write what is still on its way, then run the hooks."""
-        if self.iter == self.max_iter:
+        """Write what is still on its way, then run the hooks; after an error do not evaluate."""
+        if self.iter >= self.max_iter:
             self._trainer.flush()
+        else:
+            # In the last iteration EvalHook takes a failed training for a finished one.
+            self._hooks[:] = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
         super().after_train()
         self.data_loader.log_skipped()
 

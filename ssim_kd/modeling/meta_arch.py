@@ -95,12 +95,11 @@ class DistilledDetector(nn.Module):
         inputs = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
         teacher_features = self.teacher([x["image"] for x in inputs])
         with self._tap as student_features:
-            losses = dict(self.student(inputs))
-        self.health = {
-            f"{whose} features {level}": features.detach().sum(dtype=torch.float32)
-            for whose, by_level in (("teacher", teacher_features), ("student", student_features))
-            for level, features in by_level.items()
-        }
+            try:
+                losses = dict(self.student(inputs))
+            finally:
+                # Also where the student stops half-way, which it does at features like these.
+                self.health = _health(teacher=teacher_features, student=student_features)
         batch = DistillBatch.from_inputs(batched_inputs, device)
         distillation = self.distiller(student_features, teacher_features, batch)
         clash = losses.keys() & distillation.keys()
@@ -113,3 +112,11 @@ class DistilledDetector(nn.Module):
         if self.teacher is not None:
             self.teacher.to(self.device)
         return self
+
+
+def _health(**features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        f"{whose} features {level}": maps.detach().sum(dtype=torch.float32)
+        for whose, by_level in features.items()
+        for level, maps in by_level.items()
+    }
