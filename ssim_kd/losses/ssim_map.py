@@ -70,9 +70,7 @@ def ssim_map(
         empty = x * 1.0
         return SSIMComponents(empty, empty, empty) if components else empty
     if opts.scaling is not None:
-        x = minmax_scale(
-            x, scope=opts.scaling, mask=mask, grad_through_extrema=opts.scaling_grad
-        )
+        x = minmax_scale(x, scope=opts.scaling, mask=mask, grad_through_extrema=opts.scaling_grad)
         y = minmax_scale(y, scope=opts.scaling, mask=mask)
     crop = opts.crop(*x.shape[2:])
     inside = (..., slice(crop, x.shape[2] - crop), slice(crop, x.shape[3] - crop))

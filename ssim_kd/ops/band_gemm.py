@@ -77,7 +77,10 @@ class BandFilter:
         length, block = (w, ROW_BLOCK) if along_rows else (h, COLUMN_BLOCK)
         for b in _blocks(length, block, size, sigma, adjoint, x.dtype, x.device):
             if along_rows:
-                source, result = x.view(-1, w)[:, b.in0 : b.in1], out.view(-1, w)[:, b.out0 : b.out1]
+                source, result = (
+                    x.view(-1, w)[:, b.in0 : b.in1],
+                    out.view(-1, w)[:, b.out0 : b.out1],
+                )
                 self._products.append((source, b.weight_t, result))
             else:
                 for i in range(maps):

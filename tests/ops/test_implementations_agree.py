@@ -1,0 +1,179 @@
+"""The fast implementations give the reference's values and gradients; accuracy; fuzzing."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssim_kd.losses import ssim_loss
+
+SHAPES = [(1, 1, 1, 1), (2, 2, 1, 7), (3, 2, 3, 3), (2, 5, 7, 7), (2, 3, 13, 21), (1, 2, 50, 33)]
+SCALINGS = [(None, True), ("channel", True), ("channel", False), ("sample", True), ("batch", True)]
+# Value and relative gradient; half precision rounds the gradient itself.
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-10),
+    torch.float32: (1e-6, 1e-5),
+    torch.bfloat16: (1e-6, 1e-2),
+    torch.float16: (1e-6, 2e-3),
+}
+
+
+def value_and_grad(x, y, **options):
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = ssim_loss(x, y, **options)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def check(impl, shape, dtype, scaling, scaling_grad, masked):
+    """Compare ``impl`` with the reference; masked cases are channels-last and "valid" as well."""
+    g = torch.Generator().manual_seed(sum(shape))
+    x, y = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    x.view(-1)[:3] = x.max()  # ties for the maximum
+    mask = None
+    if masked:
+        mask = torch.rand(shape[0], *shape[2:], generator=g) > 0.3
+        x, y = (m.contiguous(memory_format=torch.channels_last) for m in (x, y))
+    options = {
+        "scaling": scaling,
+        "scaling_grad": scaling_grad,
+        "mask": mask,
+        "padding": "valid" if masked else "same",
+    }
+    expected, expected_grad = value_and_grad(x, y, impl="reference", **options)
+    loss, grad = value_and_grad(x, y, impl=impl, **options)
+    assert grad.dtype == dtype and loss.dtype == expected.dtype
+    for_value, for_grad = TOLERANCE[dtype]
+    torch.testing.assert_close(loss, expected, atol=for_value, rtol=0)
+    error = (grad.double() - expected_grad.double()).norm()
+    assert error <= for_grad * expected_grad.double().norm() + 1e-12, (shape, options, error)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_eager(shape, dtype):
+    for (scaling, scaling_grad), masked in itertools.product(SCALINGS, (False, True)):
+        check("eager", shape, dtype, scaling, scaling_grad, masked)
+
+
+def test_eager_window_wider_than_the_map_and_in_chunks(monkeypatch):
+    from ssim_kd.ops import ssim_eager
+
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, 5, 6, 40, generator=g).double() for _ in range(2))
+    for budget in (1, 3 * 6 * 40 * 8 * ssim_eager.MAPS_PER_CHUNK):  # 1 and 3 planes a chunk
+        monkeypatch.setattr(ssim_eager, "CHUNK_BYTES", budget)
+        for size in (1, 3, 25):
+            options = {"window_size": size, "sigma": 4.0, "scaling": "batch"}
+            expected = value_and_grad(x, y, impl="reference", **options)
+            result = value_and_grad(x, y, impl="eager", **options)
+            torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("offset,spread", [(0.5, 1.0), (0.5, 1e-3), (10.0, 1e-2)])
+def test_accuracy_in_float32(impl, offset, spread):
+    g = torch.Generator().manual_seed(0)
+    x, y = (offset + spread * torch.rand(2, 4, 40, 50, generator=g) for _ in range(2))
+    exact, exact_grad = value_and_grad(x.double(), y.double(), impl="reference")
+    loss, grad = value_and_grad(x, y, impl=impl)
+    assert abs(loss.double() - exact) < 1e-6
+    assert (grad.double() - exact_grad).norm() < 1e-6 * exact_grad.norm()
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*[st.integers(0, 2)] * 2, *[st.integers(0, 9)] * 2),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    magnitude=st.sampled_from([0.0, 1e-30, 1e-6, 1.0, 1e4, 1e9, 1e20, 1e38]),
+    flat=st.booleans(),
+    scaling=st.sampled_from([None, "channel", "sample", "batch"]),
+    k=st.sampled_from([0.0, 0.01]),
+    seed=st.integers(0, 99),
+)
+def test_finite_input_gives_finite_output(impl, shape, dtype, magnitude, flat, scaling, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.rand(shape, generator=g).double() - 0.5 for _ in range(2))
+    if flat:
+        y = y * 0 + 1
+    largest = torch.finfo(dtype).max
+    x, y = ((m * magnitude * 4).clamp(-largest, largest).to(dtype) for m in (x, y))
+    mask = torch.rand(shape[0], *shape[2:], generator=g) > 0.2
+    options = {"scaling": scaling, "mask": mask, "k1": k, "impl": impl}
+    loss, grad = value_and_grad(x, y, **options)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_huge_maps_keep_their_ssim(impl):
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 2, 12, 12, generator=g) for _ in range(2))
+    # Beyond any C1 and C2 SSIM does not depend on the scale.
+    expected = ssim_loss(x * 1e4, y * 1e4, impl=impl)
+    assert ssim_loss(x * 1e30, y * 1e30, impl=impl).item() == pytest.approx(expected.item(), 1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_is_seen_in_the_loss(bad):
+    x, y = torch.rand(1, 1, 6, 6), torch.rand(1, 1, 6, 6)
+    x[0, 0, 2, 2] = bad
+    for impl in ("reference", "eager"):
+        assert not ssim_loss(x, y, impl=impl).isfinite()
+
+
+TRITON_CASES = [
+    ((1, 1, 1, 1), torch.float32, None, True, False),
+    ((2, 2, 1, 7), torch.float32, "channel", True, True),
+    ((2, 2, 3, 3), torch.float32, "batch", True, False),
+    ((1, 2, 7, 7), torch.bfloat16, "sample", True, True),
+    ((2, 2, 13, 12), torch.float32, "channel", True, False),
+    ((1, 2, 12, 13), torch.float16, None, True, True),
+    ((1, 1, 5, 9), torch.float32, "channel", False, True),
+]
+
+
+def test_triton_under_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_on_a_device(shape):
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, generator=g).cuda() for _ in range(2))
+    for scaling, scaling_grad in SCALINGS:
+        options = {"scaling": scaling, "scaling_grad": scaling_grad}
+        expected = value_and_grad(x, y, impl="reference", **options)
+        torch.testing.assert_close(
+            value_and_grad(x, y, impl="triton", **options), expected, atol=1e-6, rtol=1e-4
+        )
+
+
+def _interpreted() -> None:
+    for case in TRITON_CASES:
+        check("triton", *case)
+    big = torch.full((1, 1, 3, 3), 1e30)
+    big[0, 0, 1, 1] = -2e30
+    loss, grad = value_and_grad(big, -big, impl="triton")
+    assert loss.isfinite() and grad.isfinite().all()
+    torch.testing.assert_close(loss, ssim_loss(big, -big, impl="reference"))
+    empty = torch.zeros(0, 2, 3, 3)
+    assert value_and_grad(empty, empty, impl="triton")[0] == 0
+
+
+if __name__ == "__main__":
+    _interpreted()
