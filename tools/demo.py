@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -213,8 +214,15 @@ def train(
     command += overrides(training, args, out)
     log = folder / "console.txt"
     with open(log, "a") as file:
+        # In a session of its own: an interrupt from the keyboard reaches this process alone, which
+        # then asks the training to save and end.
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             watch(process, folder, cfg.SOLVER.MAX_ITER, console)
@@ -369,4 +377,6 @@ def describe(device: str) -> str:
 
 
 if __name__ == "__main__":
+    # A training is then asked to save before this ends, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
