@@ -9,24 +9,25 @@ from detectron2.layers import ShapeSpec
 from ssim_kd.modeling import DISTILLER_REGISTRY, Distiller
 
 
-def standardize(x: torch.Tensor, mask: torch.Tensor | None, eps: float) -> torch.Tensor:
+def standardize(x: torch.Tensor, cells: torch.Tensor, eps: float) -> torch.Tensor:
     """Bring each channel to mean 0 and standard deviation 1 over the batch and its cells.
 
     Args:
         x: (N, C, H, W), float32.
-        mask: (N, 1, H, W) of 0 and 1, cells that count; None for all.
+        cells: (N, 1, H, W) of 0 and 1: those that count.
         eps: added to the standard deviation.
 
     Returns:
-        (N, C, H, W); what the mask leaves out is not to be used.
+        (N, C, H, W), 0 in the cells that do not count and in channels that are constant.
     """
-    if mask is None:
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
-        return (x - mean) / (std + eps)
-    count = mask.sum()
-    mean = (x * mask).sum(dim=(0, 2, 3), keepdim=True) / count
-    variance = ((x - mean) ** 2 * mask).sum(dim=(0, 2, 3), keepdim=True) / (count - 1)
-    return (x - mean) / (variance.sqrt() + eps)
+    count = cells.sum()
+    mean = (x * cells).sum(dim=(0, 2, 3), keepdim=True) / count.clamp(min=1)
+    deviation = (x - mean) * cells
+    variance = deviation.square().sum(dim=(0, 2, 3), keepdim=True) / (count - 1).clamp(min=1)
+    # The root has no finite gradient at 0: constant channels, and maps of a single cell.
+    constant = variance == 0
+    std = torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt())
+    return deviation / (std + eps)
 
 
 @DISTILLER_REGISTRY.register()
@@ -71,11 +72,10 @@ class PKDDistiller(Distiller):
         """The loss of one level; see :meth:`Distiller.pyramid_loss`."""
         # In half precision the squares of a channel's deviations lose their digits.
         with torch.autocast(student.device.type, enabled=False):
-            cells = None if mask is None else mask[:, None].float()
-            difference = standardize(student.float(), cells, self.eps) - standardize(
-                teacher.float(), cells, self.eps
+            student, teacher = student.float(), teacher.float()
+            cells = torch.ones_like(student[:, :1]) if mask is None else mask[:, None].float()
+            difference = standardize(student, cells, self.eps) - standardize(
+                teacher, cells, self.eps
             )
-            if cells is None:
-                return difference.square().mean() / 2
-            count = cells.sum() * student.shape[1]
-            return (difference.square() * cells).sum() / count / 2
+            count = cells.sum().clamp(min=1) * student.shape[1]
+            return difference.square().sum() / count / 2
