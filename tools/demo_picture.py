@@ -22,11 +22,15 @@ from ssim_kd.checkpoint import load_strictly, read_checkpoint, read_weights
 from ssim_kd.config import student_config
 from ssim_kd.data import register_digits
 from ssim_kd.modeling import DistilledDetector
-from ssim_kd.visualization import LOSS_RANGE, draw_detections, heatmap, loss_maps, to_rgb
+from ssim_kd.visualization import draw_detections, heatmap, loss_maps, to_rgb
 
 TEST_SET = "digits_test"
 # Not chosen for what they show: the first images with at least so many digits.
-NUM_IMAGES, LEAST_DIGITS = 4, 4
+NUM_IMAGES, LEAST_DIGITS = 3, 4
+# Detections below it are not drawn.
+MIN_SCORE = 0.4
+# Ends of the colour scale of the loss maps; without any training the loss is near 0.5.
+LIMITS = (0.0, 0.3)
 # Side of a panel in inches, and pixels an inch.
 SIDE, DPI = 1.75, 100
 
@@ -83,7 +87,12 @@ def draw_demo(configs: dict[str, CfgNode], path: Path, summary: dict[str, dict[s
 
     def add_detections(title: str, found: list[Instances]) -> None:
         pairs = zip(images, found, strict=True)
-        columns.append((title, [draw_detections(i, f, names, scale=1.5) for i, f in pairs]))
+        columns.append(
+            (
+                title,
+                [draw_detections(i, f, names, scale=1.5, min_score=MIN_SCORE) for i, f in pairs],
+            )
+        )
 
     add_detections("ground truth", [x["instances"] for x in inputs])
     titles = {"teacher": "teacher", "student": "plain student", "distilled": "distilled student"}
@@ -100,7 +109,7 @@ def draw_demo(configs: dict[str, CfgNode], path: Path, summary: dict[str, dict[s
         if found_maps.loss.shape[-1] < 4:
             continue
         pairs = zip(found_maps.loss, images, strict=True)
-        drawn = [heatmap(cells, *image.shape[:2]) for cells, image in pairs]
+        drawn = [heatmap(cells, *image.shape[:2], limits=LIMITS) for cells, image in pairs]
         columns.append((f"SSIM loss {level}\nmean {found_maps.loss.nanmean():.2f}", drawn))
     _compose(columns).savefig(path, dpi=DPI)
     _shrink(path)
@@ -118,14 +127,15 @@ def _compose(columns: list[tuple[str, list[np.ndarray]]]) -> Figure:
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture, interpolation="antialiased")
             axes[row, column].axis("off")
-    scale = ScalarMappable(Normalize(*LOSS_RANGE), "inferno")
+    scale = ScalarMappable(Normalize(*LIMITS), "inferno")
     bar = figure.colorbar(scale, ax=axes, fraction=0.015, pad=0.005, aspect=40)
     bar.set_label("(1 - SSIM) / 2 of distilled student and teacher", fontsize=9)
     return figure
 
 
 def _shrink(path: Path) -> None:
-    """Keep 256 colours: a third of the size, for a README."""
+    """Keep 256 colours: less than half the size, for a README."""
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+        full = image.convert("RGB")
+    palette = full.quantize(256, Image.Quantize.FASTOCTREE)
+    full.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
