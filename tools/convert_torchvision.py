@@ -54,15 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         state_dict = torch.load(args.source, map_location="cpu", weights_only=True)
     else:
         state_dict = torchvision.models.get_model(args.source, weights="DEFAULT").state_dict()
+    tensors = convert(state_dict)
     data = {
-        "model": convert(state_dict),
+        "model": tensors,
         "__author__": "torchvision",
         # Detectron2 then looks for the tensors below whatever prefix the model has.
         "matching_heuristics": True,
     }
     args.target.parent.mkdir(parents=True, exist_ok=True)
     args.target.write_bytes(pickle.dumps(data))
-    print(f"{args.target}: {len(data['model'])} tensors")
+    print(f"{args.target}: {len(tensors)} tensors")
 
 
 if __name__ == "__main__":
