@@ -80,4 +80,5 @@ class LpLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Give the options for ``repr``."""
         return f"p={self.p}, scaling={self.scaling!r}, scaling_grad={self.scaling_grad}"

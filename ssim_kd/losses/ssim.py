@@ -175,4 +175,5 @@ class SSIMLoss(nn.Module):
         return _pyramid([input], [target], [mask], [1.0], self.options)[0]
 
     def extra_repr(self) -> str:
+        """Give the options for ``repr``."""
         return ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.options).items())

@@ -1,1 +1,1 @@
-"""Numerical kernels behind ``ssim_kd.losses``: torch alone, no configuration, no detector, no ranks."""
+"""Numerical kernels behind ``ssim_kd.losses``: torch alone; no configuration, no detector."""

@@ -1,14 +1,15 @@
 """The Gaussian window as products with band matrices, for processors that like matrix products.
 
 Maps lie as (H, n, W): n planes of H x W cells, rows outermost. Then a pass along the rows is one
-product with everything flattened to (maps H n, W), and a pass down the columns is one product a map
-with (H, n W). Only the band is multiplied: the axis is cut into blocks of a few cells, each of which
-reads its own cells and the window's radius on both sides.
+product with everything flattened to (maps H n, W), and a pass down the columns is one product a
+map with (H, n W). Only the band is multiplied: the axis is cut into blocks of a few cells, each of
+which reads its own cells and the window's radius on both sides.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def _blocks(
     count = max(1, round(length / block))  # the last block takes the remainder
     ends = [i * block for i in range(count)] + [length]
     blocks = []
-    for out0, out1 in zip(ends[:-1], ends[1:], strict=True):
+    for out0, out1 in pairwise(ends):
         used = matrix[out0:out1].ne(0).any(dim=0).nonzero()
         in0, in1 = int(used[0]), int(used[-1]) + 1
         weight = matrix[out0:out1, in0:in1].to(device, dtype).contiguous()

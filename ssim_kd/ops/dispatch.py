@@ -73,9 +73,9 @@ def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
     device = inputs[0].device.type
     name = options.impl
     if name == "auto":
-        reason = next(filter(None, (_why_not_triton(x, options) for x in inputs)), None)
-        name = "triton" if device == "cuda" and reason is None else "eager"
-        because = f" ({reason})" if device == "cuda" and reason is not None else ""
+        why_not = next(filter(None, (_why_not_triton(x, options) for x in inputs)), None)
+        name = "triton" if device == "cuda" and why_not is None else "eager"
+        because = f" ({why_not})" if device == "cuda" and why_not is not None else ""
         _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}{because}")
     if name == "eager":
         return ssim_eager.run_levels

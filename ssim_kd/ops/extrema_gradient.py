@@ -41,7 +41,7 @@ class ExtremaGradient:
         self.sum_gx = torch.zeros_like(slope)
 
     def add_sums(self, at: slice, grad: Tensor, x: Tensor, shift: Tensor) -> None:
-        """Sums of planes ``at``. ``grad`` (H, n W) for x^, ``x`` (H, n W) is x^ - ``shift`` (n,)."""
+        """Sums of planes ``at``: ``grad`` (H, n W) for x^, ``x`` (H, n W) = x^ - ``shift`` (n,)."""
         h, n = grad.shape[0], shift.shape[0]
         sum_g = grad.view(h, n, -1).sum((0, 2))
         sum_gx = (grad * x).view(h, n, -1).sum((0, 2))

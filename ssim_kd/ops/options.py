@@ -72,7 +72,7 @@ class SSIMOptions:
 
     @property
     def eps(self) -> float:
-        """Added to the product of the denominators, as kornia does; in the units of data_range^4."""
+        """Added to the product of the denominators, as kornia does; scales as data_range^4."""
         return 1e-12 * self.data_range**4
 
     @property

@@ -4,6 +4,9 @@ A program takes CB channels of one sample (1, or several in channels-last maps, 
 neighbours in memory) and walks over their cells.
 """
 
+# Triton types its arguments at each launch: annotations would say nothing to it.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
 from __future__ import annotations
 
 import triton

@@ -74,8 +74,8 @@ class _Level:
     ):
         self.x, self.y, self.options = x, y, options
         self.like = torch.empty(0, dtype=compute_dtype(x), device=x.device)
-        _, c, h, w = x.shape
-        self.weights = cell_weights(x.shape, self.like, mask, options.crop(h, w))
+        crop = options.crop(*x.shape[2:])
+        self.weights = cell_weights(x.shape, self.like, mask, crop)
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         self.affine_x: PlaneAffine | None = None
         self.affine_y: PlaneAffine | None = None

@@ -1,4 +1,4 @@
-"""Triton kernels of the SSIM loss. ``ssim_triton`` launches them; ``ssim_pointwise`` has the algebra.
+"""Triton kernels of the SSIM loss; ``ssim_triton`` launches them, ``ssim_pointwise`` has algebra.
 
 A lane is one column of one plane; neighbouring lanes are neighbours in memory. A lane marches down
 its rows. In each row it takes the horizontal mean of four products from the 2 r + 1 columns around
@@ -7,6 +7,9 @@ output row that the window touches. ``K`` is the window's size, ``R`` = K // 2 i
 loops over K are unrolled. Rows beyond the border are folded into the tables of weights, so that no
 map is padded. There are no atomics: the same input gives the same bits.
 """
+
+# Triton types its arguments at each launch: annotations would say nothing to it.
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 

@@ -66,8 +66,7 @@ class _Level:
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
         self.channels_last = not dense
-        self.float32 = {"dtype": torch.float32, "device": x.device}
-        like = torch.empty(0, **self.float32)
+        self.like = like = torch.empty(0, dtype=torch.float32, device=x.device)
         self.weights = cell_weights(x.shape, like, mask, options.crop(h, w))
         self.mask, self.valid = mask, x if mask is None else mask.contiguous().view(torch.uint8)
         self.tile: dict[str, Any] = {"CB": 32 if self.channels_last else 1}
@@ -85,8 +84,8 @@ class _Level:
 
     def _fill_planes(self) -> None:
         n, c, h, w = self.x.shape
-        options, like = self.options, self.float32
-        self.planes, self.ranges = torch.empty(9, n, c, **like), torch.empty(8, n, c, **like)
+        options = self.options
+        self.planes, self.ranges = self.like.new_empty(9, n, c), self.like.new_empty(8, n, c)
         range_kernel[self.tile_grid](
             self.x, self.y, self.valid, self.planes, self.ranges,
             c, h, w, n * c, options.c1, options.c2, options.eps,
@@ -107,12 +106,12 @@ class _Level:
         row_out, row_in = _tables(h, *window, self.x.device)
         column_out, column_in = _tables(w, *window, self.x.device)
         through = self.grad is not None and options.scaling is not None and options.scaling_grad
-        sums = torch.empty(2, n, c, w, **self.float32) if through else self.planes
+        sums = self.like.new_empty(2, n, c, w) if through else self.planes
         weights = self.planes if self.weights is None else self.weights
         build = {"K": options.window_size, "BLOCK": LANES, "CHANNELS_LAST": self.channels_last}
         scratch = self.planes
         if self.grad is not None:
-            scratch = torch.empty(3 * h * n * self.channels * w, **self.float32)
+            scratch = self.like.new_empty(3 * h * n * self.channels * w)
         done = 0
         for c0 in range(0, c, self.channels):
             here = min(self.channels, c - c0)
@@ -165,9 +164,10 @@ def run_levels(
         for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True)
     ]
     programs = [0 if level is None else level.programs for level in levels]
-    like = {"dtype": torch.float32, "device": inputs[0].device}
     # One table for all levels, so that one sum finishes the whole pyramid.
-    partial = torch.zeros(len(levels), max(1, *programs, 1), **like)
+    partial = torch.zeros(
+        len(levels), max([1, *programs]), dtype=torch.float32, device=inputs[0].device
+    )
     grads: list[Tensor | None] = []
     for x, level, row, need in zip(inputs, levels, partial, need_grad, strict=True):
         if level is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=32)
 def gaussian_window(size: int, sigma: float) -> Tensor:
-    """Weights (size,) float64 of a Gaussian of ``sigma`` cells; they sum to 1. Do not write to it."""
+    """Weights (size,) float64 of a Gaussian of ``sigma`` cells; they sum to 1. Read-only."""
     offset = torch.arange(size, dtype=torch.float64) - size // 2
     weight = torch.exp(-0.5 * (offset / sigma) ** 2)
     return weight / weight.sum()

@@ -94,7 +94,7 @@ def test_constant_and_extreme_maps_stay_finite(value):
 
 
 def test_scaling_bad_input():
-    with pytest.raises(ValueError, match="scope must be one of 'channel'.*got 'layer'"):
+    with pytest.raises(ValueError, match=r"scope must be one of 'channel'.*got 'layer'"):
         minmax_scale(X, scope="layer")
     with pytest.raises(ValueError, match=r"got \(3, 6, 7\)"):
         minmax_scale(X[0])

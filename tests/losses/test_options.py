@@ -38,7 +38,7 @@ def test_bad_option_is_named_with_its_value(name, values):
 
 
 def test_unknown_option_names_the_known_ones():
-    with pytest.raises(ValueError, match="window_size.*got 'window'"):
+    with pytest.raises(ValueError, match=r"window_size.*got 'window'"):
         check_ssim_options(window=11)
 
 
@@ -75,7 +75,7 @@ def test_tensors_that_do_not_fit(x, y, options, match):
 def test_lists_that_do_not_fit():
     with pytest.raises(ValueError, match="at least one level"):
         pyramid_ssim_loss([], [])
-    with pytest.raises(ValueError, match="level_weights must have 2 levels.*got 1"):
+    with pytest.raises(ValueError, match=r"level_weights must have 2 levels.*got 1"):
         pyramid_ssim_loss([X, X], [X, X], level_weights=[1.0])
 
 

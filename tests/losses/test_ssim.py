@@ -191,7 +191,7 @@ def test_retained_graph_and_accumulation():
 def test_second_derivative():
     x, y = maps((1, 1, 4, 4))
     x.requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
         torch.autograd.grad(ssim_loss(x, y, impl="eager"), x, create_graph=True)
     assert torch.autograd.gradgradcheck(lambda t: ssim_loss(t, y, impl="reference"), x)
 
