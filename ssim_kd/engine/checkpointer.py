@@ -148,7 +148,10 @@ class StudentCheckpointer(DetectionCheckpointer):
             if _iteration(p) is not None or os.path.basename(p) == "model_final.pth"
         ]
         others.sort(key=os.path.getmtime, reverse=True)
-        tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        try:
+            tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        except UnicodeDecodeError:
+            tagged = ""
         if not os.path.isfile(tagged):
             if others:
                 self.logger.warning(

@@ -39,6 +39,7 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.base_lr = float(cfg.SOLVER.BASE_LR)
 
         model = self.build_model(cfg)
         self.student = model.student if isinstance(model, DistilledDetector) else model
@@ -162,7 +163,7 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.flush()
         state = TrainerBase.state_dict(self)
         state["teacher_sha256"] = self.teacher_sha256
-        state["base_lr"] = float(self.cfg.SOLVER.BASE_LR)
+        state["base_lr"] = self.base_lr
         state["skipped_steps"] = self._trainer.skipped
         state["data"] = self.data_loader.state_dict()
         state["optimizer"] = self.optimizer.state_dict()
@@ -185,12 +186,13 @@ class DistillTrainer(DefaultTrainer):
                 f"{self.teacher_sha256 or '(none)'}. Resume with the former, or start anew in "
                 "another OUTPUT_DIR."
             )
-        if state_dict["base_lr"] != self.cfg.SOLVER.BASE_LR:
+        self.base_lr = state_dict["base_lr"]
+        if self.base_lr != self.cfg.SOLVER.BASE_LR:
             logger.warning(
                 "SOLVER.BASE_LR is %g, but the run that is resumed was started at %g and goes on "
                 "with it. Start anew in another OUTPUT_DIR to change it.",
                 self.cfg.SOLVER.BASE_LR,
-                state_dict["base_lr"],
+                self.base_lr,
             )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.skipped = state_dict["skipped_steps"]

@@ -1,0 +1,132 @@
+"""What tests do inside the processes they start: each is called with the rank before the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch.nn.parallel import DistributedDataParallel
+
+from ssim_kd.engine import DistillTrainer
+from ssim_kd.engine.report import StepReport
+from ssim_kd.engine.step import DistillStep
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def record_rank(folder: str, rank: int) -> None:
+    """At the end, write the hash of this rank's weights and the gradients of its last step."""
+    original = DistillTrainer.after_train
+
+    def after_train(self: Any) -> None:
+        model = getattr(self.model, "module", self.model)
+        facts = {
+            # Statistics are each rank's own, as in Detectron2.
+            "parameters": hashlib.sha256(
+                b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+            ).hexdigest(),
+            "adapters": {n: float(p.grad.norm()) for n, p in model.distiller.named_parameters()},
+        }
+        Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
+        original(self)
+
+    DistillTrainer.after_train = after_train  # type: ignore[method-assign]
+
+
+def record_steps(folder: str, rank: int) -> None:
+    """Append a line a step: its iteration, images, losses and learning rates, bit for bit."""
+    step, read = DistillStep.run_step, StepReport.read
+    last: list[StepReport] = []
+    path = os.path.join(folder, f"steps_rank{rank}.jsonl")
+
+    def reading(self: StepReport) -> None:
+        read(self)
+        last[:] = [self]
+
+    def stepping(self: DistillStep) -> None:
+        step(self)
+        line = {
+            "iteration": last[0].iteration,
+            "images": last[0].images,
+            "values": {name: value.hex() for name, value in last[0].values.items()},
+            "lr": [group["lr"] for group in self.optimizer.param_groups],
+        }
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    StepReport.read = reading  # type: ignore[method-assign]
+    DistillStep.run_step = stepping  # type: ignore[method-assign]
+
+
+def distillation_gradient(cfg: Any, weights: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient of loss_distill alone for a batch (N, 3, H, W); under DDP where there is one."""
+    from detectron2.structures import Boxes, Instances
+
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    model.load_state_dict(torch.load(weights))
+    model.train()
+    batch = []
+    for image in images:
+        instances = Instances(tuple(image.shape[1:]))
+        instances.gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 56.0, 56.0]]))
+        instances.gt_classes = torch.tensor([1])
+        batch.append({"image": image, "instances": instances})
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    with EventStorage(0):
+        losses = parallel(batch)
+    # The other losses keep their place in the graph, for DDP, and have no gradient.
+    sum(v if k == "loss_distill" else v * 0 for k, v in losses.items()).backward()  # type: ignore
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def gradient_of_half(cfgs: list[Any], weights: str, images: torch.Tensor, to: str, rank: int):
+    """Instead of a run: the gradients under DDP of this rank's half of a batch."""
+    dist.init_process_group("gloo")
+    half = images.chunk(2)[rank]
+    found = [distillation_gradient(cfg, weights, half) for cfg in cfgs]
+    if rank == 0:
+        torch.save(found, to)
+    dist.barrier()
+    os._exit(0)
+
+
+def fail_at(iteration: int, rank_that_fails: int, rank: int) -> None:
+    """Raise in one rank's step."""
+    step = DistillStep.run_step
+
+    def failing(self: DistillStep) -> None:
+        if self.iter == iteration and rank == rank_that_fails:
+            raise RuntimeError("injected failure")
+        step(self)
+
+    DistillStep.run_step = failing  # type: ignore[method-assign]
+
+
+def slow_writes(seconds: float, rank: int) -> None:
+    """Every file takes so long to reach the disk."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+def all_of(functions: list[Any], rank: int) -> None:
+    for function in functions:
+        function(rank)

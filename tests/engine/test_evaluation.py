@@ -1,0 +1,112 @@
+"""Evaluation of the student, in which the teacher has no part, and of the teacher by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ssim_kd.engine.evaluation import build_evaluator, check_teacher
+from tests.engine.runs import World, save_random_detector
+
+NO_TEACHER = (
+    "MODEL.DISTILL.TEACHER.WEIGHTS",
+    "/nowhere/teacher.pth",
+    "MODEL.DISTILL.TEACHER.CONFIG_FILE",
+    "/nowhere/teacher.yaml",
+)
+
+
+@pytest.fixture(scope="module")
+def student(world: World, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("student") / "model_0000004.pth"
+    save_random_detector(world.config, path)
+    return path
+
+
+def test_eval_only_never_touches_the_teacher(world: World, student: Path, tmp_path) -> None:
+    results = world.main(tmp_path, "--eval-only", "MODEL.WEIGHTS", student, *NO_TEACHER)
+    assert "AP" in results["bbox"]
+    assert (tmp_path / "inference" / "coco_instances_results.json").exists()
+
+
+def test_eval_only_without_weights_is_an_error(world: World, tmp_path) -> None:
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty; --eval-only expects"):
+        world.main(tmp_path, "--eval-only", *NO_TEACHER)
+
+
+def test_eval_only_with_weights_that_fit_in_part_is_an_error(
+    world: World, student: Path, tmp_path
+) -> None:
+    state = torch.load(student)["model"]
+    headless = tmp_path / "headless.pth"
+    torch.save({"model": {k: v for k, v in state.items() if "box_predictor" not in k}}, headless)
+    for path, expected in ((headless, "4 keys missing"), (world.teacher, "of another shape")):
+        with pytest.raises(ValueError, match=expected):
+            world.main(tmp_path, "--eval-only", "MODEL.WEIGHTS", path, *NO_TEACHER)
+
+
+def test_eval_only_takes_the_last_checkpoint(world: World, student: Path, tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "model_0000004.pth").write_bytes(student.read_bytes())
+    (folder / "model_0000009.pth").write_bytes(student.read_bytes()[:5000])
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    options = ("--eval-only", "--resume", "MODEL.WEIGHTS", "/nowhere.pth", *NO_TEACHER)
+    assert "bbox" in world.main(folder, *options)
+    (folder / "model_0000004.pth").unlink()
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        world.main(folder, *options)
+
+
+def test_eval_teacher(world: World, tmp_path) -> None:
+    results = world.main(tmp_path, "--eval-teacher")
+    assert "AP" in results["bbox"]
+    assert (tmp_path / "teacher" / "inference" / "coco_instances_results.json").exists()
+    with pytest.raises(ValueError, match=r"TEACHER.WEIGHTS is '/nowhere.pth'"):
+        world.main(tmp_path, "--eval-teacher", "MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere.pth")
+
+
+def test_a_teacher_that_falls_short_stops_the_run(world: World, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"AP on digits_val, but .*EXPECTED_AP is 30\.0"):
+        world.main(tmp_path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 30.0)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("reached", "passes"), [(30.0, True), (29.9, False), (float("nan"), False)]
+)
+def test_the_ap_that_is_expected(reached, passes, world: World, tmp_path) -> None:
+    trainer = SimpleNamespace(test=lambda cfg, model: {"bbox": {"AP": reached}})
+    cfg = world.cfg(tmp_path)
+    if passes:
+        check_teacher(cfg, trainer, 30.0)
+    else:
+        with pytest.raises(ValueError, match="check its weights and config"):
+            check_teacher(cfg, trainer, 30.0)
+
+
+def test_expected_results_are_verified(world: World, student: Path, tmp_path) -> None:
+    expected = json.dumps([["bbox", "AP", 50.0, 0.1]])
+    with pytest.raises(SystemExit) as stopped:
+        world.main(
+            tmp_path,
+            "--eval-only",
+            "MODEL.WEIGHTS",
+            student,
+            "TEST.EXPECTED_RESULTS",
+            expected,
+            *NO_TEACHER,
+        )
+    assert stopped.value.code == 1
+
+
+def test_an_unknown_kind_of_data_set(world: World, tmp_path) -> None:
+    from detectron2.data import MetadataCatalog
+
+    MetadataCatalog.get("of_an_unknown_kind").evaluator_type = "panorama"
+    with pytest.raises(ValueError, match="'panorama'; expected one of"):
+        build_evaluator(world.cfg(tmp_path), "of_an_unknown_kind")

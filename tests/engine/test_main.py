@@ -1,0 +1,62 @@
+"""The command line: what is wrong is said before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.runs import World
+
+
+def test_an_unknown_key(world: World, tmp_path) -> None:
+    with pytest.raises(KeyError, match=r"MODEL\.DISTIL\.LOSS"):
+        world.cfg(tmp_path, "MODEL.DISTIL.LOSS", "ssim")
+
+
+def test_a_device_that_is_not_there(world: World, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"MODEL.DEVICE is 'cuda', but no GPU.* MODEL.DEVICE cpu"):
+        world.cfg(tmp_path, "MODEL.DEVICE", "cuda")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.system ['touch {folder}/ran']",
+        "!!python/object/new:os.system ['touch {folder}/ran']",
+        "!!python/name:os.system",
+        "!!python/module:os",
+    ],
+)
+def test_a_config_cannot_run_code(value, world: World, tmp_path) -> None:
+    config = tmp_path / "evil.yaml"
+    value = value.format(folder=tmp_path)
+    config.write_text(f"_BASE_: {world.config}\nOUTPUT_DIR: {value}\n")
+    with pytest.raises(ValueError, match=r"asks to run code .* which is refused"):
+        world.cfg(tmp_path, config=config)
+    evil_base = tmp_path / "base.yaml"
+    evil_base.write_text(f"_BASE_: {config}\n")
+    with pytest.raises(ValueError, match="asks to run code"):
+        world.cfg(tmp_path, config=evil_base)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_teachers_config_cannot_run_code(world: World, tmp_path) -> None:
+    config = tmp_path / "evil.yaml"
+    config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
+    with pytest.raises(ValueError, match="The teacher's config cannot be read"):
+        world.main(tmp_path / "out", "MODEL.DISTILL.TEACHER.CONFIG_FILE", config)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_teachers_config_may_lie_beside_the_students(world: World, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.CONFIG_FILE", "teacher.yaml")
+    assert Path(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE) == world.teacher_config
+
+
+def test_a_config_file_that_is_not_there(world: World, tmp_path) -> None:
+    with pytest.raises((ValueError, OSError), match=r"nowhere\.yaml"):
+        world.cfg(tmp_path, config=tmp_path / "nowhere.yaml")

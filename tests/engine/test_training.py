@@ -1,0 +1,182 @@
+"""A training of six steps: what it writes, and that a resumed one is the same bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import hooks
+from detectron2.modeling import build_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ssim_kd.engine import DistillTrainer
+from ssim_kd.engine.hooks import Reseed
+from ssim_kd.engine.stopping import StopOnSignal
+from tests.engine.runs import World, assert_same, checkpoint, metrics, save_random_detector
+
+LEVELS = ("p2", "p3", "p4", "p5", "p6")
+
+
+@pytest.fixture(scope="module")
+def six(world: World, tmp_path_factory) -> Path:
+    """Six steps; the seed is drawn."""
+    folder = tmp_path_factory.mktemp("six")
+    world.main(folder, "SEED", -1, "VIS_PERIOD", 3)
+    return folder
+
+
+def half_of(folder: Path, to: Path) -> Path:
+    """What a run that was killed after three steps leaves."""
+    shutil.copytree(
+        folder, to, ignore=shutil.ignore_patterns("model_final.pth", "*5.pth", "*.lock")
+    )
+    (to / "last_checkpoint").write_text("model_0000002.pth")
+    return to
+
+
+def test_losses_by_level_reach_metrics_json_and_tensorboard(six: Path) -> None:
+    last = next(line for line in metrics(six) if line["iteration"] == 5)
+    names = [f"distill/ssim_{level}{end}" for level in LEVELS for end in ("", "_weighted")]
+    for name in ["loss_distill", "total_loss", "loss_cls", "lr", "grad_norm", *names]:
+        assert math.isfinite(last[name]), name
+    assert last["loss_distill"] == pytest.approx(
+        sum(last[f"distill/ssim_{level}_weighted"] for level in LEVELS), rel=1e-2
+    )
+    board = EventAccumulator(str(six), size_guidance={"images": 0}).Reload()
+    assert {"loss_distill", *names} <= set(board.Tags()["scalars"])
+    assert {f"distill/{level}" for level in LEVELS} <= set(board.Tags()["images"])
+
+
+def test_the_checkpoint_is_that_of_a_plain_student(six: Path) -> None:
+    saved = checkpoint(six)
+    assert saved.keys() == {"model", "distiller", "trainer", "iteration"}
+    cfg = get_cfg()
+    cfg.merge_from_file(str(six / "student.yaml"))
+    model = build_model(cfg)
+    result = model.load_state_dict(saved["model"], strict=False)
+    # Detectron2 makes pixel_mean and pixel_std of the config.
+    assert not result.unexpected_keys and not result.missing_keys
+    assert not any("teacher" in key for key in [*saved["model"], *saved["distiller"]])
+
+
+def test_resumed_training_is_the_same_bit_for_bit(world: World, six: Path, tmp_path) -> None:
+    folder = half_of(six, tmp_path / "resumed")
+    world.main(folder, "--resume", "SEED", -1, "VIS_PERIOD", 3)
+    whole, resumed = checkpoint(six), checkpoint(folder)
+    assert whole["trainer"]["data"]["seed"] == resumed["trainer"]["data"]["seed"]
+    assert whole["trainer"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
+    assert_same(whole, resumed)
+
+
+def test_a_resumed_run_differs_from_one_that_starts_anew(world: World, six: Path, tmp_path) -> None:
+    """Holds the test above to account: the state that is restored does matter."""
+    folder = half_of(six, tmp_path / "resumed")
+    four = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "()")
+    world.main(folder, "--resume", *four)
+    stranger = half_of(six, tmp_path / "stranger")
+    state = checkpoint(stranger, "model_0000002")
+    for value in state["trainer"]["optimizer"]["state"].values():
+        value["momentum_buffer"].zero_()
+    torch.save(state, stranger / "model_0000002.pth")
+    world.main(stranger, "--resume", *four)
+    with pytest.raises(AssertionError):
+        assert_same(checkpoint(folder)["model"], checkpoint(stranger)["model"])
+
+
+def test_retinanets_loss_normalizer_is_restored(world: World, tmp_path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "resumed"
+    short = ("SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()")
+    world.main(whole, *short, config=world.retinanet)
+    folder.mkdir()
+    shutil.copy(whole / "model_0000000.pth", folder)
+    world.main(folder, "--resume", *short, config=world.retinanet)
+    assert checkpoint(whole)["trainer"]["loss_normalizer"] != 100.0
+    assert_same(checkpoint(whole), checkpoint(folder))
+
+
+def test_without_distillation_and_in_mixed_precision(world: World, tmp_path) -> None:
+    missing = ("MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere.pth", "SOLVER.MAX_ITER", 2)
+    world.main(tmp_path / "plain", "MODEL.DISTILL.ENABLED", "False", *missing)
+    assert checkpoint(tmp_path / "plain").keys() == {"model", "trainer", "iteration"}
+    assert not any("distill" in name for line in metrics(tmp_path / "plain") for name in line)
+
+    world.main(tmp_path / "amp", "SOLVER.AMP.ENABLED", "True", "SOLVER.MAX_ITER", 2)
+    saved = checkpoint(tmp_path / "amp")
+    assert all(v.dtype != torch.bfloat16 for v in saved["model"].values())
+    last = next(line for line in metrics(tmp_path / "amp") if line["iteration"] == 1)
+    assert math.isfinite(last["loss_distill"])
+    assert saved["trainer"]["grad_scaler"] == {}, "bfloat16 needs no scaler"
+
+
+def test_another_learning_rate_on_resume_is_told(world: World, six: Path, tmp_path, caplog) -> None:
+    folder = half_of(six, tmp_path / "resumed")
+    with caplog.at_level(logging.WARNING):
+        world.main(folder, "--resume", "SOLVER.BASE_LR", 0.02)
+    assert "SOLVER.BASE_LR is 0.02, but the run that is resumed was started at 0.01" in caplog.text
+    assert checkpoint(folder)["trainer"]["base_lr"] == 0.01, "it is told again at the next resume"
+
+
+def test_another_teacher_on_resume_is_refused(world: World, six: Path, tmp_path) -> None:
+    folder = half_of(six, tmp_path / "resumed")
+    other = tmp_path / "other.pth"
+    save_random_detector(world.teacher_config, other, seed=6)
+    with pytest.raises(ValueError, match="was trained with the teacher of SHA-256"):
+        world.main(folder, "--resume", "MODEL.DISTILL.TEACHER.WEIGHTS", other)
+
+
+def test_other_classes_or_no_distiller_on_resume_are_refused(
+    world: World, six: Path, tmp_path
+) -> None:
+    folder = half_of(six, tmp_path / "resumed")
+    with pytest.raises(ValueError, match="does not fit the student"):
+        world.main(folder, "--resume", "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
+    with pytest.raises(ValueError, match=r"has \['distiller'\] beside the config"):
+        world.main(folder, "--resume", "MODEL.DISTILL.ENABLED", "False")
+
+
+def test_nothing_left_to_train(world: World, six: Path, tmp_path, caplog) -> None:
+    """The run was killed between its last periodic checkpoint and the final one."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(six, folder, ignore=shutil.ignore_patterns("model_final.pth"))
+    (folder / "last_checkpoint").write_text("model_0000005.pth")
+    with caplog.at_level(logging.WARNING):
+        world.main(folder, "--resume")
+    assert "nothing is left to train" in caplog.text
+    assert_same(checkpoint(six), checkpoint(folder))
+
+
+def test_resume_without_a_checkpoint_starts_anew_and_says_so(
+    world: World, tmp_path, caplog
+) -> None:
+    with caplog.at_level(logging.INFO):
+        world.main(tmp_path, "--resume", "SOLVER.MAX_ITER", 1)
+    assert f"No checkpoint in {tmp_path}: training starts anew" in caplog.text
+
+
+def test_order_of_the_hooks(world: World, tmp_path) -> None:
+    from ssim_kd.data import register_datasets
+
+    cfg = world.cfg(tmp_path, "TEST.EVAL_PERIOD", 3)
+    register_datasets(cfg)
+    trainer = DistillTrainer(cfg)
+    kinds = [type(hook) for hook in trainer._hooks]
+    assert kinds[0] is Reseed
+    order = [
+        hooks.LRScheduler,
+        StopOnSignal,
+        hooks.PeriodicCheckpointer,
+        hooks.EvalHook,
+        hooks.PeriodicWriter,
+    ]
+    assert [kind for kind in kinds if kind in order] == order
+    modules = list(trainer.model.modules())
+    assert not any(module is trainer.model.teacher.backbone for module in modules)
+    ids = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert ids == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    assert {id(p) for p in trainer.model.distiller.parameters()} <= ids
+    assert not ids & {id(p) for p in trainer.model.teacher.backbone.parameters()}
