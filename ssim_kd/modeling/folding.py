@@ -1,5 +1,7 @@
 """Folding: a frozen batch norm behind a convolution becomes part of the convolution."""
 
+from typing import Any
+
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
@@ -27,7 +29,7 @@ def fold_batch_norms(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
+def _fold(conv: Any, norm: Any) -> None:
     # In double precision, so that folding itself rounds once.
     mean, variance, weight, bias = (
         tensor.double() for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)

@@ -69,7 +69,7 @@ class FeatureTap:
             self._handles.append(source.register_forward_hook(collect))
         return features
 
-    def __exit__(self, *_exc_info) -> None:
+    def __exit__(self, *_exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
