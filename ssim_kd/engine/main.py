@@ -52,21 +52,20 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     """Detectron2's defaults, ours, the file, the overrides; frozen.
 
     Raises:
-        ValueError: a device that this machine lacks.
+        ValueError: a device that this machine lacks, an unknown key, a file that cannot be read.
     """
     cfg = get_cfg()
     add_distill_config(cfg)
     if add_config is not None:
         add_config(cfg)
     if args.config_file:
-        try:
-            cfg.merge_from_file(args.config_file, allow_unsafe=False)
-        except yaml.constructor.ConstructorError as error:
-            raise ValueError(
-                f"--config-file {args.config_file} asks to run code ({error.problem}, line "
-                f"{error.problem_mark.line + 1}), which is refused; expected plain values."
-            ) from error
-    cfg.merge_from_list(args.opts)
+        _merge_file(cfg, args.config_file)
+    try:
+        cfg.merge_from_list(args.opts)
+    except (AssertionError, KeyError) as error:
+        raise ValueError(
+            f"{error.args[0]}. Expected KEY VALUE pairs of known keys, not {args.opts}."
+        ) from error
     _resolve_teacher(cfg, args.config_file)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -75,6 +74,18 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
         )
     cfg.freeze()
     return cfg
+
+
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"--config-file {path} asks to run code ({error.problem}, line "
+            f"{error.problem_mark.line + 1}), which is refused; expected plain values."
+        ) from error
+    except (AssertionError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"--config-file {path} cannot be read: {error}") from error
 
 
 def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:

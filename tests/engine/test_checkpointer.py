@@ -102,7 +102,7 @@ def test_the_newest_checkpoint_is_taken_where_the_tag_is_damaged(tag, tmp_path) 
 def test_no_training_starts_anew_where_no_checkpoint_can_be_read(tmp_path) -> None:
     save(tmp_path, 3)
     truncate(tmp_path)
-    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* can be read"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* can be read"):
         make(tmp_path)[0].resume_or_load("", resume=True)
     assert not make(tmp_path)[0].resume_or_load("", resume=False)
 
@@ -213,5 +213,5 @@ def test_weights_to_start_from_must_fit_the_backbone(tmp_path, caplog) -> None:
         {**state, "backbone.bias": torch.ones(3)},
     ):
         torch.save({"model": wrong}, path)
-        with pytest.raises(ValueError, match="MODEL.WEIGHTS does not fit the student's backbone"):
+        with pytest.raises(ValueError, match=r"MODEL.WEIGHTS does not fit the student's backbone"):
             make(tmp_path)[0].resume_or_load(str(path), resume=False)

@@ -34,7 +34,7 @@ def test_eval_only_never_touches_the_teacher(world: World, student: Path, tmp_pa
 
 
 def test_eval_only_without_weights_is_an_error(world: World, tmp_path) -> None:
-    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty; --eval-only expects"):
+    with pytest.raises(ValueError, match=r"MODEL.WEIGHTS is empty; --eval-only expects"):
         world.main(tmp_path, "--eval-only", *NO_TEACHER)
 
 

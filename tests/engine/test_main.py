@@ -11,8 +11,14 @@ from tests.engine.runs import World
 
 
 def test_an_unknown_key(world: World, tmp_path) -> None:
-    with pytest.raises(KeyError, match=r"MODEL\.DISTIL\.LOSS"):
+    with pytest.raises(ValueError, match=r"DISTIL\.LOSS.*Expected KEY VALUE pairs of known keys"):
         world.cfg(tmp_path, "MODEL.DISTIL.LOSS", "ssim")
+    with pytest.raises(ValueError, match="KEY VALUE pairs"):
+        world.cfg(tmp_path, "MODEL.DISTILL.LOSS")
+    config = tmp_path / "unknown.yaml"
+    config.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTIL: {{LOSS: ssim}}}}\n")
+    with pytest.raises(ValueError, match=r"unknown.yaml cannot be read: .*MODEL\.DISTIL"):
+        world.cfg(tmp_path, config=config)
 
 
 def test_a_device_that_is_not_there(world: World, tmp_path, monkeypatch) -> None:
@@ -58,5 +64,12 @@ def test_a_teachers_config_may_lie_beside_the_students(world: World, tmp_path, m
 
 
 def test_a_config_file_that_is_not_there(world: World, tmp_path) -> None:
-    with pytest.raises((ValueError, OSError), match=r"nowhere\.yaml"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
         world.cfg(tmp_path, config=tmp_path / "nowhere.yaml")
+
+
+def test_a_config_file_that_is_no_yaml(world: World, tmp_path) -> None:
+    config = tmp_path / "broken.yaml"
+    config.write_text("MODEL: {DEVICE: cpu\n")
+    with pytest.raises(ValueError, match=r"(?s)broken\.yaml cannot be read: .*line 2"):
+        world.cfg(tmp_path, config=config)

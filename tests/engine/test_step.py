@@ -63,10 +63,10 @@ def make(folder: Path, *wrong: str, **options: Any) -> DistillStep:
 
 def run(step: DistillStep, steps: int) -> EventStorage:
     with EventStorage(0) as storage:
-        for step.iter in range(step.iter, step.iter + steps):
+        for _ in range(steps):
             storage.iter = step.iter
             step.run_step()
-        step.iter += 1
+            step.iter += 1
     return storage
 
 

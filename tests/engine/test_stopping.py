@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from ssim_kd.engine.stopping import EXIT_STOPPED, Stopped, StopOnSignal, sole_owner
+from ssim_kd.engine.stopping import EXIT_STOPPED, StopOnSignal, Stopped, sole_owner
 from tests.engine.runs import World
 
 
@@ -103,9 +103,9 @@ def test_the_grace_period_is_the_longest() -> None:
 
 def test_one_run_a_folder(tmp_path: Path) -> None:
     with sole_owner(str(tmp_path)):
-        with pytest.raises(RuntimeError, match=rf"in use by another run \(process {os.getpid()} "):
-            with sole_owner(str(tmp_path)):
-                pass
+        expected = rf"in use by another run \(process {os.getpid()} "
+        with pytest.raises(RuntimeError, match=expected), sole_owner(str(tmp_path)):
+            pass
         # The refused one has not taken the owner's mark away.
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     with sole_owner(str(tmp_path)):
