@@ -20,6 +20,8 @@ LAYERS = {
     "ssim_kd.modeling": 3,  # the sub-package's face
     "ssim_kd.modeling.meta_arch": 3,
     "ssim_kd.modeling.distiller": 2,
+    "ssim_kd.modeling.feature_distiller": 2,
+    "ssim_kd.modeling.levels": 2,
     "ssim_kd.modeling.teacher": 2,
     "ssim_kd.checkpoint": 2,
     "ssim_kd.modeling.adapters": 1,

@@ -1,7 +1,8 @@
 """The meta-architecture and its parts."""
 
 from .batch import DistillBatch
-from .distiller import DISTILLER_REGISTRY, Distiller, FeatureDistiller
+from .distiller import DISTILLER_REGISTRY, Distiller
+from .feature_distiller import FeatureDistiller
 from .meta_arch import DistilledDetector
 from .taps import FeatureTap, tappable_levels
 from .teacher import FrozenTeacher, teacher_config

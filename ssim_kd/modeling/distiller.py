@@ -11,9 +11,9 @@ from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn import functional as F
 
-from ..losses import check_ssim_options, lp_loss, pyramid_ssim_loss
 from .adapters import adapt, build_adapters
 from .batch import DistillBatch
+from .levels import match_levels
 from .taps import tappable_levels
 from .teacher import FrozenTeacher
 
@@ -23,7 +23,6 @@ Registry for distillers: called as ``obj(cfg, student_shapes, teacher_shapes)``,
 ShapeSpec of every level that is compared, and expected to return a :class:`Distiller`.
 """
 
-LOSSES = ("ssim", "l1", "l2")
 RESIZES = ("error", "bilinear")
 
 
@@ -45,44 +44,6 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) ->
     )
     teacher.tap(levels)
     return distiller
-
-
-def match_levels(cfg: CfgNode, student: Any, teacher: FrozenTeacher) -> list[str]:
-    """The levels that are compared: ``MODEL.DISTILL.IN_FEATURES``, or every one in common.
-
-    Raises:
-        ValueError: a level that student or teacher lacks, or no level in common.
-    """
-    ours, theirs = tappable_levels(student), teacher.levels
-    levels = list(cfg.MODEL.DISTILL.IN_FEATURES)
-    for whose, known in (("student", ours), ("teacher", theirs)):
-        unknown = [level for level in levels if level not in known]
-        if unknown:
-            raise ValueError(
-                f"MODEL.DISTILL.IN_FEATURES names {unknown}, which the {whose} lacks; it has "
-                f"{list(known)}."
-            )
-    if len(set(levels)) < len(levels):
-        raise ValueError(f"MODEL.DISTILL.IN_FEATURES names a level twice: {levels}.")
-    if levels:
-        return levels
-    outputs = student.backbone.output_shape()
-    levels = [
-        level
-        for level, shape in outputs.items()
-        if level in theirs and theirs[level].stride == shape.stride
-    ]
-    if not levels:
-        raise ValueError(
-            "Student and teacher share no level of equal stride: the student's backbone gives "
-            f"{_strides(outputs)}, the teacher has {_strides(theirs)}. Name the levels in "
-            "MODEL.DISTILL.IN_FEATURES or choose another teacher."
-        )
-    return levels
-
-
-def _strides(shapes: dict[str, ShapeSpec]) -> str:
-    return ", ".join(f"{level} (stride {shape.stride})" for level, shape in shapes.items())
 
 
 def _weights(key: str, values: Iterable[Any]) -> list[float]:
@@ -262,83 +223,3 @@ class Distiller(nn.Module):
             name = f"distill/{self.loss_name}_{level}"
             self.metrics[name] = value
             self.metrics[f"{name}_weighted"] = value * (self.loss_weight * weight)
-
-
-@DISTILLER_REGISTRY.register()
-class FeatureDistiller(Distiller):
-    """The paper's loss: the maps of each level, scaled to [0, 1], compared by SSIM, l1 or l2."""
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        loss: str = "ssim",
-        scaling: str = "channel",
-        scaling_grad: bool = True,
-        ssim_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            loss: "ssim", "l1" or "l2".
-            scaling: "channel", "sample", "batch" or "none"; see :func:`minmax_scale`.
-            scaling_grad: whether the gradient flows through the extrema.
-            ssim_options: further options of :func:`ssim_loss`.
-            kwargs: of :class:`Distiller`.
-
-        Raises:
-            ValueError: an unknown loss or scaling, or an SSIM option out of its range.
-        """
-        super().__init__(**kwargs)
-        if loss not in LOSSES:
-            raise ValueError(f"MODEL.DISTILL.LOSS is {loss!r}; expected one of {LOSSES}.")
-        scopes = ("channel", "sample", "batch", "none")
-        if scaling not in scopes:
-            raise ValueError(f"MODEL.DISTILL.SCALING is {scaling!r}; expected one of {scopes}.")
-        self.loss_name = loss
-        self.options: dict[str, Any] = {
-            "scaling": None if scaling == "none" else scaling,
-            "scaling_grad": scaling_grad,
-        }
-        if loss == "ssim":
-            self.options |= ssim_options or {}
-            try:
-                check_ssim_options(**self.options)
-            except ValueError as error:
-                raise ValueError(f"MODEL.DISTILL.SSIM: {error}") from error
-
-    @classmethod
-    def from_config(
-        cls,
-        cfg: CfgNode,
-        student_shapes: dict[str, ShapeSpec],
-        teacher_shapes: dict[str, ShapeSpec],
-    ) -> dict[str, Any]:
-        """What :class:`Distiller` takes, and the keys of the losses."""
-        distill = cfg.MODEL.DISTILL
-        return {
-            **super().from_config(cfg, student_shapes, teacher_shapes),
-            "loss": distill.LOSS,
-            "scaling": distill.SCALING,
-            "scaling_grad": distill.SCALING_GRAD,
-            "ssim_options": {key.lower(): value for key, value in distill.SSIM.items()},
-        }
-
-    def pyramid_loss(
-        self,
-        students: list[torch.Tensor],
-        teachers: list[torch.Tensor],
-        masks: list[torch.Tensor | None],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SSIM takes the levels in one call; l1 and l2 are taken level by level."""
-        if self.loss_name != "ssim":
-            return super().pyramid_loss(students, teachers, masks)
-        return pyramid_ssim_loss(
-            students, teachers, masks=masks, level_weights=self.level_weights, **self.options
-        )
-
-    def level_loss(
-        self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """l1 or l2 of the scaled maps."""
-        return lp_loss(student, teacher, p=int(self.loss_name[1]), mask=mask, **self.options)
