@@ -20,6 +20,8 @@ from .window import band_matrix
 # Cells in a block along W: one vector register of 16 floats wide, which matters more than the
 # zeros that wider blocks multiply. Along H 16 was as good as anything.
 ROW_BLOCK, COLUMN_BLOCK = 16, 16
+# Up to this length an axis is not cut: one dense product beats a few narrow, unaligned ones.
+WHOLE_ROW, WHOLE_COLUMN = 48, 32
 
 
 class _Block(NamedTuple):
@@ -76,6 +78,8 @@ class BandFilter:
         self._products: list[tuple[Tensor, Tensor, Tensor]] = []
         along_rows = axis == "rows"
         length, block = (w, ROW_BLOCK) if along_rows else (h, COLUMN_BLOCK)
+        if length <= (WHOLE_ROW if along_rows else WHOLE_COLUMN):
+            block = length
         for b in _blocks(length, block, size, sigma, adjoint, x.dtype, x.device):
             if along_rows:
                 source, result = (
