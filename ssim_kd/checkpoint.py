@@ -1,6 +1,7 @@
 """Reading weights that one can rely on: whole, of the right architecture, finite."""
 
 import hashlib
+import logging
 import os
 import pickle
 import zipfile
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Keys that a complete checkpoint may lack or have beside the model's: constants of the config,
 # anchors of old checkpoints, counters that inference does not read.
@@ -240,7 +243,18 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
         )
     _check_values(weights, fitting)
     model.load_state_dict(fitting, strict=False)
-    return [k for k in (*missing, *unexpected, *misshaped) if not k.startswith(feature_path)]
+    beside = [k for k in (*missing, *unexpected, *misshaped) if not k.startswith(feature_path)]
+    if beside:
+        logger.warning(
+            "%s is %r, of which %d keys beside %s* are not as its config describes them (e.g. %s): "
+            "other heads or classes. Its features alone are used.",
+            weights.key,
+            weights.path,
+            len(beside),
+            feature_path,
+            beside[0],
+        )
+    return beside
 
 
 def _tolerated(key: str) -> bool:

@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import add_distill_config, write_stock_config
 from ..data import check_datasets, register_datasets
+from .doubts import warn_of_doubts
 from .evaluation import (
     check_teacher,
     student_for_evaluation,
@@ -138,9 +139,12 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> Any:
         write_stock_config(cfg, os.path.join(cfg.OUTPUT_DIR, "student.yaml"))
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
-    if cfg.MODEL.DISTILL.ENABLED and expected and not trainer.start_iter:
-        check_teacher(cfg, DistillTrainer, expected)
+    if trainer.teacher_sha256 and not trainer.start_iter:
+        if comm.is_main_process():
+            warn_of_doubts(cfg)
+        expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
+        if expected:
+            check_teacher(cfg, DistillTrainer, expected)
     return trainer.train()
 
 
