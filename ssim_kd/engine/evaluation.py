@@ -23,7 +23,7 @@ from torch import nn
 
 from ..checkpoint import load_strictly, read_weights
 from ..config import student_config
-from ..modeling.teacher import load_teacher, teacher_config
+from ..modeling import load_teacher, teacher_config
 from .checkpointer import StudentCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.freeze()
-    model, _ = load_teacher(teacher)
+    model, _ = load_teacher(teacher, name=cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
     return teacher, model
 
 

@@ -5,7 +5,8 @@ from .distiller import DISTILLER_REGISTRY, Distiller
 from .feature_distiller import FeatureDistiller
 from .meta_arch import DistilledDetector
 from .taps import FeatureTap, tappable_levels
-from .teacher import FrozenTeacher, teacher_config
+from .teacher import FrozenTeacher, load_teacher
+from .teacher_config import teacher_config
 
 __all__ = [
     "DISTILLER_REGISTRY",
@@ -15,6 +16,7 @@ __all__ = [
     "FeatureDistiller",
     "FeatureTap",
     "FrozenTeacher",
+    "load_teacher",
     "tappable_levels",
     "teacher_config",
 ]

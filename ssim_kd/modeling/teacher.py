@@ -4,81 +4,50 @@ import logging
 from typing import Any
 
 import torch
-from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
-from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from ..checkpoint import load_strictly, read_weights
-from ..config import add_distill_config, student_config
+from ..checkpoint import Weights, load_strictly, read_weights
 from .folding import fold_batch_norms
 from .taps import FeatureTap, tappable_levels
+from .teacher_config import teacher_config
 
 logger = logging.getLogger(__name__)
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's own config, out of ``MODEL.DISTILL.TEACHER``.
+def load_teacher(
+    config: CfgNode, *, name: str, feature_path: str = ""
+) -> tuple[nn.Module, Weights]:
+    """Build the whole teacher and load its weights.
 
-    Returns:
-        a frozen config whose ``MODEL.WEIGHTS`` are the teacher's.
+    Args:
+        config: from :func:`teacher_config`.
+        name: its CONFIG_FILE, for messages.
+        feature_path: prefix of the keys that must fit; "" for all.
 
     Raises:
-        ValueError: a config or weights that are not given, or cannot be found or understood.
+        ValueError: it cannot be built, or what :func:`load_strictly` raises.
     """
-    node = cfg.MODEL.DISTILL.TEACHER
-    name = node.CONFIG_FILE
-    if not name:
-        raise ValueError(
-            "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; expected a name of the model zoo (e.g. "
-            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml) or a .yaml file."
-        )
-    teacher = get_cfg()
-    add_distill_config(teacher)
-    # A student that was distilled by another project can be a teacher: its keys are not ours.
-    teacher.MODEL.DISTILL.set_new_allowed(True)
-    in_zoo = not PathManager.isfile(name)
-    path = _zoo_config(name) if in_zoo else name
-    if path is None:
-        raise ValueError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {name!r}: neither a file nor a name of the "
-            "model zoo (e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml)."
-        )
+    weights = read_weights(config.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
     try:
-        # The zoo's files come with Detectron2 and may run Python: its RetinaNets compute anchors.
-        teacher.merge_from_file(path, allow_unsafe=in_zoo)
-        teacher.merge_from_list(list(node.OPTS))
+        model = build_model(config)
     except Exception as error:
         raise ValueError(
-            f"The teacher's config cannot be read: MODEL.DISTILL.TEACHER.CONFIG_FILE {name!r} with "
-            f"OPTS {list(node.OPTS)}: {error}"
+            f"The teacher cannot be built from MODEL.DISTILL.TEACHER.CONFIG_FILE {name!r} with "
+            f"its OPTS: {error}"
         ) from error
-    teacher.MODEL.WEIGHTS = _weights(node.WEIGHTS, name)
-    teacher.MODEL.DEVICE = "cpu"
-    return student_config(teacher)
-
-
-def _zoo_config(name: str) -> str | None:
-    try:
-        return str(model_zoo.get_config_file(name))
-    except RuntimeError:
-        return None
-
-
-def _weights(weights: str, config_file: str) -> str:
-    """The file or URL of the teacher's weights."""
-    name = weights or config_file
-    if weights and not weights.endswith((".yaml", ".yml")):
-        return weights
-    try:
-        return str(model_zoo.get_checkpoint_url(name))
-    except RuntimeError as error:
-        raise ValueError(
-            f"MODEL.DISTILL.TEACHER.WEIGHTS is {weights!r} and the model zoo has no weights for "
-            f"{name!r}; expected a .pth or .pkl file, a URL, or a name of the model zoo."
-        ) from error
+    unfit = load_strictly(model, weights, feature_path=feature_path)
+    if unfit:
+        logger.warning(
+            "The teacher's heads do not fit its config (%d keys, e.g. %s). Its features, which "
+            "alone are used, do; --eval-teacher would refuse it.",
+            len(unfit),
+            unfit[0],
+        )
+    return model, weights
 
 
 def _dtype(cfg: CfgNode) -> torch.dtype:
@@ -165,16 +134,8 @@ class FrozenTeacher:
             ValueError: what :func:`teacher_config` and :func:`load_teacher` raise.
         """
         config = teacher_config(cfg)
-        weights = read_weights(config.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
-        try:
-            model = build_model(config)
-        except Exception as error:
-            raise ValueError(
-                "The teacher cannot be built from MODEL.DISTILL.TEACHER.CONFIG_FILE "
-                f"{cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE!r} with its OPTS: {error}"
-            ) from error
-        load_strictly(model, weights, feature_path="backbone.")
         node = cfg.MODEL.DISTILL.TEACHER
+        model, weights = load_teacher(config, name=node.CONFIG_FILE, feature_path="backbone.")
         teacher = cls(
             model,
             input_format=config.INPUT.FORMAT,
