@@ -7,10 +7,11 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-# Two cores is what the suite is timed on, and more threads than cores slow small tensors down.
+# Small tensors gain nothing from threads, and where cores are shared threads that wait cost much.
 # Set before torch is imported, and inherited by the processes that tests start.
-THREADS = int(os.environ.get("SSIM_KD_TEST_THREADS", "2"))
+THREADS = int(os.environ.get("SSIM_KD_TEST_THREADS", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -46,7 +47,7 @@ def _no_network() -> Iterator[None]:
     """Refuse connections that leave this machine: no test may depend on a download."""
     connect = socket.socket.connect
 
-    def guarded(self: socket.socket, address) -> None:
+    def guarded(self: socket.socket, address: Any) -> None:
         leaves = self.family in (socket.AF_INET, socket.AF_INET6)
         if leaves and not str(address[0]).startswith(LOOPBACK):
             raise OSError(f"tests use no network, but one tried to connect to {address}")
