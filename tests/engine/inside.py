@@ -130,3 +130,10 @@ def slow_writes(seconds: float, rank: int) -> None:
 def all_of(functions: list[Any], rank: int) -> None:
     for function in functions:
         function(rank)
+
+
+def hide_from(path: str, rank_that_misses_it: int, rank: int) -> None:
+    """A file that one rank does not see, as on a disk that is not mounted on one machine."""
+    if rank == rank_that_misses_it:
+        isfile = os.path.isfile
+        os.path.isfile = lambda p: str(p) != path and isfile(p)  # type: ignore[assignment]

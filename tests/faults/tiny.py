@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from ssim_kd.engine.step import DistillStep
@@ -41,9 +41,12 @@ if "TinyDetector" not in META_ARCH_REGISTRY:
             self.register_buffer("pixel_mean", torch.full((3, 1, 1), 110.0), False)
             self.register_buffer("pixel_std", torch.full((3, 1, 1), 57.0), False)
 
+        def preprocess_image(self, inputs: list[dict[str, Any]]) -> ImageList:
+            images = [(x["image"] - self.pixel_mean) / self.pixel_std for x in inputs]
+            return ImageList.from_tensors(images)
+
         def forward(self, inputs: list[dict[str, Any]]) -> Any:
-            images = torch.stack([(x["image"] - self.pixel_mean) / self.pixel_std for x in inputs])
-            maps = self.head(self.backbone(images)["p3"])
+            maps = self.head(self.backbone(self.preprocess_image(inputs).tensor)["p3"])
             if self.training:
                 return {"loss_tiny": maps.square().mean()}
             none = Instances((96, 96), pred_boxes=Boxes(torch.zeros(0, 4)))

@@ -1,0 +1,191 @@
+"""SIGTERM, processes that die and runs that meet, with real processes and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.engine import inside
+from tests.engine.runs import ROOT, World, checkpoint, children, free_port, wait_until
+from tests.faults.history import assert_same_run
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+
+LONG = (
+    *("SOLVER.MAX_ITER", 2000, "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 5000),
+    *("DATASETS.TEST", "()"),
+)
+# A step takes 0.2 s; what a process may take to end, in seconds.
+SOON = 15
+
+
+def record(folder: Path) -> partial:
+    return partial(inside.record_steps, str(folder))
+
+
+def begun(folder: Path, rank: int = 0, steps: int = 2) -> None:
+    path = folder / f"steps_rank{rank}.jsonl"
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= steps, 120)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a session that are alive."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[3]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_sigterm_in_a_step_saves_and_the_resumed_run_is_the_same(world: World, tmp_path) -> None:
+    options = ("SOLVER.MAX_ITER", 12, "SOLVER.STEPS", "(8,)", "SOLVER.CHECKPOINT_PERIOD", 50)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with children(world.arguments(whole, *options), folder=whole, prepare=record(whole)) as (run,):
+        assert run.wait() == 0
+    line = world.arguments(stopped, "--resume", *options)
+    with children(line, folder=stopped, prepare=record(stopped)) as (run,):
+        begun(stopped)
+        start = time.monotonic()
+        run.signal(signal.SIGTERM)
+        assert run.wait(SOON) == 143
+        print(f"ended {time.monotonic() - start:.1f} s after SIGTERM")
+        assert "SIGTERM: saving a checkpoint at iteration" in run.output
+    with children(line, folder=stopped, prepare=record(stopped)) as (run,):
+        assert run.wait() == 0
+    assert assert_same_run(whole, stopped) == 0, "no step was lost"
+
+
+def test_sigterm_in_an_evaluation(world: World, tmp_path) -> None:
+    options = ("SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 50, "TEST.EVAL_PERIOD", 3)
+    # Long enough to be met.
+    config = world.write("evaluates", "COCO-Detection/Base-RCNN-FPN.yaml", channels=32)
+    config.write_text(config.read_text().replace("[12, 4, 4]", "[12, 400, 4]"))
+    line = world.arguments(tmp_path, *options, config=config)
+    with children(line, folder=tmp_path, prepare=record(tmp_path)) as (run,):
+        run.wait_for("Start inference", 120)
+        run.signal(signal.SIGTERM)
+        assert run.wait(SOON) == 143
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+
+
+def test_two_signals_and_a_signal_while_saving(world: World, tmp_path) -> None:
+    line = world.arguments(tmp_path, *LONG, "SOLVER.CHECKPOINT_PERIOD", 3)
+    slow = partial(inside.all_of, [record(tmp_path), partial(inside.slow_writes, 0.3)])
+    with children(line, folder=tmp_path, prepare=slow) as (run,):
+        wait_until(lambda: list(tmp_path.glob("*.tmp")), 120)
+        run.signal(signal.SIGTERM)
+        run.signal(signal.SIGTERM)
+        assert run.wait(SOON) == 143
+    assert not list(tmp_path.glob("*.tmp"))
+    checkpoint(tmp_path, (tmp_path / "last_checkpoint").read_text().removesuffix(".pth"))
+
+
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_sigterm_to_the_launcher_of_two_processes(launcher, world: World, tmp_path) -> None:
+    line = world.arguments(tmp_path, *LONG, *(["--num-gpus"] if launcher == "spawn" else []))
+    run, session = start(launcher, line, tmp_path)
+    wait_until(lambda: "Starting training" in log(tmp_path), 180)
+    time.sleep(2)
+    begin = time.monotonic()
+    os.kill(run.pid, signal.SIGTERM)
+    code = run.wait(60)
+    print(f"{launcher}: exit {code}, {time.monotonic() - begin:.1f} s after SIGTERM")
+    # torchrun's own status is 1 after a signal.
+    assert code == (143 if launcher == "spawn" else 1), log(tmp_path)[-3000:]
+    assert "SIGTERM: saving a checkpoint" in log(tmp_path)
+    checkpoint(tmp_path, (tmp_path / "last_checkpoint").read_text().removesuffix(".pth"))
+    wait_until(lambda: not members(session), 5)
+
+
+def start(launcher: str, line: list[str], folder: Path) -> tuple[subprocess.Popen, int]:
+    """Start train_net.py for two processes in a session of its own."""
+    module = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    if launcher == "spawn":
+        module, line = [], [*line[:2], "--dist-url=auto", *line[2:]]
+    with open(folder / "launcher.txt", "wb") as output:
+        run = subprocess.Popen(
+            [sys.executable, *module, str(ROOT / "train_net.py"), *line],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    return run, run.pid
+
+
+def log(folder: Path) -> str:
+    return (folder / "launcher.txt").read_text(errors="replace")
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "rank 0", "parent"])
+def test_a_process_that_dies_takes_the_others_along(victim, world: World, tmp_path) -> None:
+    line = world.arguments(tmp_path, *LONG, "--num-gpus")
+    run, session = start("spawn", line, tmp_path)
+    wait_until(lambda: "Starting training" in log(tmp_path), 180)
+    time.sleep(1)
+    tasks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    # The first child may be Python's resource tracker.
+    ranks = [
+        int(pid) for pid in tasks if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    begin = time.monotonic()
+    os.kill({"rank 0": ranks[0], "rank 1": ranks[1], "parent": run.pid}[victim], signal.SIGKILL)
+    code = run.wait(60)
+    wait_until(lambda: not members(session), 60)
+    print(f"{victim}: exit {code}, all ended {time.monotonic() - begin:.1f} s after SIGKILL")
+    assert code != 0 and time.monotonic() - begin < 40
+    if victim != "parent":
+        assert "terminated with signal SIGKILL" in log(tmp_path)
+
+
+def test_rank_0_says_that_rank_1_died(world: World, tmp_path) -> None:
+    """Without a parent, as under SLURM."""
+    line = world.arguments(tmp_path, *LONG)
+    with children(line, line, folder=tmp_path, prepare=record(tmp_path)) as ranks:
+        begun(tmp_path)
+        begin = time.monotonic()
+        ranks[1].signal(signal.SIGKILL)
+        assert ranks[0].wait(60) not in (0, None)
+        print(f"rank 0 ended {time.monotonic() - begin:.1f} s after rank 1")
+        assert "Connection" in ranks[0].output or "connection" in ranks[0].output
+
+
+def test_a_second_run_in_the_same_folder(world: World, tmp_path) -> None:
+    line = world.arguments(tmp_path, *LONG)
+    with children(line, folder=tmp_path, prepare=record(tmp_path)) as (first,):
+        begun(tmp_path)
+        other = world.arguments(tmp_path, *LONG, "SOLVER.BASE_LR", 0.5)
+        with children(other, folder=tmp_path / "second") as (second,):
+            assert second.wait(60) == 1
+            assert f"in use by another run (process {first.pid} on" in second.output
+        assert "BASE_LR: 0.01" in (tmp_path / "config.yaml").read_text()
+        first.signal(signal.SIGKILL)
+        first.wait()
+    # The lock went with the process.
+    short = world.arguments(tmp_path, "SOLVER.MAX_ITER", 1)
+    with children(short, folder=tmp_path / "third") as (third,):
+        assert third.wait() == 0
+
+
+def test_an_exception_before_training_in_one_rank(world: World, tmp_path) -> None:
+    """Rank 1 alone cannot find its teacher: both end."""
+    hidden = partial(inside.hide_from, str(world.teacher), 1)
+    line = world.arguments(tmp_path, *LONG)
+    with children(line, line, folder=tmp_path, prepare=hidden) as ranks:
+        assert ranks[1].wait(60) == 1
+        assert "MODEL.DISTILL.TEACHER.WEIGHTS is" in ranks[1].output
+        assert ranks[0].wait(60) != 0
