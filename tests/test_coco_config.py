@@ -1,0 +1,119 @@
+"""The COCO config as its users run it, at full width, on a stand-in of COCO and of the zoo."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "COCO-Detection" / "ssim_faster_rcnn_R_50_FPN_1x.yaml"
+ZOO = "COCO-Detection/faster_rcnn_{}.yaml"
+
+
+def make_coco(root: Path) -> None:
+    """COCO's folders and categories, with images of some pixels."""
+    random = np.random.default_rng(0)
+    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir()
+        sizes = [(60, 80), (80, 60), (50, 90), (64, 64)]
+        for i, (height, width) in enumerate(sizes):
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / f"{i:012d}.jpg")
+        content = {
+            "images": [
+                {"id": i, "file_name": f"{i:012d}.jpg", "height": h, "width": w}
+                for i, (h, w) in enumerate(sizes)
+            ],
+            "annotations": [
+                {
+                    "id": i + 1,
+                    "image_id": i,
+                    "category_id": categories[i]["id"],
+                    "bbox": [5, 5, 30, 25],
+                    "area": 750,
+                    "iscrowd": 0,
+                }
+                for i in range(len(sizes))
+            ],
+            "categories": categories,
+        }
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def make_zoo_weights(name: str, path: Path) -> None:
+    """Random weights in the zoo's format, with features of the size of trained ones."""
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    model.backbone.bottom_up.stem.conv1.norm.weight.fill_(0.01)
+    for block in model.modules():
+        if isinstance(block, BottleneckBlock):
+            block.conv3.norm.weight.fill_(0.2)
+    arrays = {key: value.numpy() for key, value in model.state_dict().items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "stand-in"}))
+
+
+@pytest.mark.timeout(600)
+def test_two_steps_then_resume_and_evaluation(tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco")
+    make_zoo_weights(ZOO.format("X_101_32x8d_FPN_3x"), tmp_path / "teacher.pkl")
+    make_zoo_weights(ZOO.format("R_50_FPN_1x"), tmp_path / "student.pkl")
+    output = tmp_path / "output"
+
+    def train_net(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(CONFIG)]
+        overrides = {
+            "MODEL.DEVICE": "cpu",
+            "MODEL.WEIGHTS": tmp_path / "student.pkl",
+            "MODEL.DISTILL.TEACHER.WEIGHTS": tmp_path / "teacher.pkl",
+            "INPUT.MIN_SIZE_TRAIN": "(96,)",
+            "INPUT.MIN_SIZE_TEST": 96,
+            "SOLVER.IMS_PER_BATCH": 2,
+            "SOLVER.CHECKPOINT_PERIOD": 2,
+            "DATALOADER.NUM_WORKERS": 0,
+            "OUTPUT_DIR": output,
+        }
+        flags = [a for a in arguments if a.startswith("--")]
+        keys = [a for a in arguments if not a.startswith("--")]
+        pairs = [str(x) for pair in overrides.items() for x in pair]
+        done = subprocess.run(
+            [*command, *flags, *pairs, *keys],
+            env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+        return done.stdout + done.stderr
+
+    train_net("SOLVER.MAX_ITER", "2")
+    first = torch.load(output / "model_final.pth", weights_only=True)
+    assert first["iteration"] == 1
+    assert set(first["distiller"]) == {
+        f"adapters.p{level}.{kind}" for level in range(2, 7) for kind in ("weight", "bias")
+    }
+
+    log = train_net("--resume", "SOLVER.MAX_ITER", "3")
+    assert "Resuming from" in log
+    assert "Evaluation results for coco_2017_val" in log
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    losses = {row["iteration"]: row["loss_distill"] for row in rows if "loss_distill" in row}
+    assert set(losses) == {1, 2}
+    # Five levels at weight 4, each (1 - SSIM) / 2 of unrelated maps: about a half.
+    assert 2 < losses[2] < 20
