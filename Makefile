@@ -37,7 +37,7 @@ demo: $(READY)
 	$(RUN) tools/demo.py $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -m "not faults" $(ARGS)
+	$(RUN) -m pytest -m "not faults" -n 2 --dist loadfile $(ARGS)
 
 faults: $(READY)
 	$(RUN) -m pytest -m faults $(ARGS)
