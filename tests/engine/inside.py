@@ -137,3 +137,54 @@ def hide_from(path: str, rank_that_misses_it: int, rank: int) -> None:
     if rank == rank_that_misses_it:
         isfile = os.path.isfile
         os.path.isfile = lambda p: str(p) != path and isfile(p)  # type: ignore[assignment]
+
+
+def put_in(fault: str, model: Any) -> Any:
+    """Put NaN into a model until the handle that is returned is removed."""
+    nan = float("nan")
+
+    def levels(chosen: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: dict[str, torch.Tensor]) -> Any:
+            return {k: v * nan if k in (chosen, chosen or k) else v for k, v in output.items()}
+
+        return hook
+
+    def loss(name: str) -> Any:
+        return lambda _module, _inputs, output: {**output, name: output[name] * nan}
+
+    if fault == "a level of the student":
+        return model.student.backbone.register_forward_hook(levels("p4"), prepend=True)
+    if fault == "all of the student":
+        return model.student.backbone.register_forward_hook(levels(""), prepend=True)
+    if fault == "a level of the teacher":
+        return model.teacher.backbone.register_forward_hook(levels("p3"), prepend=True)
+    if fault == "a loss":
+        return model.student.register_forward_hook(loss("loss_cls"))
+    if fault == "the distillation":
+        return model.distiller.register_forward_hook(loss("loss_distill"))
+    if fault == "a gradient":
+        return next(model.student.parameters()).register_hook(lambda gradient: gradient * nan)
+    raise ValueError(fault)
+
+
+def put_in_at(fault: str, iteration: int, rank_of_it: int, rank: int) -> None:
+    """Put NaN into one step of one rank."""
+    step = DistillStep.run_step
+
+    def run_step(self: DistillStep) -> None:
+        if self.iter != iteration or rank != rank_of_it:
+            return step(self)
+        handle = put_in(fault, getattr(self.model, "module", self.model))
+        try:
+            return step(self)
+        finally:
+            handle.remove()
+
+    DistillStep.run_step = run_step  # type: ignore[method-assign]
+
+
+def limit_file_size(limit: int, rank: int) -> None:
+    """Files of this process may have so many bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -1,0 +1,212 @@
+"""A wrong teacher of every kind: refused, or told in one clear line, before the first step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssim_kd.engine.doubts import doubts
+from ssim_kd.engine.step import DistillStep
+from tests.engine.runs import World
+
+pytestmark = pytest.mark.faults
+
+State = dict[str, torch.Tensor]
+OPTIONS = ("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
+
+
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_step(self: DistillStep) -> None:
+        raise AssertionError("a first step was made")
+
+    monkeypatch.setattr(DistillStep, "run_step", run_step)
+
+
+def shuffled(state: State) -> State:
+    """Tensors of one shape have changed their names."""
+    by_shape: dict[tuple, list[str]] = {}
+    for name, value in state.items():
+        by_shape.setdefault(tuple(value.shape), []).append(name)
+    return {
+        name: state[other]
+        for names in by_shape.values()
+        for name, other in zip(names, names[1:] + names[:1], strict=True)
+    }
+
+
+class Evil:
+    def __init__(self, folder: Path) -> None:
+        self.command = f"touch {folder}/ran"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def imagenet(state: State, path: Path) -> None:
+    arrays = {k.removeprefix("backbone.bottom_up."): v.numpy() for k, v in state.items()}
+    content = {"model": arrays, "matching_heuristics": True, "__author__": "torchvision"}
+    path.write_bytes(pickle.dumps(content))
+
+
+def saved(change: Callable[[State], Any]) -> Callable[[State, Path], None]:
+    return lambda state, path: torch.save({"model": change(state)}, path)
+
+
+def with_value(value: float) -> Callable[[State], State]:
+    def change(state: State) -> State:
+        changed = dict(state)
+        name = next(k for k in state if k.endswith("fpn_output4.weight"))
+        changed[name] = torch.full_like(state[name], value)
+        return changed
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[State, Path], Any], str]] = {
+    "zeros": (saved(lambda s: {k: v * 0 for k, v in s.items()}), "is all zeros"),
+    "one layer of zeros": (saved(with_value(0.0)), "fpn_output4.weight is all zeros"),
+    "NaN": (saved(with_value(np.nan)), "fpn_output4.weight holds NaN or Inf"),
+    "Inf": (saved(with_value(np.inf)), "holds NaN or Inf"),
+    "backbone alone": (
+        saved(lambda s: {k: v for k, v in s.items() if k.startswith("backbone.")}),
+        "holds a backbone alone",
+    ),
+    "a key is missing": (
+        saved(lambda s: {k: v for k, v in s.items() if "res4.2.conv1.weight" not in k}),
+        "1 keys missing",
+    ),
+    "a key too many": (saved(lambda s: {**s, "backbone.x": torch.ones(1)}), "1 keys unexpected"),
+    "keys of a wrapper": (saved(lambda s: {f"student.{k}": v for k, v in s.items()}), "missing"),
+    "ImageNet backbone": (imagenet, "the file of an ImageNet backbone"),
+    "no tensors": (saved(lambda s: {"a": 1}), "not a dict of tensors"),
+    "a list": (lambda s, path: torch.save([1], path), "holds a list"),
+    "truncated": (lambda s, path: _truncated(s, path), "cannot be|can be read"),
+    "flipped": (lambda s, path: _flipped(s, path), "changed after they were written"),
+    "empty file": (lambda s, path: path.write_bytes(b""), r"\(0 bytes\) is not a checkpoint"),
+    "a web page": (lambda s, path: path.write_text("<html>404</html>"), "is not a checkpoint"),
+    "runs code (.pth)": (saved(lambda s: Evil(Path.cwd())), "more than tensors"),
+    "runs code (.pkl)": (lambda s, p: p.write_bytes(pickle.dumps(Evil(Path.cwd()))), "no array"),
+    "a folder": (lambda s, path: path.mkdir(), "no such file"),
+    "missing": (lambda s, path: None, "no such file"),
+}
+
+
+def _truncated(state: State, path: Path) -> None:
+    torch.save({"model": state}, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _flipped(state: State, path: Path) -> None:
+    torch.save({"model": state}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_is_refused(kind, world: World, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    no_training(monkeypatch)
+    make, expected = REFUSED[kind]
+    path = tmp_path / (
+        "teacher.pkl" if kind in ("ImageNet backbone", "runs code (.pkl)") else "t.pth"
+    )
+    make(torch.load(world.teacher)["model"], path)
+    with pytest.raises(ValueError, match=expected) as raised:
+        world.main(tmp_path / "out", *OPTIONS, "MODEL.DISTILL.TEACHER.WEIGHTS", path)
+    message = str(raised.value)
+    assert "MODEL.DISTILL.TEACHER.WEIGHTS is " in message and path.name in message
+    assert "\n" not in message and len(message) < 1000
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("other depth", ["MODEL.RESNETS.DEPTH", 101], "keys missing"),
+        ("other norm", ["MODEL.RESNETS.NORM", "GN"], "num_channels (16) must be divisible"),
+        ("other norm of the FPN", ["MODEL.FPN.NORM", "LN"], "keys unexpected"),
+        ("no norm", ["MODEL.FPN.NORM", ""], "keys"),
+        ("other width", ["MODEL.RESNETS.WIDTH_PER_GROUP", 16], "of another shape"),
+        ("other FPN", ["MODEL.FPN.OUT_CHANNELS", 32], "of another shape"),
+        ("no FPN", ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES",
+                    ["res4"], "MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES",
+                    ["res4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[32]]], "keys"),
+        ("the student's", [], "of another shape"),
+        ("another detector", ["MODEL.META_ARCHITECTURE", "RetinaNet"], "keys"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_architecture(
+    kind, options, expected, world: World, tmp_path, monkeypatch
+) -> None:
+    no_training(monkeypatch)
+    overrides: list[Any] = ["MODEL.DISTILL.TEACHER.OPTS", repr(options)]
+    if kind == "the student's":
+        from tests.engine.runs import save_random_detector
+
+        save_random_detector(world.config, tmp_path / "own.pth")
+        overrides += ["MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "own.pth"]
+    if kind == "another detector":
+        overrides = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", world.retinanet]
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER") as raised:
+        world.main(tmp_path / "out", *OPTIONS, *overrides)
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("untrained", "all running means of its norms are 0, as before any training"),
+        ("distilled student", "it is the checkpoint of a student that was itself distilled"),
+        ("other classes", "keys beside backbone.* are not as its config describes them"),
+        ("shuffled", "How good the teacher is has not been checked"),
+    ],
+)
+def test_a_teacher_that_is_told(
+    kind, expected, world: World, tmp_path, monkeypatch, caplog
+) -> None:
+    checkpoint = torch.load(world.teacher)
+    state = checkpoint["model"]
+    if kind == "untrained":
+        for name in state:
+            if name.endswith("running_mean"):
+                state[name].zero_()
+    if kind == "distilled student":
+        checkpoint["distiller"] = {}
+    if kind == "other classes":
+        name = next(k for k in state if "cls_score.weight" in k)
+        state[name] = state[name][:3]
+    if kind == "shuffled":
+        checkpoint["model"] = shuffled(state)
+    path = tmp_path / "teacher.pth"
+    torch.save(checkpoint, path)
+    no_training(monkeypatch)
+    with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="a first step"):
+        world.main(tmp_path / "out", *OPTIONS, "MODEL.DISTILL.TEACHER.WEIGHTS", path)
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert sum(expected in line for line in lines) == 1, lines
+
+
+@pytest.mark.parametrize("kind", ["untrained", "shuffled"])
+def test_expected_ap_refuses_what_fits(kind, world: World, tmp_path, monkeypatch) -> None:
+    no_training(monkeypatch)
+    path = tmp_path / "teacher.pth"
+    state = torch.load(world.teacher)["model"]
+    torch.save({"model": shuffled(state) if kind == "shuffled" else state}, path)
+    options = ("MODEL.DISTILL.TEACHER.WEIGHTS", path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20.0)
+    with pytest.raises(ValueError, match=r"EXPECTED_AP is 20\.0: check its weights and config"):
+        world.main(tmp_path / "out", "SOLVER.MAX_ITER", 1, *options)
+
+
+def test_doubts_of_untrained_fpns() -> None:
+    bias = {"backbone.fpn_lateral2.bias": np.zeros(3), "backbone.fpn_output2.bias": np.zeros(3)}
+    assert doubts({"model": bias}) == ["all biases of its FPN are 0, as before any training."]
+    assert doubts({**bias, "backbone.fpn_output2.bias": np.ones(3)}) == []
