@@ -66,7 +66,7 @@ counts = {"trained": 0, "refused": 0}
 
 
 @settings(
-    max_examples=200,
+    max_examples=120,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -80,7 +80,8 @@ def check(weights: str, options: dict[str, Any], tiny: bool) -> None:
     except ValueError as error:
         counts["refused"] += 1
         message = str(error)
-        assert any(key.rsplit(".", 1)[-1] in message for key in options), (options, message)
+        named = [key for key in options if key.rsplit(".", 1)[-1].lower() in message.lower()]
+        assert "MODEL.DISTILL" in message and named, (options, message)
         return
     losses = train_losses(model, make_batch([(32, 32), (40, 33)] if tiny else ((96, 64), (64, 96))))
     assert torch.isfinite(losses["loss_distill"]), options
@@ -93,4 +94,4 @@ def check(weights: str, options: dict[str, Any], tiny: bool) -> None:
 def test_options(weights: str) -> None:
     check(weights)
     print(counts)
-    assert counts["trained"] > 20 and counts["refused"] > 20
+    assert counts["trained"] > 20 and counts["refused"] > 20, counts
