@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from ..data import CheckedMapper, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
 from .checkpointer import StudentCheckpointer
+from .curves import KeepCurves
 from .evaluation import build_evaluator, test_time_augmentation
 from .hooks import Reseed, VisualizeDistillation
 from .step import DistillStep
@@ -72,8 +73,8 @@ class DistillTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[Any]:
-        """DefaultTrainer's hooks, behind one that makes each step's random numbers its own."""
-        found = [Reseed(), *super().build_hooks()]
+        """DefaultTrainer's hooks, behind those that make a resumed run like any other."""
+        found = [Reseed(), KeepCurves(), *super().build_hooks()]
         # Behind the scheduler, whose state a checkpoint must hold as it is after the step.
         place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.LRScheduler)) + 1
         found.insert(place, StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD))

@@ -71,6 +71,11 @@ def test_resumed_training_is_the_same_bit_for_bit(world: World, six: Path, tmp_p
     assert whole["trainer"]["data"]["seed"] == resumed["trainer"]["data"]["seed"]
     assert whole["trainer"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
     assert_same(whole, resumed)
+    # The medians over the steps before and after the kill as well.
+    last, again = ([x for x in metrics(f) if x["iteration"] == 5][-1] for f in (six, folder))
+    assert {
+        k: v for k, v in last.items() if "time" not in k and "eta" not in k
+    }.items() <= again.items()
 
 
 def test_a_resumed_run_differs_from_one_that_starts_anew(world: World, six: Path, tmp_path) -> None:
