@@ -185,3 +185,16 @@ def test_order_of_the_hooks(world: World, tmp_path) -> None:
     assert ids == {id(p) for p in trainer.model.parameters() if p.requires_grad}
     assert {id(p) for p in trainer.model.distiller.parameters()} <= ids
     assert not ids & {id(p) for p in trainer.model.teacher.backbone.parameters()}
+
+
+def test_the_gradient_scaler_is_restored(world: World, tmp_path) -> None:
+    """Float16 is for GPUs; its scaler's state travels as here."""
+    from ssim_kd.data import register_datasets
+
+    cfg = world.cfg(tmp_path)
+    register_datasets(cfg)
+    first, second = DistillTrainer(cfg), DistillTrainer(cfg)
+    for trainer, scale in ((first, 8.0), (second, 2.0)):
+        trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    second.load_state_dict(first.state_dict())
+    assert second._trainer.grad_scaler.get_scale() == 8.0
