@@ -154,7 +154,7 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     batch = DistillBatch.from_inputs(batched_inputs, model.device)
     found = {}
     for level in distiller.levels:
-        ours, theirs = distiller._align(level, student_features[level], teacher_features[level])
+        ours, theirs = distiller.align(level, student_features[level], teacher_features[level])
         height, width = ours.shape[-2:]
         mask = batch.valid_mask(height, width, distiller.strides[level])
         found[level] = _compare(ours, theirs, mask, options)

@@ -153,7 +153,7 @@ class Distiller(nn.Module):
             ``distill/{loss_name}_{level}``, raw, and the same with ``_weighted``.
         """
         pairs = [
-            self._align(level, student_features[level], teacher_features[level])
+            self.align(level, student_features[level], teacher_features[level])
             for level in self.levels
         ]
         students = [student for student, _ in pairs]
@@ -200,7 +200,7 @@ class Distiller(nn.Module):
             f"{type(self).__name__} defines neither level_loss nor pyramid_loss."
         )
 
-    def _align(
+    def align(
         self, level: str, student: torch.Tensor, teacher: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Bring both maps of a level to the same channels and cells."""
