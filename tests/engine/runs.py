@@ -138,6 +138,10 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
+def log(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
+
+
 def assert_same(a: Any, b: Any, where: str = "checkpoint") -> None:
     """Two checkpoints are equal bit for bit."""
     assert type(a) is type(b), where

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssim_kd.engine import DistillTrainer
 from ssim_kd.engine.hooks import Reseed
 from ssim_kd.engine.stopping import StopOnSignal
-from tests.engine.runs import World, assert_same, checkpoint, metrics, save_random_detector
+from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 
@@ -118,11 +117,10 @@ def test_without_distillation_and_in_mixed_precision(world: World, tmp_path) -> 
     assert saved["trainer"]["grad_scaler"] == {}, "bfloat16 needs no scaler"
 
 
-def test_another_learning_rate_on_resume_is_told(world: World, six: Path, tmp_path, caplog) -> None:
+def test_another_learning_rate_on_resume_is_told(world: World, six: Path, tmp_path) -> None:
     folder = half_of(six, tmp_path / "resumed")
-    with caplog.at_level(logging.WARNING):
-        world.main(folder, "--resume", "SOLVER.BASE_LR", 0.02)
-    assert "SOLVER.BASE_LR is 0.02, but the run that is resumed was started at 0.01" in caplog.text
+    world.main(folder, "--resume", "SOLVER.BASE_LR", 0.02)
+    assert "SOLVER.BASE_LR is 0.02, but the run that is resumed was started at 0.01" in log(folder)
     assert checkpoint(folder)["trainer"]["base_lr"] == 0.01, "it is told again at the next resume"
 
 
@@ -144,23 +142,19 @@ def test_other_classes_or_no_distiller_on_resume_are_refused(
         world.main(folder, "--resume", "MODEL.DISTILL.ENABLED", "False")
 
 
-def test_nothing_left_to_train(world: World, six: Path, tmp_path, caplog) -> None:
+def test_nothing_left_to_train(world: World, six: Path, tmp_path) -> None:
     """The run was killed between its last periodic checkpoint and the final one."""
     folder = tmp_path / "resumed"
     shutil.copytree(six, folder, ignore=shutil.ignore_patterns("model_final.pth"))
     (folder / "last_checkpoint").write_text("model_0000005.pth")
-    with caplog.at_level(logging.WARNING):
-        world.main(folder, "--resume")
-    assert "nothing is left to train" in caplog.text
+    world.main(folder, "--resume")
+    assert "nothing is left to train" in log(folder)
     assert_same(checkpoint(six), checkpoint(folder))
 
 
-def test_resume_without_a_checkpoint_starts_anew_and_says_so(
-    world: World, tmp_path, caplog
-) -> None:
-    with caplog.at_level(logging.INFO):
-        world.main(tmp_path, "--resume", "SOLVER.MAX_ITER", 1)
-    assert f"No checkpoint in {tmp_path}: training starts anew" in caplog.text
+def test_resume_without_a_checkpoint_starts_anew_and_says_so(world: World, tmp_path) -> None:
+    world.main(tmp_path, "--resume", "SOLVER.MAX_ITER", 1)
+    assert f"No checkpoint in {tmp_path}: training starts anew" in log(tmp_path)
 
 
 def test_order_of_the_hooks(world: World, tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 
 from ssim_kd.engine.doubts import doubts
 from ssim_kd.engine.step import DistillStep
-from tests.engine.runs import World
+from tests.engine.runs import World, log
 
 pytestmark = pytest.mark.faults
 
@@ -133,7 +132,6 @@ def test_a_file_that_is_refused(kind, world: World, tmp_path, monkeypatch) -> No
     [
         ("other depth", ["MODEL.RESNETS.DEPTH", 101], "keys missing"),
         ("other norm", ["MODEL.RESNETS.NORM", "GN"], "num_channels (16) must be divisible"),
-        ("other norm of the FPN", ["MODEL.FPN.NORM", "LN"], "keys unexpected"),
         ("no norm", ["MODEL.FPN.NORM", ""], "keys"),
         ("other width", ["MODEL.RESNETS.WIDTH_PER_GROUP", 16], "of another shape"),
         ("other FPN", ["MODEL.FPN.OUT_CHANNELS", 32], "of another shape"),
@@ -170,9 +168,7 @@ def test_weights_of_another_architecture(
         ("shuffled", "How good the teacher is has not been checked"),
     ],
 )
-def test_a_teacher_that_is_told(
-    kind, expected, world: World, tmp_path, monkeypatch, caplog
-) -> None:
+def test_a_teacher_that_is_told(kind, expected, world: World, tmp_path, monkeypatch) -> None:
     checkpoint = torch.load(world.teacher)
     state = checkpoint["model"]
     if kind == "untrained":
@@ -189,9 +185,9 @@ def test_a_teacher_that_is_told(
     path = tmp_path / "teacher.pth"
     torch.save(checkpoint, path)
     no_training(monkeypatch)
-    with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="a first step"):
+    with pytest.raises(AssertionError, match="a first step"):
         world.main(tmp_path / "out", *OPTIONS, "MODEL.DISTILL.TEACHER.WEIGHTS", path)
-    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    lines = [line for line in log(tmp_path / "out").splitlines() if "WARNING" in line]
     assert sum(expected in line for line in lines) == 1, lines
 
 
