@@ -1,0 +1,13 @@
+"""Weights that one can rely on: whole, of the right architecture, finite."""
+
+from .reading import Weights, local_file, read_checkpoint, read_weights, sha256_of
+from .strict import load_strictly
+
+__all__ = [
+    "Weights",
+    "load_strictly",
+    "local_file",
+    "read_checkpoint",
+    "read_weights",
+    "sha256_of",
+]
