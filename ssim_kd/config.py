@@ -158,6 +158,6 @@ def _add_dataset_keys(cfg: CN) -> None:
     digits.DIGITS_PER_IMAGE = (2, 8)
     # Least and greatest height of a digit in pixels, drawn log-uniformly.
     digits.DIGIT_SIZE = (14, 96)
-    # 0: upright clean digits on a plain background, 1: as difficult as in the README's results.
+    # 0: upright clean digits on a plain background, 1: small ones are hard for people as well.
     # Scales rotation, shear, occlusion, noise, blur, low contrast and distractors.
     digits.DIFFICULTY = 1.0

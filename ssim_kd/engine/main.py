@@ -4,6 +4,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     if args.config_file:
         _merge_file(cfg, args.config_file)
     try:
-        cfg.merge_from_list(args.opts)
+        cfg.merge_from_list(_with_floats(cfg, args.opts))
     except (AssertionError, KeyError) as error:
         raise ValueError(
             f"{error.args[0]}. Expected KEY VALUE pairs of known keys, not {args.opts}."
@@ -85,8 +86,21 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
             f"--config-file {path} asks to run code ({error.problem}, line "
             f"{error.problem_mark.line + 1}), which is refused; expected plain values."
         ) from error
-    except (AssertionError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"--config-file {path} cannot be read: {error}") from error
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        advice = " (where a float is expected, 2 is written 2.0)" if "float" in str(error) else ""
+        raise ValueError(f"--config-file {path} cannot be read: {error}{advice}") from error
+
+
+def _with_floats(cfg: CfgNode, opts: list[str]) -> list[str]:
+    """Overrides in which a whole number for a key that holds a float is one: 2 becomes 2.0."""
+    found = list(opts)
+    for i in range(0, len(found) - 1, 2):
+        node: Any = cfg
+        for part in found[i].split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(found[i + 1])):
+            found[i + 1] = f"{found[i + 1]}.0"
+    return found
 
 
 def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:

@@ -21,6 +21,16 @@ def test_an_unknown_key(world: World, tmp_path) -> None:
         world.cfg(tmp_path, config=config)
 
 
+def test_a_whole_number_for_a_float(world: World, tmp_path) -> None:
+    cfg = world.cfg(tmp_path, "MODEL.DISTILL.LOSS_WEIGHT", "2", "SOLVER.MAX_ITER", "7")
+    assert cfg.MODEL.DISTILL.LOSS_WEIGHT == 2.0
+    assert cfg.SOLVER.MAX_ITER == 7
+    config = tmp_path / "whole.yaml"
+    config.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTILL: {{LOSS_WEIGHT: 2}}}}\n")
+    with pytest.raises(ValueError, match=r"LOSS_WEIGHT \(where a float is expected, 2 is written"):
+        world.cfg(tmp_path, config=config)
+
+
 def test_a_device_that_is_not_there(world: World, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"MODEL.DEVICE is 'cuda', but no GPU.* MODEL.DEVICE cpu"):
