@@ -1,6 +1,6 @@
 """Weights that one can rely on: whole, of the right architecture, finite."""
 
-from .reading import Weights, local_file, read_checkpoint, read_weights, sha256_of
+from .reading import Weights, local_file, read_checkpoint, read_weights
 from .strict import load_strictly
 
 __all__ = [
@@ -9,5 +9,4 @@ __all__ = [
     "local_file",
     "read_checkpoint",
     "read_weights",
-    "sha256_of",
 ]
