@@ -10,7 +10,14 @@ from detectron2.layers import ShapeSpec
 
 from ssim_kd.losses import lp_loss, ssim_loss
 from ssim_kd.modeling import DistillBatch, FeatureDistiller
-from tests.helpers import TEACHER_FPN, build, distilled_config, make_batch, train_losses
+from tests.helpers import (
+    TEACHER_FPN,
+    build,
+    distilled_config,
+    gradients,
+    make_batch,
+    train_losses,
+)
 
 SHAPES = {"p3": (12, 16), "p4": (6, 8)}
 WEIGHTS = (0.5, 2.0)
@@ -210,11 +217,16 @@ def test_bfloat16_on_a_cpu(kind, weights_of) -> None:
     )
     model = build(cfg)
     expected = {k: float(v.detach()) for k, v in train_losses(model, batch).items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = train_losses(model, batch)
+    # Without oneDNN, whose bfloat16 convolutions are wrong at times on processors with AVX-512
+    # for maps of a cell or two (pytorch#163347), as p5 to p7 of this image are.
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = train_losses(model, batch)
+        sum(losses.values()).backward()
     assert losses["loss_distill"].dtype == torch.float32
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert float(losses["loss_distill"]) == pytest.approx(expected["loss_distill"], rel=0.05)
-    sum(losses.values()).backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
+    found = float(losses["loss_distill"].detach())
+    assert found == pytest.approx(expected["loss_distill"], rel=0.05)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == gradients(model).keys()
+    assert [name for name, p in trained.items() if not torch.isfinite(p.grad).all()] == []
