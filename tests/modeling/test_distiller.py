@@ -12,6 +12,7 @@ from ssim_kd.losses import lp_loss, ssim_loss
 from ssim_kd.modeling import DistillBatch, FeatureDistiller
 from tests.helpers import (
     TEACHER_FPN,
+    bfloat16_without_onednn,
     build,
     distilled_config,
     gradients,
@@ -217,9 +218,7 @@ def test_bfloat16_on_a_cpu(kind, weights_of) -> None:
     )
     model = build(cfg)
     expected = {k: float(v.detach()) for k, v in train_losses(model, batch).items()}
-    # Without oneDNN, whose bfloat16 convolutions are wrong at times on processors with AVX-512
-    # for maps of a cell or two (pytorch#163347), as p5 to p7 of this image are.
-    with torch.backends.mkldnn.flags(enabled=False):
+    with bfloat16_without_onednn():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = train_losses(model, batch)
         sum(losses.values()).backward()
