@@ -1,7 +1,7 @@
 """The SSIM loss and its gradient by plain torch calls: the fast path on a CPU, and for any device.
 
 A few planes at a time go through all steps while they lie in cache; nothing of the size of a map is
-made but the gradient. ``ssim_pointwise`` has the algebra, ``band_gemm`` the windowed means.
+made but the gradient. ``ssim_pointwise`` has the algebra, ``window_filters`` the windowed means.
 Shapes: N images, C channels, H x W cells; n planes in a chunk, n <= C if samples must not mix.
 """
 
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .band_gemm import BandFilter
 from .cells import cell_weights, compute_dtype
 from .closed_form import LevelResult, grad_dtype
 from .extrema_gradient import ExtremaGradient
@@ -27,10 +26,11 @@ from .plane_affine import (
     scope_range,
     unit_affine,
 )
-from .ssim_pointwise import Rows, moment_gradients_in_place, ssim_in_place
+from .ssim_pointwise import Maps, Rows, moment_gradients_in_place, ssim_in_place
+from .window_filters import ColumnFilter, RowFilter, Window
 
-CHUNK_BYTES = 6 << 20  # of all temporaries of a chunk together: they stay in the last-level cache
-MAPS_PER_CHUNK = 11  # 6 in ``_Buffers.maps``, 4 in ``work``, 1 in ``inverse``
+CHUNK_BYTES = 8 << 20  # of all temporaries of a chunk together: they stay in the last-level cache
+MAPS_PER_CHUNK = 13  # 4 in ``maps``, ``work`` and ``moments``, 1 ``inverse``
 
 
 class _Chunk(NamedTuple):
@@ -46,24 +46,36 @@ class _Chunk(NamedTuple):
 class _Scratch:
     """Temporaries for chunks of n planes, with the filters between them.
 
-    ``maps`` (6, H, n W): x', y', then in forward the four filtered moments; x' and y' stay where
-    they are, since the gradient needs them. ``work`` (4, H, n W), ``inverse`` (H, n W).
+    ``maps`` (4, H, n W): x', y', which stay since the gradient needs them, and the two products;
+    ``moments`` (4, H, n W): the four filtered maps. Between the filters lies ``work``.
     """
 
     def __init__(self, n: int, height: int, width: int, like: Tensor, options: SSIMOptions):
-        maps, work = like.new_empty(6, height, n, width), like.new_empty(4, height, n, width)
-        window = (options.window_size, options.sigma)
-        self.filter = (
-            BandFilter(maps[:4], work, "rows", *window),
-            BandFilter(work, maps[2:], "columns", *window),
+        window = Window(options.window_size, options.sigma)
+        self.maps, work, moments = like.new_empty(3, 4, height, n * width)
+        self._filter = (
+            ColumnFilter(self.maps, work, window),
+            RowFilter(work, moments, width, window),
         )
-        self.filter_adjoint = (
-            BandFilter(work[:3], maps[2:5], "columns", *window, adjoint=True),
-            BandFilter(maps[2:5], work[:3], "rows", *window, adjoint=True),
+        self._adjoint = (
+            RowFilter(work[:3], moments[:3], width, window, adjoint=True),
+            ColumnFilter(moments[:3], work[:3], window, adjoint=True),
         )
-        flat = (height, n * width)
-        self.maps, self.work = maps.view(6, *flat), work.view(4, *flat)
-        self.inverse = like.new_empty(flat)
+        inverse = like.new_empty(height, n * width)
+        # Once filtered, the products have served: the means take their place.
+        self._pointwise = Maps(moments, work, self.maps[2], self.maps[3], inverse)
+
+    def filter(self) -> Maps:
+        """The moments of ``maps``."""
+        for windowed_mean in self._filter:
+            windowed_mean()
+        return self._pointwise
+
+    def adjoint(self) -> Tensor:
+        """The adjoint of ``filter`` for the three maps that lie in ``work``; in their place."""
+        for windowed_mean in self._adjoint:
+            windowed_mean()
+        return self._pointwise.work[:3]
 
 
 class _Level:
@@ -103,7 +115,7 @@ class _Level:
         sums, scratch = [], None
         for chunk in self._chunks(most):
             planes = chunk.x.shape[0]
-            if scratch is None or scratch.inverse.shape[1] != planes * w:
+            if scratch is None or scratch.maps.shape[2] != planes * w:
                 scratch = _Scratch(planes, h, w, self.like, self.options)
             sums.append(self._run_chunk(chunk, scratch))
         ssim = 4.0 * torch.stack(sums).double().sum()
@@ -133,61 +145,70 @@ class _Level:
                 grad = views[2] if self.grad is not None else None
                 yield _Chunk(planes, views[0], views[1], grad, weights)
 
-    def _load(self, source: Tensor, out: Tensor, affine: PlaneAffine | None, at: slice) -> None:
-        """Copy (n, H, W) planes into ``out`` (H, n W), scaled."""
+    def _load(self, source: Tensor, out: Tensor, affine: PlaneAffine | None, at: slice) -> Tensor:
+        """Copy (n, H, W) planes into ``out`` (H, n W), scaled, less a shift near their mean.
+
+        Returns:
+            the shifts of the scaled planes, spread along the row (n W,).
+        """
         n, h, w = source.shape
-        out.view(h, n, w).copy_(source.transpose(0, 1))
-        if affine is not None:
-            half_low, scale = (v.reshape(-1)[at].repeat_interleave(w) for v in affine)
-            torch.sub(out.mul_(0.5), half_low, out=out).mul_(scale)
+        planes = out.view(h, n, w)
+        planes.copy_(source.transpose(0, 1))
+        # Near the mean is enough: some rows will do. Summed in double since maps may be huge.
+        mean = planes[:: max(1, h // 16)].mean((0, 2), dtype=torch.float64).to(out.dtype)
+        if affine is None:
+            shift = mean.repeat_interleave(w)
+            out.sub_(shift)
+            return shift
+        half_low, scale = (v.reshape(-1)[at] for v in affine)
+        half_mean = 0.5 * mean
+        torch.add(-half_mean.repeat_interleave(w), out, alpha=0.5, out=out)
+        out.mul_(scale.repeat_interleave(w))
+        return ((half_mean - half_low) * scale).repeat_interleave(w)
 
     def _run_chunk(self, chunk: _Chunk, scratch: _Scratch) -> Tensor:
         """Weighted sum of S / 4 over the chunk; writes the chunk's gradient."""
         n, h, w = chunk.x.shape
-        maps, work, inverse = scratch.maps, scratch.work, scratch.inverse
-        x, y, moments = maps[0], maps[1], maps[2:]
-        self._load(chunk.x, x, self.affine_x, chunk.planes)
-        self._load(chunk.y, y, self.affine_y, chunk.planes)
-        rows = self._rows(x.view(h, n, w), y.view(h, n, w), chunk.planes)
-        x.sub_(rows.shift_x)
-        y.sub_(rows.shift_y)
-        torch.addcmul(rows.c2, x, x, out=moments[0]).addcmul_(y, y)
-        torch.addcmul(0.5 * rows.c2, x, y, out=moments[1])
-        for windowed_mean in scratch.filter:
-            windowed_mean()
-        quarter = ssim_in_place(moments, work, inverse, rows)
+        x, y, squares, product = scratch.maps
+        rows = self._rows(
+            self._load(chunk.x, x, self.affine_x, chunk.planes),
+            self._load(chunk.y, y, self.affine_y, chunk.planes),
+            chunk.planes,
+            w,
+        )
+        torch.addcmul(rows.c2, x, x, out=squares).addcmul_(y, y)
+        torch.addcmul(0.5 * rows.c2, x, y, out=product)
+        maps = scratch.filter()
+        quarter = ssim_in_place(maps, rows)
         if chunk.weights is None:
             total = quarter.sum()
             weight: Tensor | float = -0.5 / self.x.numel()
         else:
             weight = chunk.weights.expand(h, n, w).reshape(h, n * w)
-            total = torch.mul(quarter, weight, out=work[3]).sum()
+            total = torch.mul(quarter, weight, out=maps.work[3]).sum()
             weight = -0.5 * weight
         if chunk.grad is not None:
-            moment_gradients_in_place(moments, work, inverse, rows, weight)
-            for adjoint in scratch.filter_adjoint:
-                adjoint()
-            self._finish_gradient(chunk, maps, work, rows)
+            moment_gradients_in_place(maps, weight)
+            self._finish_gradient(chunk, scratch.adjoint(), x, y, rows.shift_x[::w])
         return total
 
-    def _rows(self, x: Tensor, y: Tensor, at: slice) -> Rows:
-        """Constants of the planes of (H, n, W) maps, spread along the rows."""
-        w = x.shape[2]
-        # Near the mean is enough for a shift: a quarter of the rows will do.
-        shifts = (m[::4].mean((0, 2)).repeat_interleave(w) for m in (x, y))
+    def _rows(self, shift_x: Tensor, shift_y: Tensor, at: slice, width: int) -> Rows:
+        """The constants of planes ``at``, spread along the row as the shifts are."""
         if self.constants is None:
-            return Rows(*shifts, *self.plain_constants)
-        return Rows(*shifts, *(v.reshape(-1)[at].repeat_interleave(w) for v in self.constants))
+            return Rows(shift_x, shift_y, *self.plain_constants)
+        constants = (v.reshape(-1)[at].repeat_interleave(width) for v in self.constants)
+        return Rows(shift_x, shift_y, *constants)
 
-    def _finish_gradient(self, chunk: _Chunk, maps: Tensor, work: Tensor, rows: Rows) -> None:
+    def _finish_gradient(
+        self, chunk: _Chunk, gradients: Tensor, x: Tensor, y: Tensor, shift_x: Tensor
+    ) -> None:
         """Combine the moments' gradients, after their adjoint filters, into the map's gradient."""
         assert chunk.grad is not None
         n, h, w = chunk.x.shape
-        x, y = maps[0], maps[1]
-        g_r, minus_g_q, grad = work[0], work[1], work[2]
+        g_r, minus_g_q, grad = gradients
         grad.addcmul_(x, minus_g_q, value=-2).addcmul_(y, g_r)
         if self.extrema is not None:
-            self.extrema.add_sums(chunk.planes, grad, x, rows.shift_x[::w])
+            self.extrema.add_sums(chunk.planes, grad, x, shift_x)
         if self.affine_x is not None:
             slope = 0.5 * self.affine_x.scale.reshape(-1)[chunk.planes]
             grad.mul_(slope.repeat_interleave(w))

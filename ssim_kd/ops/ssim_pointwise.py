@@ -13,7 +13,7 @@ Only sigma_x^2 + sigma_y^2 enters (beta = gamma), so four filtered maps do inste
 gradient of sum(w S) for x follows from the chain rule through a, q and r, with G' the adjoint:
 
     d = 2 w / (B1 B2)
-    g_a = d (mu_y A2 - b A1 + S (a B1 - mu_x B2)),  g_q = -d S B1 / 2,  g_r = d A1
+    g_r = d A1,  g_q = -d S B1 / 2,  g_a = d mu_y A2 - b g_r - d S B2 mu_x - 2 a g_q
     gradient = G'[g_a] + 2 x' G'[g_q] + y' G'[g_r]
 
 The code works with h1 = A1 / 2, h2 = A2 / 2 and S / 4 = h1 h2 / (B1 B2), which saves passes.
@@ -37,53 +37,50 @@ class Rows(NamedTuple):
     eps: Tensor
 
 
-def ssim_in_place(moments: Tensor, work: Tensor, inverse: Tensor, rows: Rows) -> Tensor:
-    """S / 4 of a chunk.
+class Maps(NamedTuple):
+    """What the two functions below work on; everything is written.
 
-    Args:
-        moments: (4, H, n W): a, b, q + C2, r + C2 / 2 (the window's weights sum to 1, so a
-            constant may be added before it). Becomes a, b, B2, h2.
-        work: (4, H, n W), written: h1, B1, S / 4, scratch.
-        inverse: (H, n W), written: 1 / (B1 B2).
-
-    Returns:
-        S / 4, a view of ``work``.
+    ``moments`` (4, H, n W): a, b, q + C2, r + C2 / 2 (the window's weights sum to 1, so a constant
+    may be added before it), then a, b, B2, h2. ``work`` (4, H, n W), ``mean_x``, ``mean_y`` and
+    ``inverse`` (H, n W).
     """
-    a, b, q, r = moments
-    h1, b1, s4, scratch = work
+
+    moments: Tensor
+    work: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    inverse: Tensor
+
+
+def ssim_in_place(maps: Maps, rows: Rows) -> Tensor:
+    """S / 4 of a chunk, a view of ``work``, whose last map is free afterwards."""
+    a, b, q, r = maps.moments
+    h1, b1, s4, _ = maps.work
     r.addcmul_(a, b, value=-1)  # h2
     q.addcmul_(a, a, value=-1).addcmul_(b, b, value=-1)  # B2
-    mean_x, mean_y = torch.add(a, rows.shift_x, out=s4), torch.add(b, rows.shift_y, out=scratch)
+    mean_x = torch.add(a, rows.shift_x, out=maps.mean_x)
+    mean_y = torch.add(b, rows.shift_y, out=maps.mean_y)
     torch.addcmul(0.5 * rows.c1, mean_x, mean_y, out=h1)
     torch.addcmul(rows.c1, mean_x, mean_x, out=b1).addcmul_(mean_y, mean_y)
-    torch.addcmul(rows.eps, b1, q, out=inverse).reciprocal_()
+    torch.addcmul(rows.eps, b1, q, out=maps.inverse).reciprocal_()
     torch.mul(h1, r, out=s4)
-    return s4.mul_(inverse)
+    return s4.mul_(maps.inverse)
 
 
-def moment_gradients_in_place(
-    moments: Tensor, work: Tensor, inverse: Tensor, rows: Rows, weight: Tensor | float
-) -> None:
-    """Gradient of sum(weight S) for a, q and r, after ``ssim_in_place``.
+def moment_gradients_in_place(maps: Maps, weight: Tensor | float) -> None:
+    """Gradient of sum(weight S) for the moments, after ``ssim_in_place``.
 
-    The differences are taken so that nearly constant planes, where a and b are tiny beside the
-    means, lose no digits.
+    Afterwards the first three of ``work`` are g_r, -g_q and g_a.
 
     Args:
-        moments, work, inverse: as ``ssim_in_place`` left them; all are overwritten. Afterwards
-            ``work`` holds g_r, -g_q, g_a and scratch.
+        maps: as ``ssim_in_place`` left them.
         weight: a number, or a tensor that broadcasts to (H, n W).
     """
-    a, b, b2, h2 = moments
-    h1, b1, s4, luminance = work
-    d = inverse.mul_(4 * weight)
-    # mu_y A2 - b A1 = 2 (b (h2 - h1) + t h2)
-    torch.sub(h2, h1, out=luminance)
-    luminance.mul_(b).addcmul_(rows.shift_y, h2)
-    h1.mul_(d)  # g_r
-    # a B1 - mu_x B2 = a (B1 - B2) - s B2
-    torch.sub(b1, b2, out=h2)
-    h2.mul_(a).addcmul_(rows.shift_x, b2, value=-1).mul_(s4)
-    luminance.add_(h2, alpha=2)
-    b1.mul_(s4).mul_(d)  # -g_q
-    torch.mul(luminance, d, out=s4)  # g_a
+    a, b, b2, h2 = maps.moments
+    h1, b1, s4, _ = maps.work
+    d = maps.inverse.mul_(4 * weight)
+    g_r, h2_d, s4_d = h1.mul_(d), h2.mul_(d), s4.mul_(d)
+    minus_g_q, s4_b2_d = b1.mul_(s4_d), b2.mul_(s4_d)
+    g_a = torch.mul(maps.mean_y, h2_d, out=s4)
+    g_a.addcmul_(b, g_r, value=-1)
+    g_a.addcmul_(maps.mean_x, s4_b2_d, value=-2).addcmul_(a, minus_g_q, value=2)

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssim_kd.losses import ssim_loss
+from ssim_kd.ops.window import band_matrix
+from ssim_kd.ops.window_filters import ColumnFilter, RowFilter, Window
 
-SHAPES = [(1, 1, 1, 1), (2, 2, 1, 7), (3, 2, 3, 3), (2, 5, 7, 7), (2, 3, 13, 21), (1, 2, 50, 33)]
+SHAPES = [(1, 1, 1, 1), (2, 2, 1, 7), (3, 2, 3, 3), (2, 5, 7, 7), (2, 3, 13, 21), (1, 2, 50, 70)]
 SCALINGS = [(None, True), ("channel", True), ("channel", False), ("sample", True), ("batch", True)]
 # Value and relative gradient; half precision rounds the gradient itself.
 TOLERANCE = {
@@ -73,6 +75,22 @@ def test_eager_window_wider_than_the_map_and_in_chunks(monkeypatch):
             expected = value_and_grad(x, y, impl="reference", **options)
             result = value_and_grad(x, y, impl="eager", **options)
             torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("size", [1, 5, 11, 25])
+@pytest.mark.parametrize("height,width", [(1, 1), (6, 40), (31, 32), (40, 31), (75, 66)])
+def test_filters_are_products_with_the_band_matrix(height, width, size, adjoint):
+    window = Window(size, 0.3 * size)
+    maps = torch.rand(3, height, 2 * width, dtype=torch.float64)
+    down, along = (band_matrix(length, *window) for length in (height, width))
+    expected = maps.view(3, height, 2, width)
+    for matrix, equation in ((down, "hk,mknw->mhnw"), (along, "wk,mhnk->mhnw")):
+        expected = torch.einsum(equation, matrix.t() if adjoint else matrix, expected)
+    work, out = torch.empty_like(maps), torch.empty_like(maps)
+    ColumnFilter(maps, work, window, adjoint=adjoint)()
+    RowFilter(work, out, width, window, adjoint=adjoint)()
+    torch.testing.assert_close(out.view_as(expected), expected, atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
