@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H x W cells; pictures are (height, width, 3) uint8 RGB.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from .losses import ssim_map
+from .losses import minmax_scale, ssim_map
 from .modeling.batch import DistillBatch
 from .modeling.taps import FeatureTap
 
@@ -24,6 +25,8 @@ Picture = NDArray[np.uint8]
 
 #: Ends of the colour scale: 0 where the maps agree, 0.5 where they have nothing in common.
 LOSS_RANGE = (0.0, 0.5)
+#: Channels that SSIM's maps are made of at a time.
+CHANNELS_AT_ONCE = 32
 _CLASS_COLOURS = colormaps["tab10"]
 
 
@@ -146,7 +149,7 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     inputs = [{**x, "image": x["image"].to(model.device)} for x in batched_inputs]
     teacher_features = model.teacher([x["image"] for x in inputs])
     with _eval_mode(student), FeatureTap(student, distiller.levels) as student_features:
-        student.backbone(student.preprocess_image(inputs).tensor)
+        student(inputs)  # heads as well: not every meta-architecture shows its preprocessing
 
     options = {"scaling": "channel"}
     if getattr(distiller, "loss_name", "") == "ssim":
@@ -182,12 +185,21 @@ def _compare(
     mask: torch.Tensor | None,
     options: dict[str, Any],
 ) -> LossMaps:
-    ssim = ssim_map(student, teacher, mask=mask, **options)
-    terms = ssim_map(student, teacher, mask=mask, components=True, **options)
-    means = [x.mean(dim=1) for x in (0.5 * (1.0 - ssim), *terms)]
+    scope = options["scaling"]
+    if scope is not None:
+        student, teacher = (minmax_scale(m, scope=scope, mask=mask) for m in (student, teacher))
+    options = {**options, "scaling": None}
+    means = student.new_zeros(4, len(student), *student.shape[2:], dtype=torch.float32)
+    # SSIM's maps by cell and channel would take twenty times the features' memory: in groups.
+    channels = student.shape[1]
+    for n, c in itertools.product(range(len(student)), range(0, channels, CHANNELS_AT_ONCE)):
+        group = [m[n : n + 1, c : c + CHANNELS_AT_ONCE].float() for m in (student, teacher)]
+        terms = ssim_map(*group, components=True, **options)
+        for mean, x in zip(means, (0.5 * (1.0 - ssim_map(*group, **options)), *terms), strict=True):
+            mean[n] += x[0].sum(dim=0) / channels
     if mask is not None:
-        means = [x.masked_fill(~mask, float("nan")) for x in means]
-    return LossMaps(*(x.float().cpu() for x in means))
+        means.masked_fill_(~mask, float("nan"))
+    return LossMaps(*means.cpu())
 
 
 def loss_map_images(
@@ -215,7 +227,9 @@ def loss_map_images(
                 cells = getattr(maps, name)[index]
                 # The whole map, padded cells included, then the part that shows the image.
                 size = (cells.shape[0] * stride, cells.shape[1] * stride)
-                panels.append(heatmap(cells, *size, limits=limits)[:height, :width])
+                panel = heatmap(cells, *size, limits=limits)[:height, :width]
+                missing = (height - panel.shape[0], width - panel.shape[1])
+                panels.append(np.pad(panel, ((0, missing[0]), (0, missing[1]), (0, 0))))
             rows.append(np.concatenate(panels, axis=1))
         widest = max(row.shape[1] for row in rows)
         rows = [np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]

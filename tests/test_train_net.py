@@ -85,6 +85,5 @@ def test_spawned_and_torchrun_processes_and_a_stock_student(world: World, tmp_pa
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
     assert stock.returncode == 0 and "instances" in stock.stdout, stock.stderr[-3000:]

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ssim_kd import visualization
 from ssim_kd.engine.hooks import VisualizeDistillation
 from ssim_kd.modeling.batch import DistillBatch
 from ssim_kd.modeling.taps import FeatureTap
@@ -115,6 +116,28 @@ def test_the_maps_are_what_the_loss_averages(model: nn.Module) -> None:
         expected = model.distiller.metrics[f"distill/ssim_{level}"]
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
         assert found.loss.shape == found.structure.shape == found.contrast.shape
+
+
+def test_any_meta_architecture_is_shown(model: nn.Module, tmp_path) -> None:
+    # A ProposalNetwork has no preprocess_image; a teacher of half the stride is resized.
+    weights = save_weights(stock_config("dc5"), tmp_path / "dc5.pth")
+    student = ("MODEL.DISTILL.STUDENT_META_ARCHITECTURE", "ProposalNetwork")
+    level = ("MODEL.DISTILL.IN_FEATURES", ["res5"], "MODEL.DISTILL.RESIZE", "bilinear")
+    cfg = distilled_config("faster", "dc5", weights, *student, *level)
+    pictures = loss_map_images(build(cfg), make_batch(((200, 136),)))
+    assert pictures["res5"].shape == (200, 5 * 136, 3)
+
+
+@pytest.mark.parametrize("scaling", ["sample", "batch", "none"])
+def test_channels_in_groups_have_the_scaling_of_all(scaling, model, monkeypatch) -> None:
+    monkeypatch.setitem(model.distiller.options, "scaling", None if scaling == "none" else scaling)
+    expected = loss_maps(model, make_batch())
+    monkeypatch.setattr(visualization, "CHANNELS_AT_ONCE", 7)
+    for level, found in loss_maps(model, make_batch()).items():
+        for name in ("loss", "luminance", "contrast", "structure"):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(expected[level], name), equal_nan=True
+            )
 
 
 def test_padding_is_nan(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_distill_config, write_stock_config
+from ..config import add_distill_config, merge_file, write_stock_config
 from ..data import check_datasets, register_datasets
 from .doubts import warn_of_doubts
 from .evaluation import (
@@ -54,7 +54,8 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     """Detectron2's defaults, ours, the file, the overrides; frozen.
 
     Raises:
-        ValueError: a device that this machine lacks, an unknown key, a file that cannot be read.
+        ValueError: a device that this machine lacks, an unknown key, a file that cannot be read,
+            a teacher without a model that learns from it.
     """
     cfg = get_cfg()
     add_distill_config(cfg)
@@ -69,6 +70,14 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
             f"{error.args[0]}. Expected KEY VALUE pairs of known keys, not {args.opts}."
         ) from error
     _resolve_teacher(cfg, args.config_file)
+    distill = cfg.MODEL.DISTILL
+    name = cfg.MODEL.META_ARCHITECTURE
+    if distill.ENABLED and distill.TEACHER.CONFIG_FILE and name != "DistilledDetector":
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {name!r}, which learns from no teacher, but "
+            "MODEL.DISTILL.TEACHER.CONFIG_FILE names one. Expected 'DistilledDetector', and "
+            f"{name!r} as MODEL.DISTILL.STUDENT_META_ARCHITECTURE; or MODEL.DISTILL.ENABLED False."
+        )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a "
@@ -80,7 +89,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
     try:
-        cfg.merge_from_file(path, allow_unsafe=False)
+        merge_file(cfg, path)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"--config-file {path} asks to run code ({error.problem}, line "

@@ -51,12 +51,13 @@ def lp_loss(
     if scaling is not None:
         x = minmax_scale(x, scope=scaling, mask=mask, grad_through_extrema=scaling_grad)
         y = minmax_scale(y, scope=scaling, mask=mask)
-    error = (x - y).abs() if p == 1 else (x - y) ** 2
+    difference = x - y
     weights = cell_weights(x.shape, x, mask, crop=0)
-    if weights is None:
-        return error.mean()
-    # where, not a product: an infinite error in a padded cell must not become 0 * inf.
-    return torch.where(weights[:, None] > 0, error * weights[:, None], 0.0).sum()
+    if weights is not None:
+        # Before the power: an infinity in a padded cell must not become 0 * inf in the gradient.
+        difference = torch.where(weights[:, None] > 0, difference, 0.0)
+    error = difference.abs() if p == 1 else difference**2
+    return error.mean() if weights is None else (error * weights[:, None]).sum()
 
 
 class LpLoss(nn.Module):

@@ -206,6 +206,11 @@ class Distiller(nn.Module):
         """Bring both maps of a level to the same channels and cells."""
         student = adapt(self.adapters, level, student)
         ratio = self.teacher_strides[level] / self.strides[level]
+        if ratio < 1:
+            # Whole blocks of cells: what is left at the right and bottom would be dropped.
+            block = round(1 / ratio)
+            rest = (0, -teacher.shape[-1] % block, 0, -teacher.shape[-2] % block)
+            teacher = F.pad(teacher, rest, mode="replicate")
         if ratio != 1:
             teacher = F.interpolate(
                 teacher, scale_factor=ratio, mode="bilinear", align_corners=False

@@ -1,5 +1,6 @@
 """The paper's distiller: feature maps compared by SSIM, l1 or l2."""
 
+import logging
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from detectron2.layers import ShapeSpec
 
 from ..losses import check_ssim_options, lp_loss, pyramid_ssim_loss
 from .distiller import DISTILLER_REGISTRY, Distiller
+
+logger = logging.getLogger(__name__)
 
 LOSSES = ("ssim", "l1", "l2")
 
@@ -52,8 +55,9 @@ class FeatureDistiller(Distiller):
             self.options |= ssim_options or {}
             try:
                 check_ssim_options(**self.options)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:
                 raise ValueError(f"MODEL.DISTILL.SSIM: {error}") from error
+        self._told: set[str] = set()
 
     @classmethod
     def from_config(
@@ -81,9 +85,24 @@ class FeatureDistiller(Distiller):
         """SSIM takes the levels in one call; l1 and l2 are taken level by level."""
         if self.loss_name != "ssim":
             return super().pyramid_loss(students, teachers, masks)
+        self._tell_small(students)
         return pyramid_ssim_loss(
             students, teachers, masks=masks, level_weights=self.level_weights, **self.options
         )
+
+    def _tell_small(self, maps: list[torch.Tensor]) -> None:
+        """Say once of a level that its maps are smaller than the window."""
+        size = self.options.get("window_size", 11)
+        for level, features in zip(self.levels, maps, strict=True):
+            height, width = features.shape[-2:]
+            if min(height, width) < size and level not in self._told:
+                self._told.add(level)
+                logger.info(
+                    "Level %s has maps of %d x %d cells, smaller than MODEL.DISTILL.SSIM."
+                    "WINDOW_SIZE %d: beyond their border they are mirrored until the window is "
+                    "full, and every cell counts. Said once.",
+                    *(level, height, width, size),
+                )
 
     def level_loss(
         self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None

@@ -59,7 +59,13 @@ class DistilledDetector(nn.Module):
             raise ValueError(
                 f"MODEL.DISTILL.STUDENT_META_ARCHITECTURE is {name!r}; expected one of {known}."
             )
-        student = build_model(student_config(cfg))
+        try:
+            student = build_model(student_config(cfg))
+        except Exception as error:
+            raise ValueError(
+                f"The student cannot be built as MODEL.DISTILL.STUDENT_META_ARCHITECTURE {name!r} "
+                f"from the rest of its config: {type(error).__name__}: {error}"
+            ) from error
         if not cfg.MODEL.DISTILL.ENABLED:
             return {"student": student}
         # Neither the teacher nor the adapters may shift the random numbers that the student

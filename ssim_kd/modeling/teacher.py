@@ -95,8 +95,9 @@ class FrozenTeacher:
         """
         Args:
             model: a detector with ``backbone``, ``pixel_mean`` and ``pixel_std``, weights loaded.
-            input_format: channel order that the teacher was trained on, "BGR" or "RGB".
-            student_format: channel order of the images it will be given.
+            input_format: INPUT.FORMAT that the teacher was trained on.
+            student_format: INPUT.FORMAT of the images it will be given; the same, or of BGR and
+                RGB the other.
             dtype: of its weights and feature maps.
             fold_bn: whether to fold batch norms into the convolutions before them.
             channels_last: memory format of its maps.
@@ -113,6 +114,11 @@ class FrozenTeacher:
         self.pixel_std = model.pixel_std.detach()
         #: SHA-256 of the weights' file, "" where there is none.
         self.sha256 = ""
+        if input_format != student_format and {input_format, student_format} != {"BGR", "RGB"}:
+            raise ValueError(
+                f"INPUT.FORMAT is {student_format!r}, but the teacher's is {input_format!r}; "
+                "expected the same, or BGR and RGB, between which images are converted."
+            )
         self.swap_channels = input_format != student_format
         self.dtype = dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -169,8 +175,9 @@ class FrozenTeacher:
         inner = [level for level in levels if level not in self.backbone.output_shape()]
         if inner and self._compiled is not None:
             raise ValueError(
-                f"MODEL.DISTILL.IN_FEATURES names {inner}, which a compiled teacher does not show: "
-                "set MODEL.DISTILL.TEACHER.COMPILE to False."
+                f"The levels {inner} (MODEL.DISTILL.IN_FEATURES, or what both models share where "
+                "that is empty) are not shown by a compiled teacher: set "
+                "MODEL.DISTILL.TEACHER.COMPILE to False."
             )
         self._levels = levels
         self._tap = FeatureTap(self, levels)

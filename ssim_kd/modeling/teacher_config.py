@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from ..config import add_distill_config, student_config
+from ..config import add_distill_config, merge_file, student_config
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -27,16 +27,14 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     add_distill_config(teacher)
     # A student that was distilled by another project can be a teacher: its keys are not ours.
     teacher.MODEL.DISTILL.set_new_allowed(True)
-    in_zoo = not PathManager.isfile(name)
-    path = _zoo_config(name) if in_zoo else name
+    path = name if PathManager.isfile(name) else _zoo_config(name)
     if path is None:
         raise ValueError(
             f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {name!r}: neither a file nor a name of the "
             "model zoo (e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml)."
         )
     try:
-        # The zoo's files come with Detectron2 and may run Python: its RetinaNets compute anchors.
-        teacher.merge_from_file(path, allow_unsafe=in_zoo)
+        merge_file(teacher, path)
         teacher.merge_from_list(list(node.OPTS))
     except Exception as error:
         raise ValueError(

@@ -91,6 +91,7 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@torch.compiler.disable  # its kernels are not to be traced, and write where tracing forbids it
 def closed_form_loss(
     run: RunLevels,
     inputs: Sequence[Tensor],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -29,12 +30,20 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@lru_cache(maxsize=1)
 def _triton_module() -> ModuleType | str:
     """The module of the Triton kernels, or why there is none. Imported on first use only."""
     try:
-        return importlib.import_module(".ssim_triton", __package__)
+        module = importlib.import_module(".ssim_triton", __package__)
+        if not _interpreted():
+            from triton.runtime import driver
+
+            driver.active.get_current_target()  # needs a C compiler and Python's headers
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
+    except Exception as error:  # whatever a compiler or a driver may raise
+        return f"Triton cannot launch a kernel ({error})"
+    return module
 
 
 def _why_not_triton(x: Tensor, options: SSIMOptions) -> str | None:
@@ -44,15 +53,17 @@ def _why_not_triton(x: Tensor, options: SSIMOptions) -> str | None:
     return module if isinstance(module, str) else module.why_not(x, options)
 
 
-def require_triton() -> None:
-    """Raise ``RuntimeError`` unless the Triton implementation can be had on this machine."""
-    reason: str | None = None
-    if not torch.cuda.is_available() and not _interpreted():
-        reason = "there is no CUDA or ROCm device"
-    elif isinstance(module := _triton_module(), str):
-        reason = module
+def _refuse_triton(reason: str | None) -> None:
     if reason is not None:
         raise RuntimeError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+
+
+def require_triton(options: SSIMOptions) -> None:
+    """Raise ``RuntimeError`` unless Triton can serve ``options`` on this machine."""
+    if not torch.cuda.is_available() and not _interpreted():
+        _refuse_triton("there is no CUDA or ROCm device")
+    module = _triton_module()
+    _refuse_triton(module if isinstance(module, str) else module.why_not(torch.empty(0), options))
 
 
 def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
@@ -62,9 +73,8 @@ def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
         RuntimeError: the explicit choice cannot be had.
     """
     if options.impl == "triton":
-        reasons = [_why_not_triton(x, options) for x in inputs]
-        for reason in filter(None, reasons):
-            raise RuntimeError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+        for x in inputs:
+            _refuse_triton(_why_not_triton(x, options))
     if options.impl == "reference":
         return None
     if not options.plain_exponents:

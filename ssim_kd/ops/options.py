@@ -107,5 +107,5 @@ def check_ssim_options(**options: Any) -> SSIMOptions:
     if checked.impl == "triton":
         from .dispatch import require_triton
 
-        require_triton()
+        require_triton(checked)
     return checked

@@ -8,6 +8,7 @@ gradient goes through the extrema. Shapes: N images, C channels, H x W cells, L 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -28,12 +29,14 @@ from .window import band_matrix
 
 LANES = 128  # columns a program works on, one a thread
 TILE = 1024  # cells of a plane a program reads at a time
-# Scratch is three maps. All channels at once where that is small, else at most one map's worth.
+# Scratch is three maps of a group of channels. One group where that is small, else three groups, so
+# that scratch is one map's worth.
 SMALL_SCRATCH = 16 << 20
 MAX_WINDOW = 15  # filters live in registers: 7 window_size numbers a lane
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # training at many scales meets some hundred lengths; 15 kB each
+@torch.inference_mode(False)
 def _tables(length: int, size: int, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """(``out``, ``in``), each (length, size) float32: row i holds the weights of cells
     i - r ... i + r in the mean of cell i, and the weights of cell i in their means."""
@@ -73,7 +76,7 @@ class _Level:
         self.tile.update(BLOCK=TILE // self.tile["CB"], MASKED=mask is not None)
         self.tile_grid = (n * triton.cdiv(c, self.tile["CB"]),)
         per_channel = n * w
-        fits = max(1, max(SMALL_SCRATCH // 12, x.numel() // 3) // (per_channel * h))
+        fits = max(1, SMALL_SCRATCH // (12 * per_channel * h), -(-c // 3))
         groups = -(-c // min(c, fits)) if need_grad else 1
         self.channels = -(-c // groups)  # in a launch
         self.programs = sum(
@@ -159,6 +162,19 @@ def run_levels(
     need_grad: Sequence[bool],
 ) -> list[LevelResult]:
     """Losses and gradients of L levels, (N, C, H, W) each; see ``closed_form.RunLevels``."""
+    device = inputs[0].device
+    # Triton launches on the current device, which need not be that of the maps.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _run_levels(inputs, targets, masks, options, need_grad)
+
+
+def _run_levels(
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    options: SSIMOptions,
+    need_grad: Sequence[bool],
+) -> list[LevelResult]:
     levels = [
         _Level(x.detach(), y, mask, options, need) if x.numel() else None
         for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True)

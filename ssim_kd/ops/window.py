@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def gaussian_window(size: int, sigma: float) -> Tensor:
     """Weights (size,) float64 of a Gaussian of ``sigma`` cells; they sum to 1. Read-only."""
     offset = torch.arange(size, dtype=torch.float64) - size // 2
@@ -21,6 +22,7 @@ def gaussian_window(size: int, sigma: float) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def reflected_index(length: int, radius: int) -> Tensor:
     """Cells (length + 2 radius,) int64 that positions -radius ... length-1+radius fold back to."""
     position = torch.arange(-radius, length + radius)
@@ -32,6 +34,7 @@ def reflected_index(length: int, radius: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def band_matrix(length: int, size: int, sigma: float) -> Tensor:
     """The windowed mean along an axis as a matrix (length, length) float64: mean = G @ values.
 

@@ -43,6 +43,7 @@ class _Run(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _runs(
     length: int, block: int, window: Window, adjoint: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Run, ...]:

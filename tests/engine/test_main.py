@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2 import model_zoo
 
 from tests.engine.runs import World
 
@@ -83,3 +84,22 @@ def test_a_config_file_that_is_no_yaml(world: World, tmp_path) -> None:
     config.write_text("MODEL: {DEVICE: cpu\n")
     with pytest.raises(ValueError, match=r"(?s)broken\.yaml cannot be read: .*line 2"):
         world.cfg(tmp_path, config=config)
+
+
+def test_detectron2s_own_configs_may_compute_their_anchors(world: World, tmp_path) -> None:
+    zoo = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"_BASE_: {zoo}\nMODEL: {{DEVICE: cpu}}\n")
+    for config in (mine, zoo):
+        found = world.cfg(tmp_path, "MODEL.DEVICE", "cpu", config=config)
+        assert found.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 32
+    mine.write_text(f"_BASE_: {zoo}\nOUTPUT_DIR: !!python/name:os.system\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml asks to run code"):
+        world.cfg(tmp_path, config=mine)
+
+
+def test_a_teacher_that_nothing_learns_from(world: World, tmp_path) -> None:
+    plain = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    with pytest.raises(ValueError, match=r"META_ARCHITECTURE is 'GeneralizedRCNN'.*'DistilledDet"):
+        world.cfg(tmp_path, *plain)
+    world.cfg(tmp_path, *plain, "MODEL.DISTILL.ENABLED", "False")

@@ -39,6 +39,16 @@ def test_lp_of_nothing_and_of_half():
     assert lp_loss(X.half(), Y.half()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_infinities_in_masked_cells_do_not_reach_the_gradient(p):
+    x, y = torch.ones(1, 1, 2, 2, requires_grad=True), torch.zeros(1, 1, 2, 2)
+    y[..., 1] = float("inf")
+    mask = torch.tensor([[[True, False]] * 2])
+    loss = lp_loss(x, y, p=p, mask=mask)
+    loss.backward()
+    assert loss == 1 and x.grad.flatten().tolist() == [p / 2, 0, p / 2, 0]
+
+
 def test_lp_bad_options():
     for bad in ({"p": 3}, {"scaling": "layer"}):
         with pytest.raises(ValueError, match=repr(*bad.values())):

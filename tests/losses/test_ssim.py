@@ -226,3 +226,27 @@ def test_half_precision_and_autocast_use_float32_moments(impl):
             assert loss.dtype == torch.float32 and half_grad.dtype == a.dtype
             assert loss == pytest.approx(expected.item(), abs=1e-6)
             torch.testing.assert_close(half_grad.float(), grad, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_training_after_inference_mode(impl):
+    # What is kept of the window must not be an inference tensor.
+    x, y = torch.rand(1, 1, 37, 17), torch.rand(1, 1, 37, 17)
+    options = {"impl": impl, "window_size": 7, "sigma": 1.25}
+    with torch.inference_mode():
+        expected = ssim_loss(x, y, **options)
+    loss = ssim_loss(x.requires_grad_(), y, **options)
+    loss.backward()
+    assert x.grad.any()
+    torch.testing.assert_close(loss.detach(), expected.clone())
+
+
+def test_inside_a_compiled_function():
+    x, y = torch.rand(1, 2, 12, 12, requires_grad=True), torch.rand(1, 2, 12, 12)
+    compiled = torch.compile(lambda a, b: 2 * ssim_loss(a, b), backend="eager")
+    loss = compiled(x, y)
+    loss.backward()
+    torch.testing.assert_close(loss, 2 * ssim_loss(x, y))
+    torch.testing.assert_close(
+        x.grad, torch.autograd.grad(2 * ssim_loss(x, y), x)[0], atol=1e-7, rtol=1e-5
+    )

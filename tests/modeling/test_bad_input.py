@@ -48,6 +48,10 @@ NAN = float("nan")
             [D + "STUDENT_META_ARCHITECTURE", "DistilledDetector"],
             r"STUDENT_META_ARCHITECTURE is 'DistilledDetector'; expected",
         ),
+        (
+            [D + "STUDENT_META_ARCHITECTURE", "RetinaNet"],
+            r"STUDENT_META_ARCHITECTURE 'RetinaNet' .*'p7'",
+        ),
     ],
 )
 def test_a_bad_value(opts, match, weights_of) -> None:
@@ -205,8 +209,26 @@ def test_a_config_of_ones_own_needs_weights(tmp_path) -> None:
         teacher_config(cfg)
 
 
-def test_the_teacher_is_loaded_before_any_data_is(weights_of, monkeypatch) -> None:
-    # Building the student alone downloads and reads no teacher.
+def test_a_triton_that_cannot_be_had_is_told_with_its_key(weights_of, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    opts = (D + "SSIM.IMPL", "triton")
+    with pytest.raises(
+        ValueError, match=r"DISTILL\.SSIM: impl='triton' cannot be had: there is no"
+    ):
+        build(distilled_config("faster", "faster", weights_of("faster"), *opts))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("YUV-BT.601", "BGR"), ("BGR", "L")])
+def test_channel_orders_that_cannot_be_converted(ours, theirs, weights_of) -> None:
+    cfg = distilled_config(
+        "faster", "faster", weights_of("faster"), teacher_opts=["INPUT.FORMAT", theirs]
+    )
+    cfg.INPUT.FORMAT = ours
+    with pytest.raises(ValueError, match=rf"FORMAT is '{ours}', but the teacher's is '{theirs}'"):
+        build(cfg)
+
+
+def test_without_distillation_no_teacher_is_read(weights_of, monkeypatch) -> None:
     monkeypatch.setattr(
         teacher_module, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
     )

@@ -209,6 +209,17 @@ def test_a_level_of_weight_0_is_logged_and_does_nothing() -> None:
     assert distiller.metrics["distill/ssim_p4_weighted"] == 0
 
 
+def test_levels_smaller_than_the_window_are_told_once(caplog) -> None:
+    caplog.set_level("INFO")
+    distiller = FeatureDistiller(
+        student_shapes=specs(), teacher_shapes=specs(), ssim_options={"window_size": 9}
+    )
+    for seed in (0, 2):
+        distiller(features(seed=seed), features(seed=seed + 1), FULL)
+    told = [r.getMessage() for r in caplog.records if "smaller than" in r.getMessage()]
+    assert len(told) == 1 and "Level p4 has maps of 6 x 8 cells" in told[0]
+
+
 @pytest.mark.parametrize("kind", ["faster", "retinanet"])
 def test_bfloat16_on_a_cpu(kind, weights_of) -> None:
     # Emulated on most CPUs, thus slow: one small image.

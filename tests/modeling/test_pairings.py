@@ -117,6 +117,17 @@ def test_strides_that_differ_are_resized_where_asked_for(
     assert ours.shape[-2:] == (96 // student_stride, 128 // student_stride)
 
 
+def test_resizing_keeps_the_cells_at_the_right_and_bottom(weights_of) -> None:
+    # 208 x 272 pixels are 13 x 17 cells of the teacher's, 6.5 x 8.5 of the student's.
+    opts = ("MODEL.DISTILL.IN_FEATURES", ["res5"], "MODEL.DISTILL.RESIZE", "bilinear")
+    distiller = build(distilled_config("faster", "dc5", weights_of("dc5"), *opts)).distiller
+    columns = torch.arange(17.0).expand(1, 2, 13, 17)
+    ours, theirs = distiller.align("res5", torch.zeros(1, 2, 7, 9), columns)
+    assert ours.shape == theirs.shape and theirs.shape[-2:] == (7, 9)
+    # Pairs of columns are averaged; the last one stands alone.
+    assert theirs[0, 0, -1].tolist() == [*(2 * i + 0.5 for i in range(8)), 16.0]
+
+
 @pytest.mark.parametrize(
     ("mode", "fpn", "adapted"),
     [
