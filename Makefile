@@ -50,10 +50,12 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) tools/benchmark_losses.py --device cpu $(ARGS)
 	$(RUN) tools/benchmark_step.py --device cpu $(ARGS)
+	$(RUN) tools/benchmark_teacher.py --device cpu $(ARGS)
 
 bench-gpu: $(READY)
 	$(RUN) tools/benchmark_losses.py --device cuda $(ARGS)
 	$(RUN) tools/benchmark_step.py --device cuda $(ARGS)
+	$(RUN) tools/benchmark_teacher.py --device cuda $(ARGS)
 
 # Results (output/, datasets/) stay.
 clean:
