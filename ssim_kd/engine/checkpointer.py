@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from .atomic import remove_unfinished, write_atomically
 # Of these a start may lack some: they are not in the files of ImageNet backbones and begin at
 # their neutral values.
 _NEUTRAL = ("num_batches_tracked", "conv2_offset")
+# The tag of a run that has saved nothing yet, in a folder with checkpoints of an earlier one.
+_NONE_YET = "none yet"
+
+
+class ResumeError(ValueError):
+    """A checkpoint that is whole, but that this training cannot go on from."""
 
 
 class StudentCheckpointer(DetectionCheckpointer):
@@ -65,11 +72,11 @@ class StudentCheckpointer(DetectionCheckpointer):
         self._prune(path)
 
     def _prune(self, written: str) -> None:
-        # What was just written stays, also where a checkpoint of a later iteration is there: one
-        # that could not be read when the run was resumed.
+        # By age, not by iteration: there may be later ones of an earlier run, or such that could
+        # not be read when the run was resumed.
         periodic = sorted(
             (p for p in self.get_all_checkpoint_files() if _iteration(p) is not None),
-            key=lambda p: (p == written, _iteration(p) or 0),
+            key=lambda p: (p == written, os.path.getmtime(p)),
         )
         for path in periodic[: -self.keep] if self.keep else []:
             os.unlink(path)
@@ -103,9 +110,21 @@ class StudentCheckpointer(DetectionCheckpointer):
             if resume:
                 self.logger.info("No checkpoint in %s: training starts anew.", self.save_dir)
             self.load(path, checkpointables=[])
+            self._begin_anew()
             return False
         self._resume(found)
         return True
+
+    def _begin_anew(self) -> None:
+        """Keep a later resume from the checkpoints that an earlier run has left in the folder."""
+        left = self._candidates() if self.save_to_disk else []
+        if left:
+            self.logger.warning(
+                "%s holds %d checkpoints of an earlier run, e.g. %s. This run starts anew and will "
+                "overwrite those of equal names; was --resume meant?",
+                *(self.save_dir, len(left), os.path.basename(left[0])),
+            )
+            self.tag_last_checkpoint(_NONE_YET)
 
     def newest(self) -> str | None:
         """The newest checkpoint that is whole, the same on every process; None if there is none.
@@ -123,7 +142,20 @@ class StudentCheckpointer(DetectionCheckpointer):
 
     def _newest_whole(self) -> tuple[str | None, str | None]:
         """(path, None), (None, None) where no checkpoint is, or (None, what is wrong)."""
-        candidates = self._candidates()
+        tag, candidates = self._tag(), self._candidates()
+        if tag == _NONE_YET:
+            return None, None
+        if tag and not candidates:
+            return None, (
+                f"--resume: last_checkpoint in {self.save_dir} names {tag}, which is not there, "
+                "and no other checkpoint is. Bring it back, or remove last_checkpoint to start "
+                "anew."
+            )
+        if candidates and os.path.basename(candidates[0]) != tag:
+            self.logger.warning(
+                "last_checkpoint in %s names no file: the newest checkpoint is taken.",
+                self.save_dir,
+            )
         for path in candidates:
             try:
                 read_checkpoint(path)
@@ -138,28 +170,24 @@ class StudentCheckpointer(DetectionCheckpointer):
             )
         return None, None
 
+    def _tag(self) -> str:
+        """What ``last_checkpoint`` holds, "" where there is none."""
+        path = Path(self.save_dir, "last_checkpoint")
+        return path.read_text(errors="replace").strip() if path.is_file() else ""
+
     def _candidates(self) -> list[str]:
         """The tagged checkpoint, then the others from the newest on."""
         if not os.path.isdir(self.save_dir):
             return []
-        others = [
-            p
-            for p in self.get_all_checkpoint_files()
-            if _iteration(p) is not None or os.path.basename(p) == "model_final.pth"
+        names = [
+            os.path.basename(path)
+            for path in sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
         ]
-        others.sort(key=os.path.getmtime, reverse=True)
-        try:
-            tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
-        except UnicodeDecodeError:
-            tagged = ""
-        if not os.path.isfile(tagged):
-            if others:
-                self.logger.warning(
-                    "last_checkpoint in %s names no file: the newest checkpoint is taken.",
-                    self.save_dir,
-                )
-            return others
-        return [tagged, *(p for p in others if not os.path.samefile(p, tagged))]
+        names = [n for n in names if _iteration(n) is not None or n == "model_final.pth"]
+        tag = self._tag()
+        if tag and "\0" not in tag and os.path.isfile(os.path.join(self.save_dir, tag)):
+            names = [tag, *(name for name in names if name != tag)]
+        return [os.path.join(self.save_dir, name) for name in names]
 
     def _resume(self, path: str) -> None:
         self.logger.info("Resuming from %s", path)
@@ -169,15 +197,22 @@ class StudentCheckpointer(DetectionCheckpointer):
             key for key in ("distiller",) if key in checkpoint and key not in self.checkpointables
         ]
         if missing or extra:
-            raise ValueError(
+            raise ResumeError(
                 f"--resume: {path} lacks {missing} and has {extra} beside the config: it was not "
                 "written by a training with this config."
             )
         incompatible = self._load_model(checkpoint)
         if any(incompatible):
-            raise ValueError(f"--resume: {path} does not fit the student: {incompatible}")
+            raise ResumeError(f"--resume: {path} does not fit the student: {incompatible}")
         for key, obj in self.checkpointables.items():
-            obj.load_state_dict(checkpoint[key])
+            try:
+                obj.load_state_dict(checkpoint[key])
+            except ResumeError:
+                raise
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise ResumeError(
+                    f"--resume: what {path} holds under {key!r} does not fit this config: {error}"
+                ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)

@@ -32,6 +32,8 @@ from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
+_FLAGS = ("resume", "eval_only", "eval_teacher")
+
 AddConfig = Callable[[CfgNode], None]
 
 
@@ -125,7 +127,7 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     if multiprocessing.parent_process() is not None:
         die_with_parent()
     cfg = load_config(args, add_config)
-    _same_on_all(cfg)
+    _same_on_all(cfg, args)
     if args.eval_only or args.eval_teacher:
         return _evaluate(cfg, args)
     PathManager.mkdirs(cfg.OUTPUT_DIR)
@@ -171,9 +173,10 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
-def _same_on_all(cfg: CfgNode) -> None:
-    """Stop if the processes were given different configs."""
-    texts = comm.all_gather(cfg.dump())
+def _same_on_all(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Stop if the processes were given different configs or flags."""
+    flags = {f"--{k.replace('_', '-')}": getattr(args, k) for k in _FLAGS}
+    texts = comm.all_gather(f"{cfg.dump()}{flags}")
     unlike = [rank for rank, text in enumerate(texts) if text != texts[0]]
     if unlike:
         ours, theirs = (set(texts[rank].splitlines()) for rank in (0, unlike[0]))

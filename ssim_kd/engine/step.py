@@ -20,6 +20,9 @@ from .report import StepReport
 
 logger = logging.getLogger(__name__)
 
+#: The gradient scaler starts at 65536 and halves at each overflow; no loss is that steep.
+LEAST_SCALE = 2.0**-10
+
 
 class NonFiniteError(FloatingPointError):
     """A loss, a gradient or a feature map is NaN or infinite.
@@ -136,6 +139,10 @@ class DistillStep(TrainerBase):
             or (self.iter + 1) % self.log_period == 0
         )
         self.flush(keep=0 if at_once else 1)
+        if at_once and self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() < LEAST_SCALE:
+            # A step or two that overflow are the scaler's business; these are NaN at any scale.
+            wrong = f"gradients (float16, down to a loss scale of {LEAST_SCALE:g})"
+            self._raise([wrong], self.iter, _image_ids(batch), {}, fatal=True)
 
     def flush(self, *, keep: int = 0) -> None:
         """Take in the reports of past steps: log their metrics, see whether to stop.

@@ -17,10 +17,11 @@ from detectron2.utils.file_io import PathManager
 
 from ..data import CheckedMapper, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
-from .checkpointer import StudentCheckpointer
+from .checkpointer import ResumeError, StudentCheckpointer
 from .curves import KeepCurves
 from .evaluation import build_evaluator, test_time_augmentation
 from .hooks import Reseed, VisualizeDistillation
+from .settings import differences, settings_of
 from .step import DistillStep
 from .stopping import StopOnSignal
 
@@ -40,7 +41,7 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.base_lr = float(cfg.SOLVER.BASE_LR)
+        self._started_with = settings_of(cfg)
 
         model = self.build_model(cfg)
         self.student = model.student if isinstance(model, DistilledDetector) else model
@@ -67,8 +68,9 @@ class DistillTrainer(DefaultTrainer):
             self.student,
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
-            **own,
+            # First, since it tells what has changed in the config; the rest may then not fit.
             trainer=weakref.proxy(self),
+            **own,
         )
         self.register_hooks(self.build_hooks())
 
@@ -164,7 +166,7 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.flush()
         state = TrainerBase.state_dict(self)
         state["teacher_sha256"] = self.teacher_sha256
-        state["base_lr"] = self.base_lr
+        state["config"] = self._started_with
         state["skipped_steps"] = self._trainer.skipped
         state["data"] = self.data_loader.state_dict()
         state["optimizer"] = self.optimizer.state_dict()
@@ -178,30 +180,42 @@ class DistillTrainer(DefaultTrainer):
         """Take up :meth:`state_dict`.
 
         Raises:
-            ValueError: the run was trained with another teacher.
+            ResumeError: the run was trained with another teacher, or not by this trainer.
         """
+        if "teacher_sha256" not in state_dict:
+            raise ResumeError(
+                "--resume: the checkpoint was written by another trainer, e.g. Detectron2's own, "
+                "and lacks what an exact resume needs. Start from its weights instead: "
+                "MODEL.WEIGHTS, another OUTPUT_DIR, no --resume."
+            )
         if state_dict["teacher_sha256"] != self.teacher_sha256:
-            raise ValueError(
+            raise ResumeError(
                 "--resume: the checkpoint was trained with the teacher of SHA-256 "
                 f"{state_dict['teacher_sha256'] or '(none)'}, but MODEL.DISTILL.TEACHER is that of "
                 f"{self.teacher_sha256 or '(none)'}. Resume with the former, or start anew in "
                 "another OUTPUT_DIR."
             )
-        self.base_lr = state_dict["base_lr"]
-        if self.base_lr != self.cfg.SOLVER.BASE_LR:
-            logger.warning(
-                "SOLVER.BASE_LR is %g, but the run that is resumed was started at %g and goes on "
-                "with it. Start anew in another OUTPUT_DIR to change it.",
-                self.cfg.SOLVER.BASE_LR,
-                self.base_lr,
-            )
+        self._tell_of_changes(state_dict["config"])
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.skipped = state_dict["skipped_steps"]
         self.data_loader.resume(self.iter + 1, state_dict["data"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict["grad_scaler"]:  # else the run began without a scaler
+            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if "loss_normalizer" in state_dict:
             self.student.loss_normalizer = state_dict["loss_normalizer"]
+
+    def _tell_of_changes(self, started_with: str) -> None:
+        changes = differences(settings_of(self.cfg), started_with)
+        if changes:
+            logger.warning(
+                "--resume: the config is not the one that the run was started with. %s. Learning "
+                "rate, momentum and weight decay go on as they were, and so does a SEED; all else "
+                "follows the config of now. To change those, start anew in another OUTPUT_DIR.",
+                "; ".join(changes),
+            )
+        # At the next resume it is told again.
+        self._started_with = started_with
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

@@ -192,6 +192,25 @@ def test_old_checkpoints_are_pruned(tmp_path) -> None:
         make(tmp_path, keep=-1)
 
 
+def test_a_run_that_starts_anew_does_not_resume_an_earlier_one(tmp_path, caplog) -> None:
+    save(tmp_path, 1, 5)
+    checkpointer, _ = make(tmp_path, keep=1)
+    assert not checkpointer.resume_or_load("", resume=False)
+    assert "holds 2 checkpoints of an earlier run, e.g. model_0000005.pth" in caplog.text
+    # It was killed before it saved.
+    assert make(tmp_path)[0].newest() is None
+    # It saved: nothing but its own counts, and the earlier run's make room first.
+    save(tmp_path, 2, keep=1)
+    assert resume(tmp_path) == 2
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["model_0000002.pth"]
+
+
+def test_a_tag_without_any_checkpoint_is_no_fresh_start(tmp_path) -> None:
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(ValueError, match=r"names model_0000009\.pth, which is not there"):
+        make(tmp_path)[0].resume_or_load("", resume=True)
+
+
 def test_the_tagged_checkpoint_comes_before_a_newer_file(tmp_path) -> None:
     save(tmp_path, 1, 2)
     later = time.time() + 100

@@ -99,6 +99,13 @@ def test_ranks_with_different_configs_stop(world: World, tmp_path) -> None:
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_ranks_with_different_flags_stop(world: World, tmp_path) -> None:
+    lines = [world.arguments(tmp_path, *flag) for flag in ((), ("--resume",))]
+    with children(*lines, folder=tmp_path / "out") as ranks:
+        assert [rank.wait(60) for rank in ranks] == [1, 1]
+        assert all("'--resume': True" in rank.output for rank in ranks)
+
+
 def test_sigterm_to_one_rank_saves_and_ends_both(world: World, tmp_path) -> None:
     line = world.arguments(
         tmp_path, *SHORT, "SOLVER.MAX_ITER", 1000, "SOLVER.CHECKPOINT_PERIOD", 1000

@@ -190,3 +190,15 @@ def test_a_report_leaves_the_iteration_of_the_storage_as_it_was() -> None:
         assert storage.iter == 9
     assert storage.history("loss").values() == [(1.5, 7)]
     assert storage.history("data_time").latest() == 0.5
+
+
+def test_gradients_that_no_loss_scale_helps_stop_the_run(tmp_path) -> None:
+    step = make(tmp_path, *[""] * 40)
+    step.grad_scaler = torch.amp.GradScaler("cpu")
+    step.model.layer.weight.register_hook(lambda gradient: gradient * NAN)
+    with pytest.raises(NonFiniteError, match=r"gradients \(float16, down to a loss scale of 0\.00"):
+        run(step, 40)
+    # One step that overflows is no matter.
+    step = make(tmp_path, "", "")
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    run(step, 2)

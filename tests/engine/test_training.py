@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -122,8 +123,32 @@ def test_without_distillation_and_in_mixed_precision(world: World, tmp_path) -> 
 def test_another_learning_rate_on_resume_is_told(world: World, six: Path, tmp_path) -> None:
     folder = half_of(six, tmp_path / "resumed")
     world.main(folder, "--resume", "SOLVER.BASE_LR", 0.02)
-    assert "SOLVER.BASE_LR is 0.02, but the run that is resumed was started at 0.01" in log(folder)
-    assert checkpoint(folder)["trainer"]["base_lr"] == 0.01, "it is told again at the next resume"
+    assert "SOLVER.BASE_LR: 0.02 (was: 0.01)" in log(folder)
+    started_with = json.loads(checkpoint(folder)["trainer"]["config"])
+    assert started_with["SOLVER.BASE_LR"] == 0.01, "it is told again at the next resume"
+
+
+def test_the_same_config_on_resume_is_not_remarked(world: World, six: Path, tmp_path) -> None:
+    folder = half_of(six, tmp_path / "resumed")
+    world.main(folder, "--resume", "SEED", -1, "VIS_PERIOD", 3)
+    assert "the config is not the one" not in log(folder)
+
+
+def test_other_levels_on_resume_are_refused(world: World, six: Path, tmp_path) -> None:
+    folder = half_of(six, tmp_path / "resumed")
+    with pytest.raises(ValueError, match=r"what .* holds under 'trainer' does not fit"):
+        world.main(folder, "--resume", "MODEL.DISTILL.IN_FEATURES", "['p3']")
+    assert "MODEL.DISTILL.IN_FEATURES: ['p3'] (was: [])" in log(folder)
+
+
+def test_a_checkpoint_of_stock_detectron2_is_refused(world: World, tmp_path) -> None:
+    plain = ("MODEL.DISTILL.ENABLED", "False", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
+    world.main(tmp_path, *plain)
+    saved = checkpoint(tmp_path)
+    saved["trainer"] = {"iteration": 0}
+    torch.save(saved, tmp_path / "model_final.pth")
+    with pytest.raises(ValueError, match="written by another trainer"):
+        world.main(tmp_path, "--resume", *plain)
 
 
 def test_another_teacher_on_resume_is_refused(world: World, six: Path, tmp_path) -> None:
