@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from ssim_kd.config import student_config
-from tools import demo, demo_picture
+from tools import demo, demo_picture, demo_training
 
 TEACHER, STUDENT, DISTILLED = demo.TRAININGS
 RESULT = {"iteration": 3, "bbox/AP": 12.0, "bbox/AP50": 34.0, "bbox/AP75": 5.0}
@@ -45,7 +45,15 @@ def train(training: demo.Training, out: Path, script: str, *more: str) -> None:
     path = out.parent / "stand_in.py"
     path.write_text(script)
     cfg = demo.config_of(training, args, out)
-    demo.train(training, cfg, args, out, demo.Console(terminal=False), script=path)
+    demo_training.train(
+        training,
+        cfg,
+        demo.overrides(training, args, out),
+        out / training.key,
+        demo_training.Console(terminal=False),
+        resume=args.resume,
+        script=path,
+    )
 
 
 def test_a_seed_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +78,7 @@ def test_plain_and_distilled_differ_in_the_distillation_alone(out: Path) -> None
 
 def test_a_training_leaves_its_result(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(TEACHER, out, WORKS)
-    assert demo.results_of(out / "teacher") == {"AP": 12.0, "AP50": 34.0, "AP75": 5.0}
+    assert demo_training.results_of(out / "teacher") == {"AP": 12.0, "AP50": 34.0, "AP75": 5.0}
     assert "AP 12.0  AP50 34.0  AP75 5.0" in capsys.readouterr().out
 
 
@@ -106,19 +114,19 @@ def test_resume_trains_anew_what_another_seed_trained(out: Path) -> None:
 
 
 def test_a_failing_training_shows_the_end_of_its_log(out: Path) -> None:
-    with pytest.raises(demo.StepError, match="exit status 3") as found:
+    with pytest.raises(demo_training.StepError, match="exit status 3") as found:
         train(STUDENT, out, FAILS)
     assert str(found.value).splitlines()[-1] == "the cause"
     assert len(str(found.value).splitlines()) < 30
 
 
 def test_a_training_without_results_has_failed(out: Path) -> None:
-    with pytest.raises(demo.StepError, match="exit status 0"):
+    with pytest.raises(demo_training.StepError, match="exit status 0"):
         train(STUDENT, out, "pass")
 
 
 def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    console = demo.Console(period=60, terminal=False)
+    console = demo_training.Console(period=60, terminal=False)
     for number in range(5):
         console.progress(f"iteration {number}")
     assert capsys.readouterr().out == "  iteration 0\n"
@@ -128,7 +136,7 @@ def test_watch_reads_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[s
     row = {"iteration": 19, "total_loss": 1.25, "eta_seconds": 83.0}
     (tmp_path / "metrics.json").write_text(json.dumps(row) + '\n{"iteration": 3')
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
-        demo.watch(process, tmp_path, 100, demo.Console(terminal=False))
+        demo_training.watch(process, tmp_path, 100, demo_training.Console(terminal=False))
     assert "iteration 20/100  loss 1.250  1:23 left" in capsys.readouterr().out
 
 

@@ -7,17 +7,13 @@ files there.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +27,17 @@ from projects import add_project_configs  # noqa: E402
 from ssim_kd.data import ensure_digits, register_digits  # noqa: E402
 from ssim_kd.engine import argument_parser  # noqa: E402
 from ssim_kd.engine.main import load_config  # noqa: E402
+from tools.demo_training import (  # noqa: E402
+    CONFIGS,
+    METRICS,
+    Console,
+    StepError,
+    Training,
+    read_metrics,
+    results_of,
+    train,
+)
 
-CONFIGS = ROOT / "configs" / "Digits-Detection"
-METRICS = ("AP", "AP50", "AP75")
 # Overrides of --quick: seconds instead of minutes, and nothing is learned.
 QUICK = {
     "SOLVER.MAX_ITER": 4,
@@ -42,50 +46,11 @@ QUICK = {
 }
 
 
-@dataclass(frozen=True)
-class Training:
-    """One of the three trainings: its key in summary.json, its title, its config."""
-
-    key: str
-    title: str
-    config: str
-
-
 TRAININGS = (
     Training("teacher", "teacher", "teacher_faster_rcnn_R_50_w8_demo.yaml"),
     Training("student", "plain student", "plain_faster_rcnn_R_50_w4_demo.yaml"),
     Training("distilled", "distilled student", "ssim_faster_rcnn_R_50_w4_demo.yaml"),
 )
-
-
-class StepError(RuntimeError):
-    """A step failed; the message holds what the user needs to see."""
-
-
-@dataclass
-class Console:
-    """Short progress: one line that is rewritten on a terminal, a line now and then elsewhere."""
-
-    period: float = 10.0  # in seconds, where lines cannot be rewritten
-    terminal: bool = field(default_factory=lambda: sys.stdout.isatty())
-    _last: float = 0.0
-
-    def step(self, text: str) -> None:
-        """Announce a step."""
-        self._last = 0.0
-        print(text, flush=True)
-
-    def progress(self, text: str) -> None:
-        """Show where the step is."""
-        if self.terminal:
-            print(f"\r\033[K  {text}", end="", flush=True)
-        elif time.monotonic() - self._last >= self.period:
-            self._last = time.monotonic()
-            print(f"  {text}", flush=True)
-
-    def done(self, text: str) -> None:
-        """Close the step."""
-        print(f"{chr(13)}{chr(27)}[K  {text}" if self.terminal else f"  {text}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         make_data(configs["student"])
         for number, training in enumerate(TRAININGS, start=2):
             console.step(f"[{number}/5] {training.title}: {out / training.key}/console.txt")
-            train(training, configs[training.key], args, out, console)
+            options = overrides(training, args, out)
+            folder = out / training.key
+            train(training, configs[training.key], options, folder, console, resume=args.resume)
         console.step("[5/5] speed and picture")
         summary = summarise(configs, out)
         from tools.demo_picture import draw_demo
@@ -182,117 +149,6 @@ def make_data(cfg: CfgNode) -> None:
         ensure_digits(["digits_train", "digits_test"])
     except OSError as error:
         raise StepError(f"The data could not be made: {error}") from error
-
-
-def train(
-    training: Training,
-    cfg: CfgNode,
-    args: argparse.Namespace,
-    out: Path,
-    console: Console,
-    *,
-    script: Path = ROOT / "train_net.py",
-) -> None:
-    """Train and evaluate in a process of its own.
-
-    Raises:
-        StepError: the process failed; the message holds the end of its log.
-    """
-    folder = out / training.key
-    settings = fingerprint(cfg)
-    marker = folder / "demo_settings.json"
-    resume = args.resume and marker.is_file() and json.loads(marker.read_text()) == settings
-    if resume and results_of(folder) is not None and (folder / "model_final.pth").is_file():
-        console.done("kept: it is finished")
-        return
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        marker.write_text(json.dumps(settings))
-    command = [sys.executable, str(script), "--config-file", str(CONFIGS / training.config)]
-    command += ["--resume"] if resume else []
-    command += overrides(training, args, out)
-    log = folder / "console.txt"
-    with open(log, "a") as file:
-        # In a session of its own: an interrupt from the keyboard reaches this process alone, which
-        # then asks the training to save and end.
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        try:
-            watch(process, folder, cfg.SOLVER.MAX_ITER, console)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    results = results_of(folder)
-    if process.returncode != 0 or results is None:
-        raise StepError(
-            f"The {training.title}'s training failed with exit status {process.returncode}. "
-            f"The end of {log}:\n\n{tail(log)}"
-        )
-    console.done("  ".join(f"{name} {results[name]:.1f}" for name in METRICS))
-
-
-def watch(process: subprocess.Popen, folder: Path, iterations: int, console: Console) -> None:
-    """Show the progress of a training until its process ends."""
-    while process.poll() is None:
-        rows = read_metrics(folder)
-        losses = [row for row in rows if "total_loss" in row]
-        if not losses:
-            console.progress("starting")
-        elif losses[-1]["iteration"] + 1 >= iterations:
-            console.progress("evaluating")
-        else:
-            row = losses[-1]
-            left = int(row.get("eta_seconds", 0))
-            console.progress(
-                f"iteration {row['iteration'] + 1}/{iterations}  loss {row['total_loss']:.3f}  "
-                f"{left // 60}:{left % 60:02d} left"
-            )
-        try:
-            process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.json that are whole."""
-    path = folder / "metrics.json"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # being written
-    return rows
-
-
-def results_of(folder: Path) -> dict[str, float] | None:
-    """The metrics of the evaluation, 0 to 100, or None before there is one."""
-    for row in reversed(read_metrics(folder)):
-        if "bbox/AP" in row:
-            return {name: row[f"bbox/{name}"] for name in METRICS}
-    return None
-
-
-def fingerprint(cfg: CfgNode) -> dict[str, str]:
-    """What a training depends on: its config, and its teacher's weights."""
-    found = {"config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
-    weights = Path(cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
-    if cfg.MODEL.DISTILL.ENABLED and weights.is_file():
-        found["teacher"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return found
-
-
-def tail(path: Path, lines: int = 20) -> str:
-    """The last lines of a file."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
 def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any]]:

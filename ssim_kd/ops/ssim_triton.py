@@ -165,30 +165,18 @@ def run_levels(
     device = inputs[0].device
     # Triton launches on the current device, which need not be that of the maps.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return _run_levels(inputs, targets, masks, options, need_grad)
-
-
-def _run_levels(
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    options: SSIMOptions,
-    need_grad: Sequence[bool],
-) -> list[LevelResult]:
-    levels = [
-        _Level(x.detach(), y, mask, options, need) if x.numel() else None
-        for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True)
-    ]
-    programs = [0 if level is None else level.programs for level in levels]
-    # One table for all levels, so that one sum finishes the whole pyramid.
-    partial = torch.zeros(
-        len(levels), max([1, *programs]), dtype=torch.float32, device=inputs[0].device
-    )
-    grads: list[Tensor | None] = []
-    for x, level, row, need in zip(inputs, levels, partial, need_grad, strict=True):
-        if level is not None:
-            grads.append(level.run(row))
-        else:
-            grads.append(torch.zeros_like(x, dtype=grad_dtype(x)) if need else None)
+        levels = [
+            _Level(x.detach(), y, mask, options, need) if x.numel() else None
+            for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True)
+        ]
+        programs = [0 if level is None else level.programs for level in levels]
+        # One table for all levels, so that one sum finishes the whole pyramid.
+        partial = torch.zeros(len(levels), max([1, *programs]), dtype=torch.float32, device=device)
+        grads: list[Tensor | None] = []
+        for x, level, row, need in zip(inputs, levels, partial, need_grad, strict=True):
+            if level is not None:
+                grads.append(level.run(row))
+            else:
+                grads.append(torch.zeros_like(x, dtype=grad_dtype(x)) if need else None)
     values = partial.sum(1, dtype=torch.float64).float()
     return [LevelResult(value, grad) for value, grad in zip(values, grads, strict=True)]
