@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .ground_truth import inspect_masks, inspect_scoring
+
 # Examples named in a message.
 EXAMPLES = 3
 # Detectron2's mapper leaves out boxes whose sides are not longer than this (pixels).
@@ -24,7 +26,10 @@ class Findings:
         zero_area: boxes of zero area, or wholly outside their image.
         scored: whether the file has annotations at all (COCO's test-dev has not).
         zero_area_examples: some of these, in words.
-        problems: what makes the file unusable, one sentence each.
+        problems: what makes the file unusable, one clause each.
+        untrainable, unscorable: what makes it unusable for training or for being scored, one
+            sentence each.
+        masks_untrainable, masks_unscorable: the same, of masks.
     """
 
     images: int = 0
@@ -36,14 +41,22 @@ class Findings:
     scored: bool = True
     zero_area_examples: str = ""
     problems: list[str] = field(default_factory=list)
+    untrainable: list[str] = field(default_factory=list)
+    unscorable: list[str] = field(default_factory=list)
+    masks_untrainable: list[str] = field(default_factory=list)
+    masks_unscorable: list[str] = field(default_factory=list)
 
 
-def inspect_coco(content: dict[str, Any], *, unique_annotations: bool = True) -> Findings:
+def inspect_coco(
+    content: dict[str, Any], *, unique_annotations: bool = True, coco: bool = True
+) -> Findings:
     """Inspect parsed json.
 
     Args:
         content: with the lists "images", "categories" and, but for test sets, "annotations".
         unique_annotations: False: annotations may share an id, as in COCO's own minival files.
+        coco: False: a relative of COCO's format, with other keys for what only Detectron2's
+            reader and COCO's evaluation ask for.
 
     Returns:
         counts and problems; only what could be read is counted where entries are malformed.
@@ -53,13 +66,16 @@ def inspect_coco(content: dict[str, Any], *, unique_annotations: bool = True) ->
     found = Findings(len(images), len(annotations), len(categories))
     found.scored = "annotations" in content
     tables = (
-        ("images", images, ("id", "width", "height")),
+        ("images", images, ("id", "width", "height", *(("file_name",) if coco else ()))),
         ("annotations", annotations, ("id", "image_id", "category_id", "bbox")),
         ("categories", categories, ("id", "name")),
     )
     for title, rows, keys in tables:
         for key in keys:
             _require(found, title, rows, key)
+    if not found.problems:
+        _texts(found, "images", images, "file_name")
+        _texts(found, "categories", categories, "name")
     if found.problems:
         return found
     for title, rows, _ in tables:
@@ -82,7 +98,14 @@ def inspect_coco(content: dict[str, Any], *, unique_annotations: bool = True) ->
         "ignore",
         'that is not supported: use "iscrowd" or leave it out',
     )
+    crowd = np.array([a.get("iscrowd", 0) not in (0, 1) for a in annotations])
+    _report(found, annotations, crowd, "iscrowd", "that is neither 0 nor 1")
     _boxes(found, annotations, owner, size_of)
+    if coco:
+        found.unscorable = inspect_scoring(annotations)
+        found.untrainable, found.masks_untrainable, found.masks_unscorable = inspect_masks(
+            annotations
+        )
     found.empty_images = len(images) - len(np.unique(owner[owner >= 0]))
     return found
 
@@ -104,6 +127,15 @@ def _require(found: Findings, title: str, rows: Sequence[Any], key: str) -> None
     if missing:
         found.problems.append(
             f'{len(missing)} of "{title}" have no "{key}" (the first is number {missing[0]})'
+        )
+
+
+def _texts(found: Findings, title: str, rows: Sequence[dict[str, Any]], key: str) -> None:
+    wrong = [row for row in rows if not isinstance(row.get(key, ""), str)]
+    if wrong:
+        found.problems.append(
+            f'{len(wrong)} of "{title}" have a "{key}" that is no text '
+            f"(for example id {wrong[0]['id']}: {wrong[0][key]!r})"
         )
 
 

@@ -14,11 +14,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from .annotations import Findings, inspect_coco
+from .classes import check_classes, check_same_classes, learns_masks
 from .coco import is_registered_here
 from .digits import ensure_digits
 from .reading import refuse_deep
 
 ZERO_AREA_POLICIES = ("error", "drop")
+# Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.
+_COCO_KINDS = ("coco", "coco_panoptic_seg")
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
             found, classes = known[name]
             if found is not None:
                 _check_findings(cfg, where, name, found, training=key == "TRAIN")
-                _check_classes(cfg, where, classes)
+                check_classes(cfg, where, classes)
             summaries.append(DatasetSummary(f"DATASETS.{key}", name, found))
-    _check_same_classes(cfg, {name: classes for name, (found, classes) in known.items() if found})
+    check_same_classes(cfg, {name: classes for name, (found, classes) in known.items() if found})
     return summaries
 
 
@@ -120,7 +123,10 @@ def _check_one(where: str, name: str, *, training: bool) -> tuple[Findings | Non
             f"{where}: the image folder {image_root} does not exist. {_advice(name)}"
         )
     # Detectron2 admits these files' double ids as well.
-    found = inspect_coco(content, unique_annotations="minival" not in json_file)
+    kind = meta.get("evaluator_type", "coco")
+    found = inspect_coco(
+        content, unique_annotations="minival" not in json_file, coco=kind in _COCO_KINDS
+    )
     if found.problems:
         raise ValueError(f"{where}: {json_file}: {'; '.join(found.problems)}. Correct the file.")
     first = content["images"][0].get("file_name") if content["images"] else None
@@ -185,8 +191,11 @@ def _check_findings(
     json_file = MetadataCatalog.get(name).json_file
     if not found.annotations and found.scored:
         raise ValueError(f'{where}: {json_file}: "annotations" is empty. Expected at least one.')
+    masks = learns_masks(cfg)
     if not training:
+        _refuse(where, json_file, [*found.unscorable, *(found.masks_unscorable if masks else ())])
         return
+    _refuse(where, json_file, [*found.untrainable, *(found.masks_untrainable if masks else ())])
     if found.zero_area == found.annotations:
         raise ValueError(
             f"{where}: {json_file}: all {found.annotations} boxes have zero area or lie outside "
@@ -201,46 +210,9 @@ def _check_findings(
         )
 
 
-def num_classes_key(cfg: CfgNode) -> str | None:
-    """Return the config key that holds the student's class count, or None if it has none."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "DistilledDetector":
-        architecture = cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE
-    return {
-        "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-        "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
-        "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
-    }.get(architecture)
-
-
-def _check_classes(cfg: CfgNode, where: str, classes: list[str]) -> None:
-    key = num_classes_key(cfg)
-    if key is None:
-        return
-    value = cfg
-    for part in key.split("."):
-        value = value[part]
-    if value != len(classes):
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-        raise ValueError(
-            f"{where} has {len(classes)} categories ({shown}), but {key} is {value}. "
-            f"Set {key} to {len(classes)}."
-        )
-
-
-def _check_same_classes(cfg: CfgNode, classes: dict[str, list[str]]) -> None:
-    """A class must have the same number in every set, or training learns them mixed up."""
-    if num_classes_key(cfg) is None or len(classes) < 2:
-        return
-    first, *others = classes
-    for other in others:
-        if classes[other] != classes[first]:
-            pairs = zip(classes[first], classes[other], strict=False)
-            differs = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
-            raise ValueError(
-                f"DATASETS: {first!r} and {other!r} have different categories or order (by id): "
-                f"{differs[0]!r} in the one is {differs[1]!r} in the other. Expected the same."
-            )
+def _refuse(where: str, json_file: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{where}: {json_file}: {' '.join(problems)}")
 
 
 def _advice(name: str) -> str:

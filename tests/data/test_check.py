@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -181,11 +182,110 @@ def test_malformed_files(cfg, tmp_path, text, message):
         ({"bbox": [100, 2, 5, 5]}, "1 boxes have zero area or lie outside"),
         ({"bbox": [-10, 2, 5, 5]}, "1 boxes have zero area or lie outside"),
         ({"ignore": 1}, '"ignore" that is not supported'),
+        ({"iscrowd": "0"}, '1 annotations have a "iscrowd" that is neither 0 nor 1.*: 0'),
     ],
 )
 def test_faulty_annotations(use, changes, message):
     with pytest.raises(ValueError, match=message):
         check_datasets(use(edited(**changes)), train=True)
+
+
+def for_training(cfg):
+    cfg.DATASETS.TEST = ()
+    return cfg
+
+
+@pytest.mark.parametrize("key", ["iscrowd", "area"])
+@pytest.mark.parametrize("removed", [True, False])
+def test_what_scoring_needs_training_does_not(use, key, removed):
+    data = edited(**{key: None})
+    if not removed:
+        data["annotations"][0][key] = None if key == "area" else False
+    if key == "area" or removed:
+        with pytest.raises(ValueError, match=rf"TEST.*my_set.*annotations\.json: 1 of 6 .*{key}"):
+            check_datasets(use(data), train=True)
+    check_datasets(for_training(use(data)), train=True)
+    del data["annotations"]
+    check_datasets(use(data), train=False)
+
+
+def test_a_message_says_all_that_scoring_lacks(use):
+    data = content()
+    for annotation in data["annotations"]:
+        del annotation["iscrowd"], annotation["area"]
+    expected = r'"iscrowd".*id 1 of image 1.*add "iscrowd": 0\. 6 of 6.*add "area" in pixels'
+    with pytest.raises(ValueError, match=expected):
+        check_datasets(use(data), train=False)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "training", "scoring"),
+    [
+        (None, False, False),
+        ([], False, False),
+        ([[1, 2, 3, 4]], True, False),
+        ([[1, 1, 5, 1, 5, 5]], True, True),
+        ({"counts": [0, 768], "size": [24, 32]}, True, True),
+    ],
+)
+def test_masks(use, segmentation, training, scoring):
+    data = content()
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = [[1, 1, 5, 1, 5, 5]]
+    data["annotations"][1]["segmentation"] = segmentation
+    if segmentation is None:
+        del data["annotations"][1]["segmentation"]
+    cfg = use(data)
+    check_datasets(cfg, train=True)
+    cfg.MODEL.MASK_ON = True
+    message = r'1 of 6 annotations have no usable "segmentation" \(.*id 2 of.*MASK_ON is True'
+    with nullcontext() if scoring else pytest.raises(ValueError, match=message):
+        check_datasets(cfg, train=False)
+    with nullcontext() if training else pytest.raises(ValueError, match=message):
+        check_datasets(for_training(cfg), train=True)
+    # RetinaNet has no masks, and crowds are not trained on.
+    data["annotations"][1]["iscrowd"] = 1
+    cfg = for_training(use(data))
+    check_datasets(cfg, train=True)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.NUM_CLASSES = "RetinaNet", 2
+    cfg.DATASETS.TEST = ("my_set",)
+    check_datasets(cfg, train=True)
+
+
+def test_no_polygon_at_all(use):
+    data = content()
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = [[]]
+    with pytest.raises(ValueError, match="polygons of all 6 annotations have fewer than three"):
+        check_datasets(for_training(use(data)), train=True)
+
+
+@pytest.mark.parametrize(
+    ("title", "key", "value", "message"),
+    [
+        ("images", "file_name", 5, r'1 of "images" have a "file_name" that is no text .*id 2: 5'),
+        ("images", "file_name", ..., r'1 of "images" have no "file_name" \(.*number 1'),
+        ("categories", "name", None, r'"categories" have a "name" that is no text .*id 2: None'),
+        ("categories", "name", 7, r'"categories" have a "name" that is no text .*id 2: 7'),
+    ],
+)
+def test_names_that_are_no_text(use, title, key, value, message):
+    data = content()
+    data[title][1][key] = value
+    if value is ...:
+        del data[title][1][key]
+    with pytest.raises(ValueError, match=message):
+        check_datasets(use(data, pictures=False), train=True)
+
+
+def test_lvis_has_keys_of_its_own(use):
+    data = content()
+    for row in [*data["images"], *data["annotations"]]:
+        row.pop("file_name", None), row.pop("iscrowd", None)
+    cfg = use(data, pictures=False)
+    meta = MetadataCatalog.get("my_set")
+    meta.__dict__["evaluator_type"] = "lvis"  # which cannot be set anew otherwise
+    check_datasets(cfg, train=True)
 
 
 def test_several_faults_in_one_message(use):
