@@ -1,39 +1,8 @@
 """Every config key that ``ssim_kd`` adds to Detectron2's, each with its meaning and values."""
 
-import os
-from typing import Any
-
-from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
-
-_ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
-
-
-class _FileByFile(CN):
-    """Reads a config file and its bases; those of Detectron2's zoo alone may run code."""
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        zoo = os.path.realpath(_ZOO)
-        in_zoo = os.path.realpath(filename).startswith(os.path.join(zoo, ""))
-        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=in_zoo)
-        return loaded
-
-
-def merge_file(cfg: CN, path: str) -> None:
-    """Merge a config file that may not run code; its bases out of Detectron2's zoo may.
-
-    Those come with Detectron2, and its RetinaNets compute their anchors so.
-
-    Raises:
-        yaml.constructor.ConstructorError: a file of one's own that asks to run code.
-        others: as ``CfgNode.merge_from_file``.
-    """
-    if PathManager.isfile(path):  # the next line says so where it is none
-        _FileByFile.load_yaml_with_base(path)
-    cfg.merge_from_file(path, allow_unsafe=True)
 
 
 def add_distill_config(cfg: CN) -> None:

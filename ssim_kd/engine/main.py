@@ -17,7 +17,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_distill_config, merge_file, write_stock_config
+from ..config import add_distill_config, write_stock_config
+from ..config_files import merge_file
 from ..data import check_datasets, register_datasets
 from .doubts import warn_of_doubts
 from .evaluation import (

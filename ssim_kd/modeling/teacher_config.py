@@ -4,7 +4,8 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from ..config import add_distill_config, merge_file, student_config
+from ..config import add_distill_config, student_config
+from ..config_files import merge_file
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 
+from ssim_kd.modeling.teacher_config import teacher_config
 from tests.engine.runs import World
 
 
@@ -84,6 +85,43 @@ def test_a_config_file_that_is_no_yaml(world: World, tmp_path) -> None:
     config.write_text("MODEL: {DEVICE: cpu\n")
     with pytest.raises(ValueError, match=r"(?s)broken\.yaml cannot be read: .*line 2"):
         world.cfg(tmp_path, config=config)
+
+
+BROKEN = {
+    "empty": ("", r"{file} is empty; expected keys and values"),
+    "comment": ("# MODEL: later", r"{file} is empty"),
+    "list": ("- MODEL\n", r"{file} holds a sequence of YAML; expected keys and values"),
+    "text": ("MODEL", r"{file} holds a scalar of YAML"),
+    "no base": (
+        "_BASE_: nowhere.yaml\n",
+        r"_BASE_ \S*/nowhere.yaml of \S*{file} cannot be opened \(No such file",
+    ),
+    "base of no name": ("_BASE_:\n", r"of \S*{file} cannot be opened \(Is a directory"),
+    "own base": ("_BASE_: {file}\n", r"in a circle \(\S*{file} -> \S*{file}\)"),
+    "circle": ("_BASE_: [other.yaml]\n", r"circle \(\S*{file} -> \S*other.yaml -> \S*{file}\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_config_files_that_hold_no_config(kind, world: World, tmp_path) -> None:
+    text, expected = BROKEN[kind]
+    config = tmp_path / "broken.yaml"
+    config.write_text(text.replace("{file}", config.name))
+    (tmp_path / "other.yaml").write_text(f"_BASE_: {config}\n")
+    expected = expected.replace("{file}", r"broken\.yaml")
+    with pytest.raises(ValueError, match=r"--config-file \S* cannot be read: .*" + expected):
+        world.cfg(tmp_path, config=config)
+    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.CONFIG_FILE", config)
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.CONFIG_FILE .*" + expected):
+        teacher_config(cfg)
+
+
+def test_two_bases_may_share_one(world: World, tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"_BASE_: {world.config}\nVERSION: 2\n")
+    config = tmp_path / "both.yaml"
+    config.write_text("_BASE_: [a.yaml, b.yaml]\nSEED: 7\n")
+    assert world.cfg(tmp_path, config=config).SEED == 7
 
 
 def test_detectron2s_own_configs_may_compute_their_anchors(world: World, tmp_path) -> None:

@@ -1,0 +1,80 @@
+"""Reads config files: with their bases, without running code, and with errors that say where."""
+
+import os
+from typing import Any
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode as CN
+from detectron2.utils.file_io import PathManager
+from fvcore.common.config import BASE_KEY
+
+_ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+
+
+class _FileByFile(CN):
+    """Reads a config file and its bases; those of Detectron2's zoo alone may run code."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        zoo = os.path.realpath(_ZOO)
+        in_zoo = os.path.realpath(filename).startswith(os.path.join(zoo, ""))
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=in_zoo)
+        return loaded
+
+
+def merge_file(cfg: CN, path: str) -> None:
+    """Merge a config file that may not run code; its bases out of Detectron2's zoo may.
+
+    Those come with Detectron2, and its RetinaNets compute their anchors so.
+
+    Raises:
+        ValueError: a file or base that cannot be opened or holds no keys; bases in a circle.
+        yaml.constructor.ConstructorError: a file of one's own that asks to run code.
+        others: as ``CfgNode.merge_from_file``.
+    """
+    _check_files(path)
+    _FileByFile.load_yaml_with_base(path)
+    cfg.merge_from_file(path, allow_unsafe=True)
+
+
+def _check_files(path: str, above: tuple[str, ...] = ()) -> None:
+    """Look at a file and its bases without making any of their values: that may run code.
+
+    Args:
+        path: of the file.
+        above: the files of which it is a base, from the first on.
+
+    Raises:
+        ValueError: see :func:`merge_file`.
+    """
+    title = f"_BASE_ {path} of {above[-1]}" if above else path
+    if os.path.realpath(path) in map(os.path.realpath, above):
+        raise ValueError(
+            f"{title}: the files are bases of each other in a circle "
+            f"({' -> '.join((*above, path))}); expected a chain of _BASE_ that ends."
+        )
+    try:
+        with PathManager.open(path, "r") as file:
+            # Nodes alone: keys and the text of their values.
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(
+            f"{title} cannot be opened ({error.strerror or error}); expected a .yaml file; a "
+            "_BASE_ is relative to the folder of the file that names it."
+        ) from error
+    if not isinstance(root, yaml.MappingNode):
+        found = "is empty" if root is None else f"holds a {root.id} of YAML"
+        raise ValueError(f"{title} {found}; expected keys and values, such as MODEL: {{...}}.")
+    for key, value in root.value:
+        if key.value == BASE_KEY:
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                _check_files(_base_path(str(base.value), path), (*above, path))
+
+
+def _base_path(base: str, path: str) -> str:
+    """Where a base lies, as Detectron2 looks for it."""
+    base = os.path.expanduser(base)
+    if base.startswith(("/", "https://", "http://")):
+        return base
+    return os.path.join(os.path.dirname(path), base)
