@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import torch
 from detectron2.config import CfgNode
 
 from ..checkpoint import local_file, read_checkpoint
@@ -39,8 +39,9 @@ def doubts(checkpoint: Mapping[str, Any]) -> list[str]:
     found = []
     if "distiller" in checkpoint:
         found.append("it is the checkpoint of a student that was itself distilled.")
+    # Tensors, also out of a .pkl's arrays: NumPy has no bfloat16.
     tensors = {
-        name.removeprefix("module."): np.asarray(value)
+        name.removeprefix("module."): torch.as_tensor(value)
         for name, value in checkpoint.get("model", checkpoint).items()
         if name.removeprefix("module.").startswith("backbone.")
     }

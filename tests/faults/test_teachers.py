@@ -191,6 +191,15 @@ def test_a_teacher_that_is_told(kind, expected, world: World, tmp_path, monkeypa
     assert sum(expected in line for line in lines) == 1, lines
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_saved_in_half_precision(dtype, world: World, tmp_path) -> None:
+    state = torch.load(world.teacher)["model"]
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save({"model": half}, tmp_path / "half.pth")
+    options = ("MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "half.pth")
+    world.main(tmp_path / "out", *OPTIONS, *options, "SOLVER.STEPS", "()")
+
+
 @pytest.mark.parametrize("kind", ["untrained", "shuffled"])
 def test_expected_ap_refuses_what_fits(kind, world: World, tmp_path, monkeypatch) -> None:
     no_training(monkeypatch)
@@ -206,3 +215,5 @@ def test_doubts_of_untrained_fpns() -> None:
     bias = {"backbone.fpn_lateral2.bias": np.zeros(3), "backbone.fpn_output2.bias": np.zeros(3)}
     assert doubts({"model": bias}) == ["all biases of its FPN are 0, as before any training."]
     assert doubts({**bias, "backbone.fpn_output2.bias": np.ones(3)}) == []
+    half = {name: torch.as_tensor(value).bfloat16() for name, value in bias.items()}
+    assert doubts(half) == ["all biases of its FPN are 0, as before any training."]
