@@ -17,8 +17,6 @@ from detectron2.data.samplers import (
 )
 from numpy.typing import NDArray
 
-SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
-
 # An image to load: its index in the data set, and its position in this rank's stream.
 Draw = tuple[int, int]
 
@@ -83,14 +81,17 @@ def index_stream(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> Callable[[int
             dicts, loader.REPEAT_THRESHOLD, **options
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    if loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
+    # Detectron2 0.6 has this sampler, but no key for how much it takes.
+    has_subset = "RANDOM_SUBSET_RATIO" in loader
+    if loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler" and has_subset:
         ratio = loader.RANDOM_SUBSET_RATIO
         return lambda seed: RandomSubsetTrainingSampler(
             size, ratio, seed_shuffle=seed, seed_subset=seed
         )
+    names = ["TrainingSampler", "RepeatFactorTrainingSampler"]
+    names += ["RandomSubsetTrainingSampler"] if has_subset else []
     raise ValueError(
-        f"DATALOADER.SAMPLER_TRAIN is {loader.SAMPLER_TRAIN!r}: expected one of "
-        f"{', '.join(SAMPLERS)}."
+        f"DATALOADER.SAMPLER_TRAIN is {loader.SAMPLER_TRAIN!r}: expected one of {', '.join(names)}."
     )
 
 

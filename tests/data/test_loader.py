@@ -72,6 +72,17 @@ def test_random_subset(small):
     assert take(build(small, start_iter=5), 7) == whole[5:]
 
 
+def test_random_subset_is_offered_where_detectron2_has_its_key(small):
+    small.DATALOADER.pop("RANDOM_SUBSET_RATIO", None)
+    small.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    with pytest.raises(ValueError, match=r"one of TrainingSampler, RepeatFactorTrainingSampler\."):
+        build(small)
+    small.DATALOADER.RANDOM_SUBSET_RATIO = 0.3
+    small.DATALOADER.SAMPLER_TRAIN = "NoSampler"
+    with pytest.raises(ValueError, match="RepeatFactorTrainingSampler, RandomSubsetTraining"):
+        build(small)
+
+
 def test_workers_change_nothing(small):
     whole = take(build(small), 12)
     small.DATALOADER.NUM_WORKERS = 2
