@@ -23,6 +23,7 @@ from torch import nn
 
 from ..checkpoint import load_strictly, read_weights
 from ..config import student_config
+from ..data.classes import num_classes, num_classes_key
 from ..modeling import load_teacher, teacher_config
 from .checkpointer import StudentCheckpointer
 
@@ -97,8 +98,12 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     """Build the whole teacher, heads included, to be evaluated on the student's data.
 
     Its config is its own, but for DATASETS, DATALOADER, OUTPUT_DIR and the device.
+
+    Raises:
+        ValueError: its classes are not those of the data, or it cannot be built or loaded.
     """
     teacher = teacher_config(cfg)
+    check_teachers_classes(cfg, teacher)
     teacher.defrost()
     teacher.DATASETS = cfg.DATASETS.clone()
     teacher.DATALOADER = cfg.DATALOADER.clone()
@@ -107,6 +112,23 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     teacher.freeze()
     model, _ = load_teacher(teacher, name=cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
     return teacher, model
+
+
+def check_teachers_classes(cfg: CfgNode, teacher: CfgNode) -> None:
+    """Compare the number of classes that a teacher predicts with the student's, the data's.
+
+    Raises:
+        ValueError: they differ: it can teach, but not be scored.
+    """
+    own, data = num_classes(teacher), num_classes(cfg)
+    if own is not None and data is not None and own != data:
+        raise ValueError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE!r}, a "
+            f"teacher of {own} classes ({num_classes_key(teacher)}), but the student and its data "
+            f"have {data}: its AP on DATASETS.TEST cannot be computed. Its features can be learned "
+            "from all the same: set MODEL.DISTILL.TEACHER.EXPECTED_AP to 0, and leave "
+            "--eval-teacher out."
+        )
 
 
 def check_teacher(cfg: CfgNode, trainer: Any, expected: float) -> None:

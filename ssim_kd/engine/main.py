@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
@@ -20,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from ..config import add_distill_config, write_stock_config
 from ..config_files import merge_file
 from ..data import check_datasets, register_datasets
+from .config_checks import check_config
 from .doubts import warn_of_doubts
 from .evaluation import (
     check_teacher,
@@ -57,8 +57,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     """Detectron2's defaults, ours, the file, the overrides; frozen.
 
     Raises:
-        ValueError: a device that this machine lacks, an unknown key, a file that cannot be read,
-            a teacher without a model that learns from it.
+        ValueError: an unknown key, a file that cannot be read, or what :func:`check_config` raises.
     """
     cfg = get_cfg()
     add_distill_config(cfg)
@@ -73,19 +72,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
             f"{error.args[0]}. Expected KEY VALUE pairs of known keys, not {args.opts}."
         ) from error
     _resolve_teacher(cfg, args.config_file)
-    distill = cfg.MODEL.DISTILL
-    name = cfg.MODEL.META_ARCHITECTURE
-    if distill.ENABLED and distill.TEACHER.CONFIG_FILE and name != "DistilledDetector":
-        raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {name!r}, which learns from no teacher, but "
-            "MODEL.DISTILL.TEACHER.CONFIG_FILE names one. Expected 'DistilledDetector', and "
-            f"{name!r} as MODEL.DISTILL.STUDENT_META_ARCHITECTURE; or MODEL.DISTILL.ENABLED False."
-        )
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a "
-            "machine with one, or MODEL.DEVICE cpu."
-        )
+    check_config(cfg, evaluate=args.eval_only or args.eval_teacher)
     cfg.freeze()
     return cfg
 
@@ -129,12 +116,26 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
         die_with_parent()
     cfg = load_config(args, add_config)
     _same_on_all(cfg, args)
+    _make_output_dir(cfg.OUTPUT_DIR)
     if args.eval_only or args.eval_teacher:
         return _evaluate(cfg, args)
-    PathManager.mkdirs(cfg.OUTPUT_DIR)
     # Before anything is written there.
     with sole_owner(cfg.OUTPUT_DIR):
         return _train(cfg, args)
+
+
+def _make_output_dir(folder: str) -> None:
+    if not folder:  # an evaluation that keeps no log
+        return
+    try:
+        PathManager.mkdirs(folder)
+    except OSError as error:
+        raise ValueError(
+            f"OUTPUT_DIR is {folder!r}, which cannot be made ({error.strerror or error}); expected "
+            "a folder that can be written to."
+        ) from error
+    if "://" not in folder and not os.path.isdir(folder):
+        raise ValueError(f"OUTPUT_DIR is {folder!r}, which is a file; expected a folder.")
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:

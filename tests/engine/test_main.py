@@ -141,3 +141,51 @@ def test_a_teacher_that_nothing_learns_from(world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"META_ARCHITECTURE is 'GeneralizedRCNN'.*'DistilledDet"):
         world.cfg(tmp_path, *plain)
     world.cfg(tmp_path, *plain, "MODEL.DISTILL.ENABLED", "False")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("SOLVER.CHECKPOINT_PERIOD", 0, "is 0; expected 1 or more"),
+        ("SOLVER.CHECKPOINT_PERIOD", -1, "is -1; expected 1 or more"),
+        ("SOLVER.MAX_SKIPPED_STEPS", -1, "is -1; expected 0"),
+        ("OUTPUT_DIR", "", "is ''; expected a folder"),
+        ("MODEL.DISTILL.TEACHER.EXPECTED_AP", -5, r"is -5\.0; expected an AP in \[0, 100\]"),
+        ("MODEL.DISTILL.TEACHER.EXPECTED_AP", 200, r"is 200\.0; expected an AP"),
+    ],
+)
+def test_values_that_cannot_work(key, value, expected, world: World, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"{key} {expected}"):
+        world.cfg(tmp_path, key, value)
+
+
+def test_an_expected_ap_of_no_data_set(world: World, tmp_path) -> None:
+    options = ("MODEL.DISTILL.TEACHER.EXPECTED_AP", 20, "DATASETS.TEST", "()")
+    with pytest.raises(ValueError, match=r"EXPECTED_AP is 20\.0, but DATASETS\.TEST is \(\)"):
+        world.cfg(tmp_path, *options)
+    world.cfg(tmp_path, *options, "MODEL.DISTILL.ENABLED", "False")
+
+
+def test_an_expected_ap_of_a_teacher_of_other_classes(world: World, tmp_path) -> None:
+    classes = ("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.ROI_HEADS.NUM_CLASSES", 80])
+    with pytest.raises(ValueError, match=r"80 classes .*have 10: .*EXPECTED_AP to 0"):
+        world.cfg(tmp_path, *classes, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20)
+    world.cfg(tmp_path, *classes)
+    with pytest.raises(ValueError, match=r"80 classes .*leave --eval-teacher out"):
+        world.main(tmp_path, "--eval-teacher", *classes)
+
+
+@pytest.mark.parametrize("flag", ["--eval-only", "--eval-teacher"])
+def test_an_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"DATASETS\.TEST is \(\).*nothing to evaluate on"):
+        world.cfg(tmp_path, flag, "DATASETS.TEST", "()")
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-teacher",)])
+def test_an_output_dir_that_is_none(flags, world: World, tmp_path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"OUTPUT_DIR is '\S*/file', which is a file"):
+        world.main(file, *flags)
+    with pytest.raises(ValueError, match=r"OUTPUT_DIR is '\S*/below', which cannot be made \(Not"):
+        world.main(file / "below", *flags)
