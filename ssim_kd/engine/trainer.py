@@ -101,9 +101,9 @@ class DistillTrainer(DefaultTrainer):
         Raises:
             ValueError: weights or a checkpoint that do not fit.
         """
-        if not self.cfg.MODEL.WEIGHTS:
-            self._warn_of_random_frozen()
         resumed = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not resumed and not self.cfg.MODEL.WEIGHTS:
+            self._warn_of_random_frozen()
         if resumed:
             self.start_iter = self.iter + 1
             if self.start_iter >= self.max_iter:

@@ -105,6 +105,14 @@ def test_retinanets_loss_normalizer_is_restored(world: World, tmp_path) -> None:
     assert_same(checkpoint(whole), checkpoint(folder))
 
 
+def test_random_weights_are_told_where_they_are_started_from(world: World, tmp_path) -> None:
+    options = ("MODEL.BACKBONE.FREEZE_AT", 1, "DATASETS.TEST", "()", "SOLVER.STEPS", "()")
+    for number in (1, 2):
+        world.main(tmp_path, "--resume", *options, "SOLVER.MAX_ITER", number)
+    assert checkpoint(tmp_path)["iteration"] == 1
+    assert log(tmp_path).count("MODEL.WEIGHTS is empty, so that the student starts from") == 1
+
+
 def test_without_distillation_and_in_mixed_precision(world: World, tmp_path) -> None:
     missing = ("MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere.pth", "SOLVER.MAX_ITER", 2)
     world.main(tmp_path / "plain", "MODEL.DISTILL.ENABLED", "False", *missing)
