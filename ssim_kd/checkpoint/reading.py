@@ -122,6 +122,26 @@ def read_checkpoint(local: str) -> dict[str, Any]:
     return dict(data)
 
 
+def read_file(path: str, *, key: str) -> tuple[str, dict[str, Any]]:
+    """Fetch and read a file that the config names.
+
+    Args:
+        path: a file or a URL.
+        key: the config key that named it, for messages.
+
+    Returns:
+        where it lies on this machine, and its dict.
+
+    Raises:
+        ValueError: as :func:`local_file` and :func:`read_checkpoint`, with the key and its value.
+    """
+    local = local_file(path, key=key)
+    try:
+        return local, read_checkpoint(local)
+    except ValueError as error:
+        raise ValueError(f"{key} is {path!r}: {error}") from error
+
+
 def _is_zip(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
@@ -158,11 +178,7 @@ def read_weights(path: str, *, key: str) -> Weights:
     Raises:
         ValueError: the file is missing, unreadable or holds no tensors.
     """
-    local = local_file(path, key=key)
-    try:
-        data = read_checkpoint(local)
-    except ValueError as error:
-        raise ValueError(f"{key} is {path!r}: {error}") from error
+    local, data = read_file(path, key=key)
     tensors = data.get("model", data)
     if not isinstance(tensors, Mapping):
         raise ValueError(

@@ -28,6 +28,7 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
+from .start import check_start
 from .stopping import die_with_parent, sole_owner
 from .trainer import DistillTrainer
 
@@ -142,7 +143,9 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
     register_datasets(cfg)
-    _check_data(cfg, train=training)
+    if training:
+        _once(lambda: check_start(cfg, resume=args.resume))
+    _once(lambda: _check_data(cfg, train=training))
 
 
 def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
@@ -188,15 +191,19 @@ def _same_on_all(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def _check_data(cfg: CfgNode, *, train: bool) -> None:
-    """Check the data sets in one process; all stop if it finds a fault."""
+def _once(check: Callable[[], None]) -> None:
+    """Check something in one process; all stop if it finds a fault."""
     error = None
     if comm.is_main_process():
         try:
-            for summary in check_datasets(cfg, train=train):
-                logger.info("%s", summary)
+            check()
         except (ValueError, OSError) as found:
             error = found
     error = comm.all_gather(error)[0]
     if error is not None:
         raise error
+
+
+def _check_data(cfg: CfgNode, *, train: bool) -> None:
+    for summary in check_datasets(cfg, train=train):
+        logger.info("%s", summary)

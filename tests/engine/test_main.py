@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2 import model_zoo
 
+from ssim_kd.engine import main as main_function
+from ssim_kd.engine.start import check_start
 from ssim_kd.modeling.teacher_config import teacher_config
 from tests.engine.runs import World
+
+main_module = sys.modules[main_function.__module__]
 
 
 def test_an_unknown_key(world: World, tmp_path) -> None:
@@ -179,6 +184,36 @@ def test_an_expected_ap_of_a_teacher_of_other_classes(world: World, tmp_path) ->
 def test_an_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"DATASETS\.TEST is \(\).*nothing to evaluate on"):
         world.cfg(tmp_path, flag, "DATASETS.TEST", "()")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("none.pth", None, "no such file"),
+        ("cut.pth", b"PK", r"\(2 bytes\) is not a checkpoint"),
+        ("cut.pkl", b"", r"\(0 bytes\) is not a checkpoint"),
+        ("https://192.0.2.1/weights.pkl", None, "cannot be fetched"),
+    ],
+)
+def test_a_students_weights_that_cannot_be_read(
+    name, content, expected, world: World, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(main_module, "check_datasets", None)  # not yet
+    path = name if "://" in name else tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"MODEL\.WEIGHTS is '\S*{name}'.*{expected}"):
+        world.main(tmp_path / "out", "MODEL.WEIGHTS", path)
+
+
+def test_a_resumed_run_needs_no_start(world: World, tmp_path, monkeypatch) -> None:
+    cfg = world.cfg(tmp_path, "MODEL.WEIGHTS", "/nowhere.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is '/nowhere\.pth': no such file"):
+        check_start(cfg, resume=True)
+    (tmp_path / "model_0000002.pth").touch()
+    check_start(cfg, resume=True)
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
+        check_start(cfg, resume=False)
 
 
 @pytest.mark.parametrize("flags", [(), ("--eval-teacher",)])
