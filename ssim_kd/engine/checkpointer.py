@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -216,14 +217,24 @@ class StudentCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)
-        if "model" in data:
-            return data
-        if filename.endswith(".pkl"):
-            # Detectron1 and Caffe2: detectors have "blobs", ImageNet backbones do not.
-            data = data.get("blobs", data)
-            data = {k: v for k, v in data.items() if not k.endswith("_momentum")}
-            return {"model": data, "__author__": "Caffe2", "matching_heuristics": True}
-        return {"model": data}
+        if "model" not in data:
+            data = {"model": data}
+            if filename.endswith(".pkl"):
+                # Detectron1 and Caffe2: detectors have "blobs", ImageNet backbones do not.
+                arrays = data["model"].get("blobs", data["model"])
+                arrays = {k: v for k, v in arrays.items() if not k.endswith("_momentum")}
+                data = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+        # Detectron2 main takes what stands behind a "?" in MODEL.WEIGHTS for options.
+        url: Any = getattr(self, "_parsed_url_during_load", None)
+        options = parse_qs(url.query) if url else {}
+        if options.pop("matching_heuristics", None) == ["True"]:
+            data["matching_heuristics"] = True
+        if options:
+            raise ValueError(
+                f"MODEL.WEIGHTS is {url.geturl()!r}, with the unknown options {sorted(options)}; "
+                "expected none, or '?matching_heuristics=True'."
+            )
+        return data
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """A start may lack the heads; a backbone that the weights fit in part is a mistake."""

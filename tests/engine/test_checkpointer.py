@@ -7,14 +7,18 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import pytest
 import torch
+from detectron2.checkpoint import detection_checkpoint
+from detectron2.config import get_cfg
 from torch import nn
 
 from ssim_kd.engine import atomic
 from ssim_kd.engine.atomic import write_atomically
 from ssim_kd.engine.checkpointer import StudentCheckpointer
+from ssim_kd.engine.start import check_start
 
 
 class Counter:
@@ -234,3 +238,44 @@ def test_weights_to_start_from_must_fit_the_backbone(tmp_path, caplog) -> None:
         torch.save({"model": wrong}, path)
         with pytest.raises(ValueError, match=r"MODEL.WEIGHTS does not fit the student's backbone"):
             make(tmp_path)[0].resume_or_load(str(path), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "loaded"),
+    [("?matching_heuristics=True", True), ("?matching_heuristics=False", False), ("", False)],
+)
+def test_options_behind_the_name(options, loaded, tmp_path) -> None:
+    """Keys that lack their prefix are matched by heuristics: an option of Detectron2 main."""
+    state = {k.removeprefix("backbone."): v + 1 for k, v in Detector().state_dict().items()}
+    path = tmp_path / "start.pth"
+    torch.save(state, path)
+    checkpointer, _ = make(tmp_path)
+    checkpointer._parsed_url_during_load = urlparse(f"{path}{options}")
+    found = checkpointer._load_file(str(path))
+    assert found.get("matching_heuristics", False) is loaded
+    if loaded:
+        checkpointer._load_model(found)
+        assert torch.equal(checkpointer.model.backbone.weight, state["weight"])
+
+
+def test_unknown_options_behind_the_name(tmp_path) -> None:
+    torch.save(Detector().state_dict(), tmp_path / "start.pth")
+    checkpointer, _ = make(tmp_path)
+    checkpointer._parsed_url_during_load = urlparse(f"{tmp_path}/start.pth?heuristics=True")
+    with pytest.raises(ValueError, match=r"start\.pth\?heuristics=True'.*options \['heuristics'\]"):
+        checkpointer._load_file(f"{tmp_path}/start.pth")
+
+
+@pytest.mark.skipif(
+    not hasattr(detection_checkpoint, "parse_qs"), reason="an option of Detectron2 main"
+)
+def test_a_start_with_options(tmp_path) -> None:
+    state = {k.removeprefix("backbone."): v + 1 for k, v in Detector().state_dict().items()}
+    torch.save(state, tmp_path / "start.pth")
+    path = f"{tmp_path}/start.pth?matching_heuristics=True"
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(tmp_path), path
+    check_start(cfg, resume=False)
+    checkpointer, _ = make(tmp_path)
+    checkpointer.resume_or_load(path, resume=False)
+    assert torch.equal(checkpointer.model.backbone.weight, state["weight"])
