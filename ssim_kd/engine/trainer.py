@@ -52,7 +52,7 @@ class DistillTrainer(DefaultTrainer):
         )
         self._trainer = DistillStep(
             ddp,
-            self.build_train_loader(cfg),
+            self._train_loader(cfg),
             optimizer,
             amp=cfg.SOLVER.AMP.ENABLED,
             max_skipped=cfg.SOLVER.MAX_SKIPPED_STEPS,
@@ -73,6 +73,17 @@ class DistillTrainer(DefaultTrainer):
             **own,
         )
         self.register_hooks(self.build_hooks())
+
+    def _train_loader(self, cfg: CfgNode) -> TrainLoader:
+        loader = self.build_train_loader(cfg)
+        if not isinstance(loader, TrainLoader):
+            raise TypeError(
+                f"{type(self).__name__}.build_train_loader returned a {type(loader).__name__}; "
+                "expected what ssim_kd.data.build_train_loader(cfg, mapper=..., dataset=...) "
+                "returns, in the place of detectron2's build_detection_train_loader: an exact "
+                "resume has to take up the order of images and their augmentation."
+            )
+        return loader
 
     def build_hooks(self) -> list[Any]:
         """DefaultTrainer's hooks, behind those that make a resumed run like any other."""
@@ -219,7 +230,11 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """A loader whose batches depend on the seed and the iteration alone."""
+        """A loader whose batches depend on the seed and the iteration alone.
+
+        A subclass returns :func:`ssim_kd.data.build_train_loader` with a mapper or dataset of its
+        own: other loaders are refused, for they cannot be resumed exactly.
+        """
         return build_train_loader(cfg)
 
     @classmethod

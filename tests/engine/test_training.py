@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ssim_kd.data import build_train_loader, ensure_digits, register_datasets
 from ssim_kd.engine import DistillTrainer
 from ssim_kd.engine.hooks import Reseed
 from ssim_kd.engine.stopping import StopOnSignal
@@ -103,6 +105,28 @@ def test_retinanets_loss_normalizer_is_restored(world: World, tmp_path) -> None:
     world.main(folder, "--resume", *short, config=world.retinanet)
     assert checkpoint(whole)["trainer"]["loss_normalizer"] != 100.0
     assert_same(checkpoint(whole), checkpoint(folder))
+
+
+def test_a_loader_that_cannot_be_resumed_is_refused(world: World, tmp_path) -> None:
+    class Own(DistillTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, True))
+
+    class OwnMapper(DistillTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_train_loader(cfg, mapper=DatasetMapper(cfg, True))
+
+    cfg = world.cfg(tmp_path)
+    register_datasets(cfg)
+    ensure_digits(cfg.DATASETS.TRAIN)
+    with pytest.raises(
+        TypeError,
+        match=r"Own\.build_train_loader returned a .*expected .*ssim_kd\.data\.build_train",
+    ):
+        Own(cfg)
+    OwnMapper(cfg)
 
 
 def test_random_weights_are_told_where_they_are_started_from(world: World, tmp_path) -> None:
