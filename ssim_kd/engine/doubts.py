@@ -1,5 +1,6 @@
 """Doubts about a teacher that can be loaded: told before the first step."""
 
+import filecmp
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from detectron2.config import CfgNode
 
 from ..checkpoint import local_file, read_checkpoint
 from ..modeling.teacher import teacher_config
+from .start import start_file
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +22,15 @@ def warn_of_doubts(cfg: CfgNode) -> None:
         cfg: of a training with a teacher whose weights have been loaded.
     """
     path = teacher_config(cfg).MODEL.WEIGHTS
-    checkpoint = read_checkpoint(local_file(path, key="MODEL.DISTILL.TEACHER.WEIGHTS"))
-    for doubt in doubts(checkpoint):
+    local = local_file(path, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+    found = doubts(read_checkpoint(local))
+    start = start_file(cfg)
+    if start and filecmp.cmp(start, local, shallow=False):
+        found.append(
+            f"MODEL.WEIGHTS, {cfg.MODEL.WEIGHTS!r}, is the same file, so that the student starts "
+            "as its own teacher and has nothing to learn from it. Expected a better detector's."
+        )
+    for doubt in found:
         logger.warning("MODEL.DISTILL.TEACHER.WEIGHTS is %r: %s", path, doubt)
     if not cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP:
         logger.warning(

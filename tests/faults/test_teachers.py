@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ def test_weights_of_another_architecture(
         ("distilled student", "it is the checkpoint of a student that was itself distilled"),
         ("other classes", "keys beside backbone.* are not as its config describes them"),
         ("shuffled", "How good the teacher is has not been checked"),
+        ("the student's own file", "is the same file, so that the student starts as its own"),
     ],
 )
 def test_a_teacher_that_is_told(kind, expected, world: World, tmp_path, monkeypatch) -> None:
@@ -184,9 +186,13 @@ def test_a_teacher_that_is_told(kind, expected, world: World, tmp_path, monkeypa
         checkpoint["model"] = shuffled(state)
     path = tmp_path / "teacher.pth"
     torch.save(checkpoint, path)
+    options: list[Any] = ["MODEL.DISTILL.TEACHER.WEIGHTS", path]
+    if kind == "the student's own file":
+        shutil.copy(path, tmp_path / "start.pth")
+        options += ["MODEL.WEIGHTS", tmp_path / "start.pth", "MODEL.FPN.OUT_CHANNELS", 48]
     no_training(monkeypatch)
     with pytest.raises(AssertionError, match="a first step"):
-        world.main(tmp_path / "out", *OPTIONS, "MODEL.DISTILL.TEACHER.WEIGHTS", path)
+        world.main(tmp_path / "out", *OPTIONS, *options)
     lines = [line for line in log(tmp_path / "out").splitlines() if "WARNING" in line]
     assert sum(expected in line for line in lines) == 1, lines
 
