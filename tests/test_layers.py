@@ -30,6 +30,7 @@ LAYERS = {
     "ssim_kd.modeling.folding": 1,
     "ssim_kd.modeling.taps": 1,
     "ssim_kd.config": 1,
+    "ssim_kd.config_files": 1,
     "ssim_kd.data": 1,
     "ssim_kd.visualization": 1,
     "ssim_kd.losses": 0,
