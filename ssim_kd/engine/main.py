@@ -73,7 +73,9 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
             f"{error.args[0]}. Expected KEY VALUE pairs of known keys, not {args.opts}."
         ) from error
     _resolve_teacher(cfg, args.config_file)
-    check_config(cfg, evaluate=args.eval_only or args.eval_teacher)
+    # Arguments of another program's may lack these.
+    evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
+    check_config(cfg, evaluate=evaluate)
     cfg.freeze()
     return cfg
 
