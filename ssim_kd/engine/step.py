@@ -137,6 +137,12 @@ class DistillStep(TrainerBase):
         )
         self.flush(keep=0 if at_once else 1)
 
+    def close(self) -> None:
+        """End the iteration over the data, and with it the loader's workers."""
+        close = getattr(self._data, "close", None)
+        if close is not None:
+            close()
+
     def flush(self, *, keep: int = 0) -> None:
         """Take in the reports of past steps: log their metrics, see whether to stop.
 

@@ -15,7 +15,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..data import CheckedMapper, TrainLoader, build_train_loader
+from ..data import CheckedMapper, EvaluationLoader, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
 from .checkpointer import StudentCheckpointer
 from .curves import KeepCurves
@@ -136,6 +136,8 @@ class DistillTrainer(DefaultTrainer):
         else:
             # In the last iteration EvalHook takes a failed training for a finished one.
             self._hooks[:] = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
+        # The workers end here, also where an error's traceback keeps the iterator.
+        self._trainer.close()
         super().after_train()
         self.data_loader.log_skipped()
 
@@ -209,10 +211,10 @@ class DistillTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's own, with errors that name the image."""
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        """Detectron2's own, with errors that name the image and workers that SIGTERM leaves."""
         mapper = CheckedMapper(DatasetMapper(cfg, False), [dataset_name])
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return EvaluationLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
