@@ -2,9 +2,9 @@
 
 import argparse
 import logging
-import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +27,7 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
-from .stopping import die_with_parent, sole_owner
+from .ownership import sole_owner
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
 
     Raises:
         ValueError: a device that this machine lacks, an unknown key, a file that cannot be read,
-            a teacher without a model that learns from it.
+            a teacher without a model that learns from it, a wrong SOLVER.GRACE_PERIOD.
     """
     cfg = get_cfg()
     add_distill_config(cfg)
@@ -82,6 +82,11 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a "
             "machine with one, or MODEL.DEVICE cpu."
+        )
+    # Longer waits no clock takes; NaN fails as well.
+    if not 0 <= cfg.SOLVER.GRACE_PERIOD <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"SOLVER.GRACE_PERIOD is {cfg.SOLVER.GRACE_PERIOD}; expected seconds, 0 or more."
         )
     cfg.freeze()
     return cfg
@@ -122,8 +127,6 @@ def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
 
 def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     """Train or evaluate in this process, one of one or more."""
-    if multiprocessing.parent_process() is not None:
-        die_with_parent()
     cfg = load_config(args, add_config)
     _same_on_all(cfg)
     if args.eval_only or args.eval_teacher:

@@ -103,3 +103,12 @@ def test_a_teacher_that_nothing_learns_from(world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"META_ARCHITECTURE is 'GeneralizedRCNN'.*'DistilledDet"):
         world.cfg(tmp_path, *plain)
     world.cfg(tmp_path, *plain, "MODEL.DISTILL.ENABLED", "False")
+
+
+@pytest.mark.parametrize("value", ["-1.0", ".nan", ".inf", "1.0e+300"])
+def test_a_grace_period_that_is_none(value, world: World, tmp_path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_BASE_: {world.config}\nSOLVER: {{GRACE_PERIOD: {value}}}\n")
+    with pytest.raises(ValueError, match=r"SOLVER\.GRACE_PERIOD is .*; expected seconds, 0 or mo"):
+        world.cfg(tmp_path, config=config)
+    assert world.cfg(tmp_path, "SOLVER.GRACE_PERIOD", "0").SOLVER.GRACE_PERIOD == 0
