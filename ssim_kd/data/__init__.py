@@ -7,10 +7,12 @@ from .coco import register_coco
 from .digits import ensure_digits, register_digits
 from .loader import TrainLoader, build_train_loader
 from .reading import CheckedMapper, UnreadableImageError
+from .workers import EvaluationLoader
 
 __all__ = [
     "CheckedMapper",
     "DatasetSummary",
+    "EvaluationLoader",
     "TrainLoader",
     "UnreadableImageError",
     "build_train_loader",

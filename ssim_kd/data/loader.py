@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import torch
 from detectron2.config import CfgNode
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .boxes import drop_zero_area_boxes
 from .order import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
 from .reading import CheckedMapper, Mapper, Record, UnreadableImageError, seeded
+from .workers import batches
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class TrainLoader:
                     now,
                 )
 
-    def __iter__(self) -> Iterator[list[Record]]:
+    def __iter__(self) -> Generator[list[Record], None, None]:
         # A generator: nothing below runs before the first batch is asked for.
         self._started = True
         order = BatchOrder(
@@ -109,19 +111,12 @@ class TrainLoader:
             collate_fn=_as_list,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        batches = iter(loader)
-        try:
-            for batch in batches:
+        with closing(batches(loader)) as found:
+            for batch in found:
                 for record in batch:
                     for message in record.pop(_SKIPPED, ()):
                         self._note(message)
                 yield batch
-        finally:
-            # An error keeps the iterator alive by its traceback; without this the workers would
-            # stay until that is garbage, and then be waited for.
-            shut_down = getattr(batches, "_shutdown_workers", None)
-            if shut_down is not None:
-                shut_down()
 
     def _note(self, message: str) -> None:
         if message not in self.skipped:

@@ -34,6 +34,10 @@ class StudentCheckpointer(DetectionCheckpointer):
     - Weights to start from must fit the student's backbone to the last key.
 
     "model" holds the plain student. What else belongs to the training has keys of its own.
+
+    Attributes:
+        last_saved: iteration of the checkpoint that was saved last; None before the first, and
+            in processes that save none.
     """
 
     def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any) -> None:
@@ -51,6 +55,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; expected 0 or more.")
         self.keep = keep
+        self.last_saved: int | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{name}.pth`` and tag it as the last.
@@ -62,6 +67,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             return
         if "://" in self.save_dir:
             super().save(name, **kwargs)
+            self.last_saved = kwargs.get("iteration")
             return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
@@ -70,6 +76,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
+        self.last_saved = kwargs.get("iteration")
         self._prune(path)
 
     def _prune(self, written: str) -> None:

@@ -1,5 +1,7 @@
 """Values of the config that cannot work: told before anything is built or read."""
 
+import threading
+
 import torch
 from detectron2.config import CfgNode
 
@@ -54,6 +56,11 @@ def _check_training(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; expected 1 or more steps. "
             "More than SOLVER.MAX_ITER saves the final checkpoint alone."
+        )
+    # Longer waits no clock takes; NaN fails as well.
+    if not 0 <= solver.GRACE_PERIOD <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"SOLVER.GRACE_PERIOD is {solver.GRACE_PERIOD}; expected seconds, 0 or more."
         )
     if solver.MAX_SKIPPED_STEPS < 0:
         raise ValueError(

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +15,11 @@ import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
-from .stopping import EXIT_STOPPED, Stopped, forward_sigterm
+from .parent import die_with_parent, forward_sigterm
+from .stopping import EXIT_NOT_SAVED, EXIT_STOPPED, Stopped
+
+# What torchrun sets beside RANK.
+_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 #: How long a process waits for another before it gives up.
 TIMEOUT = timedelta(minutes=30)
@@ -49,13 +54,20 @@ def launch_processes(
 
     Returns:
         what ``main`` returns where it runs in this process, else None.
+
+    Raises:
+        ValueError: the numbers that were asked for contradict the environment or one another.
     """
     cuda = device.startswith("cuda")
     environment = _rank_from_environment()
+    _check_numbers(args, environment, cuda=cuda)
     if environment is not None:
         os.environ.update(environment)
         _join(
-            cuda=cuda, init_method="env://", ranks_per_machine=int(environment["LOCAL_WORLD_SIZE"])
+            cuda=cuda,
+            init_method="env://",
+            local_rank=int(environment["LOCAL_RANK"]),
+            ranks_per_machine=int(environment["LOCAL_WORLD_SIZE"]),
         )
         result = main(*main_args)
         # After an exception the group is left as it is: to leave it would wait for the others.
@@ -65,40 +77,52 @@ def launch_processes(
     if processes <= 1:
         return main(*main_args)
     forward_sigterm()
+    guarded = (os.getpid(), main, main_args)
     try:
         if cuda:
             launch(
-                main,
+                _guarded,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=main_args,
+                args=guarded,
                 timeout=TIMEOUT,
             )
         else:
-            url = args.dist_url if args.num_machines > 1 else _free_url(args.dist_url)
-            ranks = (processes, args.num_gpus, args.machine_rank)
-            mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(main, main_args, *ranks, url))
+            ranks = (processes, args.num_gpus, args.machine_rank, _free_url(args))
+            mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(*ranks, *guarded))
     except mp.ProcessExitedException as error:
-        if error.exit_code == EXIT_STOPPED:
+        # Those that SIGTERM ended by itself had not begun to train.
+        if error.exit_code in (EXIT_STOPPED, -signal.SIGTERM):
             raise Stopped from None
+        if error.exit_code == EXIT_NOT_SAVED:
+            raise SystemExit(EXIT_NOT_SAVED) from None
         raise
     return None
 
 
+def _guarded(parent: int, main: Callable[..., Any], main_args: tuple) -> None:
+    die_with_parent(parent)
+    main(*main_args)
+
+
 def _cpu_worker(
     local_rank: int,
-    main: Callable[..., Any],
-    main_args: tuple,
     world_size: int,
     per_machine: int,
     machine_rank: int,
     url: str,
+    parent: int,
+    main: Callable[..., Any],
+    main_args: tuple,
 ) -> None:
+    # Before it waits for any other.
+    die_with_parent(parent)
     _join(
         cuda=False,
         init_method=url,
+        local_rank=local_rank,
         ranks_per_machine=per_machine,
         world_size=world_size,
         rank=machine_rank * per_machine + local_rank,
@@ -107,10 +131,13 @@ def _cpu_worker(
     dist.destroy_process_group()
 
 
-def _join(*, cuda: bool, init_method: str, ranks_per_machine: int, **rank: Any) -> None:
+def _join(
+    *, cuda: bool, init_method: str, local_rank: int, ranks_per_machine: int, **rank: Any
+) -> None:
     """Join the process group, and make the group of this machine that Detectron2 relies on."""
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # SLURM may show each process its own GPU alone, which is then number 0.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     else:
         # Each of the processes would otherwise take every core.
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_per_machine))
@@ -127,21 +154,53 @@ def _join(*, cuda: bool, init_method: str, ranks_per_machine: int, **rank: Any) 
     comm.synchronize()
 
 
+def _check_numbers(
+    args: argparse.Namespace, environment: dict[str, str] | None, *, cuda: bool
+) -> None:
+    """Refuse numbers of processes that contradict one another."""
+    asked = f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}"
+    if args.num_gpus < 0 or args.num_machines < 1 or args.num_gpus < 1 < args.num_machines:
+        raise ValueError(
+            f"{asked}; expected at least one process on each of one or more machines. With "
+            "MODEL.DEVICE cpu as well, --num-gpus is the number of processes on this machine."
+        )
+    processes = args.num_gpus * args.num_machines
+    if environment is not None:
+        size = int(environment["WORLD_SIZE"])
+        # 1 is the default.
+        if processes not in (0, 1, size):
+            raise ValueError(
+                f"{asked}, {processes} processes, but this process is one of {size} that torchrun "
+                "or srun started (RANK or SLURM_PROCID is set in the environment). Expected "
+                f"--num-gpus to be left out, or {size} processes in all. Have the launcher start "
+                "as many as you want, or unset RANK and SLURM_PROCID to have them started here."
+            )
+    elif cuda and processes > 1 and args.num_gpus > torch.cuda.device_count():
+        raise ValueError(
+            f"{asked}, but this machine has {torch.cuda.device_count()} GPUs; expected at most "
+            "that many for --num-gpus."
+        )
+
+
 def _rank_from_environment() -> dict[str, str] | None:
     """The variables of torchrun, or their equals out of SLURM's; None outside both."""
     env = os.environ
     if "RANK" in env:
-        missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
+        missing = [name for name in _VARIABLES if name not in env]
         if missing:
-            raise ValueError(f"RANK is set in the environment, but {missing} are not.")
-        local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        return {name: env.get(name, value) for name, value in local.items()}
+            raise ValueError(
+                f"RANK is set in the environment, but {missing} are not; expected all variables "
+                "that torchrun sets. Start by torchrun, set them, or unset RANK for one process."
+            )
+        return {name: env[name] for name in ("RANK", *_VARIABLES)}
     # In an allocation without srun, or in an interactive step, there is but this one process.
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_NTASKS"]))
+    # SLURM_NTASKS is the job's there, and elsewhere where SLURM is old the only one.
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    if int(tasks) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", tasks))
         return {
             "RANK": env["SLURM_PROCID"],
-            "WORLD_SIZE": env["SLURM_NTASKS"],
+            "WORLD_SIZE": tasks,
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "LOCAL_WORLD_SIZE": per_node.group() if per_node else "1",
             "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env),
@@ -162,10 +221,15 @@ def _first_host(env: Any) -> str:
     return listing.stdout.split()[0]
 
 
-def _free_url(url: str) -> str:
+def _free_url(args: argparse.Namespace) -> str:
     """``--dist-url auto`` takes a free port, as in Detectron2."""
-    if url != "auto":
-        return url
+    if args.dist_url != "auto":
+        return str(args.dist_url)
+    if args.num_machines > 1:
+        raise ValueError(
+            f"--dist-url is auto and --num-machines {args.num_machines}; expected tcp://HOST:PORT "
+            "of the first machine, the same on all."
+        )
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     return f"tcp://127.0.0.1:{get_free_port()}"

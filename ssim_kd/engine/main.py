@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import multiprocessing
 import os
 import re
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
+from .ownership import sole_owner
 from .start import check_start
-from .stopping import die_with_parent, sole_owner
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -115,8 +114,6 @@ def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
 
 def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     """Train or evaluate in this process, one of one or more."""
-    if multiprocessing.parent_process() is not None:
-        die_with_parent()
     cfg = load_config(args, add_config)
     _same_on_all(cfg, args)
     _make_output_dir(cfg.OUTPUT_DIR)

@@ -144,6 +144,12 @@ class DistillStep(TrainerBase):
             wrong = f"gradients (float16, down to a loss scale of {LEAST_SCALE:g})"
             self._raise([wrong], self.iter, _image_ids(batch), {}, fatal=True)
 
+    def close(self) -> None:
+        """End the iteration over the data, and with it the loader's workers."""
+        close = getattr(self._data, "close", None)
+        if close is not None:
+            close()
+
     def flush(self, *, keep: int = 0) -> None:
         """Take in the reports of past steps: log their metrics, see whether to stop.
 

@@ -6,6 +6,7 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
@@ -15,12 +16,12 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..data import CheckedMapper, TrainLoader, build_train_loader
+from ..data import CheckedMapper, EvaluationLoader, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
 from .checkpointer import ResumeError, StudentCheckpointer
 from .curves import KeepCurves
 from .evaluation import build_evaluator, test_time_augmentation
-from .hooks import Reseed, VisualizeDistillation
+from .hooks import Reseed, SavedEvaluation, VisualizeDistillation
 from .settings import differences, settings_of
 from .step import DistillStep
 from .stopping import StopOnSignal
@@ -48,7 +49,9 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         on_gpu = next(model.parameters()).is_cuda
         ddp = create_ddp_model(
-            model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
+            model,
+            broadcast_buffers=False,
+            device_ids=[torch.cuda.current_device()] if on_gpu else None,
         )
         self._trainer = DistillStep(
             ddp,
@@ -90,15 +93,23 @@ class DistillTrainer(DefaultTrainer):
         found = [Reseed(), KeepCurves(), *super().build_hooks()]
         # Behind the scheduler, whose state a checkpoint must hold as it is after the step.
         place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.LRScheduler)) + 1
-        found.insert(place, StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD))
+        self._stop = StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD)
+        found.insert(place, self._stop)
+        place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+        found[place] = SavedEvaluation(self.cfg.TEST.EVAL_PERIOD, self._test, self._stop)
         if self.cfg.TEST.AUG.ENABLED:
-            found.insert(-1, hooks.EvalHook(0, self._test_with_augmentation))
+            found.insert(-1, SavedEvaluation(0, self._test_with_augmentation, self._stop))
         model = getattr(self.model, "module", self.model)
         distills = isinstance(model, DistilledDetector) and model.teacher is not None
         if distills and self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
             # Before the writers, which come last.
             found.insert(-1, VisualizeDistillation(self.cfg))
         return found
+
+    def _test(self) -> OrderedDict:
+        # What train() returns.
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def _test_with_augmentation(self) -> OrderedDict:
         return test_time_augmentation(self.cfg, self.student, self)
@@ -149,7 +160,12 @@ class DistillTrainer(DefaultTrainer):
         else:
             # In the last iteration EvalHook takes a failed training for a finished one.
             self._hooks[:] = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
-        super().after_train()
+        # The workers end here, also where an error's traceback keeps the iterator.
+        self._trainer.close()
+        try:
+            super().after_train()
+        finally:
+            self._stop.give_back()
         self.data_loader.log_skipped()
 
     def request_stop(self) -> None:
@@ -238,10 +254,10 @@ class DistillTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's own, with errors that name the image."""
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        """Detectron2's own, with errors that name the image and workers that SIGTERM leaves."""
         mapper = CheckedMapper(DatasetMapper(cfg, False), [dataset_name])
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return EvaluationLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -127,6 +127,18 @@ def slow_writes(seconds: float, rank: int) -> None:
     os.fsync = slow
 
 
+def slow_evaluation(method: str, rank_that_is_slow: int, rank: int) -> None:
+    """A method of the evaluator takes a minute."""
+    from detectron2.evaluation import COCOEvaluator
+
+    def slow(*_: Any, **__: Any) -> None:
+        print(f"COCOEvaluator.{method}", flush=True)
+        time.sleep(60)
+
+    if rank == rank_that_is_slow:
+        setattr(COCOEvaluator, method, slow)
+
+
 def all_of(functions: list[Any], rank: int) -> None:
     for function in functions:
         function(rank)

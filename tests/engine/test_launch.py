@@ -41,14 +41,24 @@ def test_outside_of_both(environment) -> None:
     assert environment({}) is None
 
 
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "1",
+}
+
+
 def test_torchrun(environment) -> None:
-    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
-    assert environment(values) == {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert environment(TORCHRUN) == TORCHRUN
 
 
-def test_a_rank_without_its_world(environment) -> None:
-    with pytest.raises(ValueError, match=r"RANK is set .* \['WORLD_SIZE', 'MASTER_PORT'\] are not"):
-        environment({"RANK": "1", "MASTER_ADDR": "host"})
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "RANK"])
+def test_a_rank_that_lacks_a_variable(name, environment) -> None:
+    with pytest.raises(ValueError, match=rf"RANK is set .* \['{name}'\] are not; .* unset RANK"):
+        environment({k: v for k, v in TORCHRUN.items() if k != name})
 
 
 def test_slurm(environment) -> None:
@@ -75,3 +85,68 @@ def test_slurm_with_several_hosts(environment, monkeypatch) -> None:
 def test_an_allocation_without_srun_is_one_process(environment) -> None:
     assert environment({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
     assert environment({**SLURM, "SLURM_NTASKS": "1"}) is None
+    # An interactive step of salloc, whose SLURM_NTASKS is the job's.
+    assert (
+        environment({**SLURM, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    )
+
+
+def test_a_step_smaller_than_its_job(environment) -> None:
+    found = environment({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"})
+    assert found is not None and found["WORLD_SIZE"] == "4"
+
+
+def start(*arguments: str, device: str = "cpu") -> object:
+    args = launch.argument_parser().parse_args(list(arguments))
+    return launch.launch_processes(lambda: "ran", args, device=device, main_args=())
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN | {"WORLD_SIZE": "1"}, SLURM])
+def test_numbers_that_contradict_the_launcher(variables, environment) -> None:
+    environment(variables)
+    expected = (
+        r"--num-gpus is 2 and --num-machines 3, 6 processes, but .* is one of \d that torchrun"
+    )
+    with pytest.raises(ValueError, match=expected):
+        start("--num-gpus", "2", "--num-machines", "3")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--num-gpus", "2"), ("--num-gpus", "0")])
+def test_numbers_that_do_not(arguments, environment, monkeypatch) -> None:
+    environment(TORCHRUN)
+    monkeypatch.setattr(launch, "_join", lambda **_: None)
+    monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: None)
+    assert start(*arguments) == "ran"
+
+
+def test_numbers_of_no_process(environment) -> None:
+    environment({})
+    for wrong in (("0", "2"), ("-1", "1"), ("1", "0"), ("2", "-1")):
+        with pytest.raises(ValueError, match="expected at least one process on each"):
+            start("--num-gpus", wrong[0], "--num-machines", wrong[1])
+    assert start("--num-gpus", "0") == "ran"
+
+
+def test_more_processes_than_gpus(environment, monkeypatch) -> None:
+    environment({})
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="this machine has 1 GPUs; expected at most"):
+        start("--num-gpus", "2", device="cuda")
+
+
+def test_auto_is_of_one_machine(environment) -> None:
+    environment({})
+    with pytest.raises(ValueError, match="--dist-url is auto and --num-machines 2; expected tcp"):
+        start("--num-gpus", "1", "--num-machines", "2", "--dist-url", "auto")
+
+
+def test_each_process_may_see_its_own_gpu_alone(monkeypatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch.torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(launch.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(launch.dist, "get_world_size", lambda: 0)
+    monkeypatch.setattr(launch.comm, "synchronize", lambda: None)
+    monkeypatch.setattr(launch.comm, "create_local_process_group", lambda _: None, raising=False)
+    launch._join(cuda=True, init_method="env://", local_rank=3, ranks_per_machine=4)
+    assert chosen == [0]

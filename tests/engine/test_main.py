@@ -224,3 +224,12 @@ def test_an_output_dir_that_is_none(flags, world: World, tmp_path) -> None:
         world.main(file, *flags)
     with pytest.raises(ValueError, match=r"OUTPUT_DIR is '\S*/below', which cannot be made \(Not"):
         world.main(file / "below", *flags)
+
+
+@pytest.mark.parametrize("value", ["-1.0", ".nan", ".inf", "1.0e+300"])
+def test_a_grace_period_that_is_none(value, world: World, tmp_path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_BASE_: {world.config}\nSOLVER: {{GRACE_PERIOD: {value}}}\n")
+    with pytest.raises(ValueError, match=r"SOLVER\.GRACE_PERIOD is .*; expected seconds, 0 or mo"):
+        world.cfg(tmp_path, config=config)
+    assert world.cfg(tmp_path, "SOLVER.GRACE_PERIOD", "0").SOLVER.GRACE_PERIOD == 0

@@ -1,21 +1,20 @@
-"""SIGTERM and the lock of a folder, within this process."""
+"""SIGTERM within this process."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import nn
 
-from ssim_kd.engine.stopping import EXIT_STOPPED, StopOnSignal, Stopped, sole_owner
-from tests.engine.runs import World
+from ssim_kd.engine.stopping import EXIT_NOT_SAVED, EXIT_STOPPED, StopOnSignal, Stopped
 
 
 class Trainer:
@@ -23,7 +22,6 @@ class Trainer:
 
     def __init__(self, *, iteration: int = 3, max_iter: int = 10) -> None:
         self.iter, self.max_iter = iteration, max_iter
-        self.student = nn.Identity()
         self.stop_requested = False
         self.saved: list[str] = []
         self.checkpointer = SimpleNamespace(save=lambda name, **_: self.saved.append(name))
@@ -41,9 +39,8 @@ def hook() -> Any:
     hook = StopOnSignal(grace_period=60)
     before = signal.getsignal(signal.SIGTERM)
     yield hook
-    hook.after_train()
+    hook.give_back()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert hook._timer is None or hook._timer.finished.is_set()
 
 
 def start(hook: StopOnSignal, **options: int) -> Trainer:
@@ -70,49 +67,83 @@ def test_the_last_step_is_left_to_the_final_checkpoint(hook) -> None:
     assert not trainer.saved
 
 
-@pytest.mark.parametrize(("iteration", "saved"), [(3, ["model_0000003"]), (10, [])])
-def test_an_evaluation_is_broken_off(iteration, saved, hook) -> None:
-    trainer = start(hook, iteration=iteration)
-    trainer.student.eval()
-    trainer.student(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    trainer.student.train()
-    trainer.student(1)
-    trainer.student.eval()
-    with pytest.raises(Stopped):
-        trainer.student(1)
-    assert trainer.saved == saved
-
-
-def test_the_grace_period_is_the_longest() -> None:
-    """In a process of its own, since it is ended by force: a step that never ends."""
-    program = (
-        "import os, signal, time; from types import SimpleNamespace; import torch\n"
-        "from ssim_kd.engine.stopping import StopOnSignal\n"
-        "hook = StopOnSignal(grace_period=0.2)\n"
-        "hook.trainer = SimpleNamespace(request_stop=int, student=torch.nn.Identity())\n"
-        "hook.before_train()\n"
-        "os.kill(os.getpid(), signal.SIGTERM)\n"
-        "print(time.time(), flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == EXIT_STOPPED
-    assert time.time() - float(done.stdout) < 20
-
-
-def test_one_run_a_folder(tmp_path: Path) -> None:
-    with sole_owner(str(tmp_path)):
-        expected = rf"in use by another run \(process {os.getpid()} "
-        with pytest.raises(RuntimeError, match=expected), sole_owner(str(tmp_path)):
-            pass
-        # The refused one has not taken the owner's mark away.
-        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    with sole_owner(str(tmp_path)):
+def test_what_is_saved_is_broken_off_at_once(hook) -> None:
+    trainer = start(hook)
+    with hook.saved():
         pass
+    with pytest.raises(Stopped) as stopped, hook.saved():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        pytest.fail("went on")
+    assert stopped.value.code == EXIT_STOPPED
+    # A second signal does not interrupt the leaving.
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not trainer.saved
 
 
-def test_a_second_run_is_refused_before_it_writes(world: World, tmp_path: Path) -> None:
-    with sole_owner(str(tmp_path)), pytest.raises(RuntimeError, match="folder of its own"):
-        world.main(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+def test_who_was_asked_before_begins_no_evaluation(hook) -> None:
+    start(hook)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped), hook.saved():
+        pytest.fail("went on")
+
+
+def test_the_signal_is_given_back(hook) -> None:
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    start(hook)
+    hook.give_back()
+    assert signal.set_wakeup_fd(before) == before
+    assert "SIGTERM" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_forked_child_ends_by_sigterm_and_the_parent_does_not_notice(hook) -> None:
+    """Those of multiprocessing.Pool, which panoptic evaluation uses, are ended so."""
+    trainer = start(hook)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM
+    assert not trainer.stop_requested
+    assert hook._watch is not None and hook._watch._thread.is_alive()
+
+
+# A main thread in compiled code, as where it waits for another process: it runs no handler.
+BUSY = """
+import ctypes, os, signal, threading, time
+from types import SimpleNamespace
+from ssim_kd.engine.stopping import StopOnSignal
+hook = StopOnSignal(grace_period=0.3)
+hook.trainer = SimpleNamespace(request_stop=int, stop_requested=False)
+hook.before_train()
+threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+{block}
+print(time.time(), flush=True)
+{wait}
+"""
+# Another thread then gets the signal, and the sleep is not interrupted.
+BLOCK = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
+WAITS = {
+    "in Python": "time.sleep(60)",
+    "in compiled code": "ctypes.CDLL(None).sleep(60)",
+    "in compiled code, saved": "with hook.saved():\n    ctypes.CDLL(None).sleep(60)",
+}
+
+
+def ended(wait: str) -> tuple[int, float, str]:
+    program = BUSY.format(wait=wait, block=BLOCK * ("ctypes" in wait))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return done.returncode, time.time() - float(done.stdout.split()[0]), done.stderr
+
+
+@pytest.mark.parametrize("wait", list(WAITS))
+def test_the_grace_period_is_the_longest(wait: str) -> None:
+    """In a process of its own, since it is ended by force: a step that never ends."""
+    code, seconds, error = ended(WAITS[wait])
+    if "saved" in wait:
+        assert code == EXIT_STOPPED
+    else:
+        assert code == EXIT_NOT_SAVED == 75
+        assert error.endswith("SIGTERM: not saved within SOLVER.GRACE_PERIOD (0.3 s).\n")
+    assert seconds < 20

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssim_kd.data import build_train_loader, ensure_digits, register_datasets
 from ssim_kd.engine import DistillTrainer
-from ssim_kd.engine.hooks import Reseed
+from ssim_kd.engine.hooks import Reseed, SavedEvaluation
 from ssim_kd.engine.stopping import StopOnSignal
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
 from tests.helpers import bfloat16_without_onednn
@@ -228,7 +228,7 @@ def test_order_of_the_hooks(world: World, tmp_path) -> None:
         hooks.LRScheduler,
         StopOnSignal,
         hooks.PeriodicCheckpointer,
-        hooks.EvalHook,
+        SavedEvaluation,
         hooks.PeriodicWriter,
     ]
     assert [kind for kind in kinds if kind in order] == order

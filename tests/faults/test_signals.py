@@ -67,17 +67,30 @@ def test_sigterm_in_a_step_saves_and_the_resumed_run_is_the_same(world: World, t
     assert assert_same_run(whole, stopped) == 0, "no step was lost"
 
 
-def test_sigterm_in_an_evaluation(world: World, tmp_path) -> None:
-    options = ("SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 50, "TEST.EVAL_PERIOD", 3)
-    # Long enough to be met.
-    config = world.write("evaluates", "COCO-Detection/Base-RCNN-FPN.yaml", channels=32)
-    config.write_text(config.read_text().replace("[12, 4, 4]", "[12, 400, 4]"))
-    line = world.arguments(tmp_path, *options, config=config)
+def test_sigterm_to_the_workers_as_well(world: World, tmp_path) -> None:
+    """As from a shell or a cluster: to the group of processes."""
+    line = world.arguments(tmp_path, *LONG, "DATALOADER.NUM_WORKERS", 2)
     with children(line, folder=tmp_path, prepare=record(tmp_path)) as (run,):
-        run.wait_for("Start inference", 120)
-        run.signal(signal.SIGTERM)
-        assert run.wait(SOON) == 143
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+        begun(tmp_path)
+        assert len(members(run.pid)) > 2
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait(SOON) == 143, run.output[-3000:]
+        # Python's resource tracker ends a moment later; torch kills workers after 5 s.
+        wait_until(lambda: not members(run.pid), 2)
+    done = len((tmp_path / "steps_rank0.jsonl").read_text().splitlines())
+    assert (tmp_path / "last_checkpoint").read_text() == f"model_{done - 1:07d}.pth"
+
+
+def test_a_rank_that_waits_for_one_that_hangs(world: World, tmp_path) -> None:
+    """It waits inside of torch, where Python runs no handler."""
+    line = world.arguments(tmp_path, *LONG, "SOLVER.GRACE_PERIOD", 1)
+    with children(line, line, folder=tmp_path, prepare=record(tmp_path)) as ranks:
+        begun(tmp_path)
+        ranks[1].signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        ranks[0].signal(signal.SIGTERM)
+        assert ranks[0].wait(10) == 75
+        assert "SIGTERM: not saved within SOLVER.GRACE_PERIOD (1 s)." in ranks[0].output
 
 
 def test_two_signals_and_a_signal_while_saving(world: World, tmp_path) -> None:
@@ -92,12 +105,16 @@ def test_two_signals_and_a_signal_while_saving(world: World, tmp_path) -> None:
     checkpoint(tmp_path, (tmp_path / "last_checkpoint").read_text().removesuffix(".pth"))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
-def test_sigterm_to_the_launcher_of_two_processes(launcher, world: World, tmp_path) -> None:
-    line = world.arguments(tmp_path, *LONG, *(["--num-gpus"] if launcher == "spawn" else []))
+def test_sigterm_to_the_launcher_of_two_processes(
+    launcher, workers, world: World, tmp_path
+) -> None:
+    options = (*LONG, "DATALOADER.NUM_WORKERS", workers, "SOLVER.CHECKPOINT_PERIOD", 2)
+    line = world.arguments(tmp_path, *options, *(["--num-gpus"] if launcher == "spawn" else []))
     run, session = start(launcher, line, tmp_path)
-    wait_until(lambda: "Starting training" in log(tmp_path), 180)
-    time.sleep(2)
+    # Workers of spawned processes are spawned, which takes long.
+    wait_until((tmp_path / "model_0000001.pth").exists, 180)
     begin = time.monotonic()
     os.kill(run.pid, signal.SIGTERM)
     code = run.wait(60)
@@ -150,6 +167,28 @@ def test_a_process_that_dies_takes_the_others_along(victim, world: World, tmp_pa
     assert code != 0 and time.monotonic() - begin < 40
     if victim != "parent":
         assert "terminated with signal SIGKILL" in log(tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.5, 3])
+def test_a_parent_that_dies_while_its_ranks_start(seconds, world: World, tmp_path) -> None:
+    run, session = start("spawn", world.arguments(tmp_path, *LONG, "--num-gpus"), tmp_path)
+    # The resource tracker, and a rank.
+    wait_until(lambda: len(members(session)) > 2, 60)
+    time.sleep(seconds)
+    run.kill()
+    run.wait()
+    wait_until(lambda: not members(session), 30)
+    assert "Starting training" not in log(tmp_path)
+
+
+def test_sigterm_to_the_parent_while_its_ranks_start(world: World, tmp_path) -> None:
+    run, session = start("spawn", world.arguments(tmp_path, *LONG, "--num-gpus"), tmp_path)
+    wait_until(lambda: len(members(session)) > 2, 60)
+    time.sleep(0.5)
+    run.terminate()
+    assert run.wait(30) == 143
+    assert "Traceback" not in log(tmp_path)
+    wait_until(lambda: not members(session), 5)
 
 
 def test_rank_0_says_that_rank_1_died(world: World, tmp_path) -> None:
