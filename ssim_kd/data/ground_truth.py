@@ -39,7 +39,7 @@ def inspect_masks(annotations: Sequence[Annotation]) -> tuple[list[str], list[st
     none = [a for a in annotations if not a.get("segmentation")]
     invalid = [a for a in annotations if a.get("segmentation") and not _usable(a["segmentation"])]
     training, masks, scoring = [], [], []
-    if len(invalid) == len(annotations):
+    if invalid and len(invalid) == len(annotations):
         training.append(
             f"The polygons of all {len(invalid)} annotations have fewer than three points (for "
             f"example {_name(invalid[0])}), and Detectron2 leaves such annotations out: correct "
