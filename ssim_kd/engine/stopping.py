@@ -95,6 +95,8 @@ class StopOnSignal(HookBase):
         self.trainer.request_stop()
         # Once: a second signal must not interrupt the leaving.
         if self._saved and not self._leaving:
+            # Not by the log, whose file this may have interrupted.
+            os.write(2, b"SIGTERM: stopping; all that was trained is saved.\n")
             self._leave()
 
     def _leave(self) -> NoReturn:
