@@ -1,7 +1,8 @@
 """The autograd node of the fast SSIM losses: the gradient is made in forward, in closed form.
 
-All that is kept for backward is one map a level, the gradient for the student; backward multiplies
-it by the incoming scalar. Shapes: N images, C channels, H x W cells, L levels.
+All that is kept for backward is one map a level, the gradient for the student, the level's weight
+included; backward multiplies it by the incoming scalar.
+Shapes: N images, C channels, H x W cells, L levels.
 """
 
 from __future__ import annotations
@@ -12,25 +13,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import compute_dtype
 from .options import SSIMOptions
 
 
-class LevelResult(NamedTuple):
-    """What a fast implementation gives for one level.
+class LevelInputs(NamedTuple):
+    """What a fast implementation takes for one level.
 
-    ``value``: scalar, the loss. ``grad``: (N, C, H, W) in ``grad_dtype`` of the student's map, or
-    None if none was asked for.
+    ``x``, ``y``: the maps of student and teacher, (N, C, H, W), detached. ``mask``: (N, H, W) bool
+    or None. ``weight``: of the level, in the gradient alone. ``need_grad``: whether to make one.
+    """
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None
+    weight: float
+    need_grad: bool
+
+
+class LevelResult(NamedTuple):
+    """What it gives.
+
+    ``value``: scalar, the loss of the level, unweighted. ``grad``: weighted, (N, C, H, W) in
+    ``grad_dtype`` of the student's map, or None if none was asked for.
     """
 
     value: Tensor
     grad: Tensor | None
 
 
-# (input, target, mask, options, need_grad) of every level -> results
-RunLevels = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence["Tensor | None"], SSIMOptions, Sequence[bool]],
-    list[LevelResult],
-]
+RunLevels = Callable[[Sequence[LevelInputs], SSIMOptions], list[LevelResult]]
+
+
+def empty_result(level: LevelInputs) -> LevelResult:
+    """The result of a level without elements: 0."""
+    x = level.x
+    grad = torch.empty_like(x, dtype=grad_dtype(x)) if level.need_grad else None
+    return LevelResult(x.new_zeros((), dtype=compute_dtype(x)), grad)
 
 
 def grad_dtype(x: Tensor) -> torch.dtype:
@@ -47,22 +66,19 @@ class _ClosedForm(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         run: RunLevels,
-        targets: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
-        level_weights: Sequence[float],
+        levels: Sequence[LevelInputs],
         options: SSIMOptions,
-        need_grad: Sequence[bool],
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(inputs[0].device.type, enabled=False):
-            results = run(inputs, targets, masks, options, need_grad)
+            results = run(levels, options)
         values = torch.stack([result.value for result in results])
-        total = torch.stack([w * r.value for w, r in zip(level_weights, results, strict=True)])
+        total = [level.weight * r.value for level, r in zip(levels, results, strict=True)]
         ctx.save_for_backward(*(result.grad for result in results))
-        ctx.level_weights, ctx.dtypes = level_weights, [x.dtype for x in inputs]
+        ctx.dtypes = [x.dtype for x in inputs]
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
-        return total.sum(), values
+        return torch.stack(total).sum(), values
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -71,18 +87,21 @@ class _ClosedForm(torch.autograd.Function):
                 "ssim_loss: the fast implementations have no second derivative; "
                 "use impl='reference' for create_graph=True"
             )
-        grads: list[Tensor | None] = [None] * 6
-        for grad, w, dtype in zip(ctx.saved_tensors, ctx.level_weights, ctx.dtypes, strict=True):
+        grads: list[Tensor | None] = [None] * 3
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             use = grad is not None and grad_total is not None
-            grads.append(_scaled(grad, w * grad_total, dtype) if use else None)
+            grads.append(_scaled(grad, grad_total, dtype) if use else None)
         return tuple(grads)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` as ``dtype``, multiplied in the type of ``factor``, the scalar's own.
 
-    Never in place: the graph may be retained and run backward again.
+    Never in place: the graph may be retained and run backward again. Without a loss scaler the
+    factor is 1 as a rule; on a CPU, where looking at it waits for nothing, that saves a map.
     """
+    if grad.dtype == dtype and factor.device.type == "cpu" and factor.item() == 1:
+        return grad
     if grad.dtype == factor.dtype == dtype:
         return grad * factor
     out = torch.empty_like(grad, dtype=dtype)
@@ -102,6 +121,9 @@ def closed_form_loss(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over levels (a scalar) and the detached (L,) losses, by the implementation
     ``run``. Gradients are made only for inputs that need one."""
-    targets = [target.detach() for target in targets]
-    need_grad = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    return _ClosedForm.apply(run, targets, masks, level_weights, options, need_grad, *inputs)
+    levels = [
+        LevelInputs(x.detach(), y.detach(), m, w, torch.is_grad_enabled() and x.requires_grad)
+        for x, y, m, w in zip(inputs, targets, masks, level_weights, strict=True)
+    ]
+    total, values = _ClosedForm.apply(run, levels, options, *inputs)
+    return total, values

@@ -15,7 +15,7 @@ from torch import Tensor
 from .cells import compute_dtype
 from .options import SSIMOptions
 from .scaling import half_low_and_scale
-from .ssim_reference import HUGE, MIN_CONSTANT, power_of_two_unit
+from .ssim_reference import MIN_CONSTANT, power_of_two_unit
 
 
 class PlaneRange(NamedTuple):
@@ -92,9 +92,3 @@ def unit_affine(x: Tensor, y: Tensor, options: SSIMOptions) -> tuple[PlaneAffine
         options.eps * unit**4,
     )
     return PlaneAffine(torch.zeros_like(unit), 2.0 * unit), constants
-
-
-def is_tame(x: Tensor) -> bool:
-    """True if no element is huge. Waits for the device, so it is for CPU tensors."""
-    low, high = torch.aminmax(x)
-    return bool(torch.maximum(-low, high) <= HUGE)

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from .cells import cell_weights, compute_dtype
-from .closed_form import LevelResult, grad_dtype
+from .closed_form import LevelInputs, LevelResult, empty_result, grad_dtype
 from .extrema_gradient import ExtremaGradient
 from .options import SSIMOptions
 from .plane_affine import (
     PlaneAffine,
     PlaneConstants,
-    is_tame,
     minmax_affine,
     plane_range,
     scope_range,
     unit_affine,
 )
 from .ssim_pointwise import Maps, Rows, moment_gradients_in_place, ssim_in_place
+from .ssim_reference import HUGE
 from .window_filters import ColumnFilter, RowFilter, Window
 
 CHUNK_BYTES = 8 << 20  # of all temporaries of a chunk together: they stay in the last-level cache
@@ -81,13 +81,14 @@ class _Scratch:
 class _Level:
     """One level: what is constant over its chunks, and the loop over them."""
 
-    def __init__(
-        self, x: Tensor, y: Tensor, mask: Tensor | None, options: SSIMOptions, need_grad: bool
-    ):
+    def __init__(self, level: LevelInputs, options: SSIMOptions):
+        x, y, mask, _, need_grad = level
         self.x, self.y, self.options = x, y, options
         self.like = torch.empty(0, dtype=compute_dtype(x), device=x.device)
         crop = options.crop(*x.shape[2:])
         self.weights = cell_weights(x.shape, self.like, mask, crop)
+        # The gradient leaves the chunk's steps as that of sum(S / 4), or weighted by ``weights``.
+        self.gain = -2.0 * level.weight / (1 if self.weights is not None else x.numel())
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         constants = (options.c1, options.c2, options.eps)
         self.plain_constants = tuple(self.like.new_tensor(value) for value in constants)
@@ -95,20 +96,42 @@ class _Level:
         self.affine_y: PlaneAffine | None = None
         self.constants: PlaneConstants | None = None
         self.extrema: ExtremaGradient | None = None
+        # Maps with huge values need other units. On a CPU they are looked for on the way: the
+        # largest square and the shifts of every chunk. Other devices are not to be waited for.
+        self.watch = options.scaling is None and x.device.type == "cpu"
+        self.watched: list[Tensor] = []
         if options.scaling is not None:
             planes = plane_range(x, mask)
             scoped = scope_range(planes, options.scaling)
             self.affine_x = minmax_affine(scoped)
             self.affine_y = minmax_affine(scope_range(plane_range(y, mask), options.scaling))
             if need_grad and options.scaling_grad:
-                slope = 0.5 * self.affine_x.scale
+                slope = 0.5 * self.gain * self.affine_x.scale
                 self.extrema = ExtremaGradient(planes, scoped, slope, options.scaling, mask)
-        elif x.device.type != "cpu" or not (is_tame(x) and is_tame(y)):
-            self.affine_x, self.constants = unit_affine(x, y, options)
-            self.affine_y = self.affine_x
+        elif not self.watch:
+            self._change_units()
+
+    def _change_units(self) -> None:
+        self.affine_x, self.constants = unit_affine(self.x, self.y, self.options)
+        self.affine_y = self.affine_x
 
     def run(self) -> LevelResult:
         """Loss and gradient of the level."""
+        ssim = 4.0 * self._run_chunks()
+        if self.watch and not torch.cat(self.watched).amax() <= 0.25 * HUGE**2:  # nor NaN
+            self.watch = False
+            self._change_units()
+            ssim = 4.0 * self._run_chunks()
+        if self.weights is None:
+            value = 0.5 - 0.5 * ssim / self.x.numel()
+        else:
+            value = 0.5 * (self.x.shape[1] * self.weights.double().sum() - ssim)
+        if self.extrema is not None and self.grad is not None:
+            self.extrema.finish(self.x, self.grad)
+        return LevelResult(value.to(self.like.dtype), self.grad)
+
+    def _run_chunks(self) -> Tensor:
+        """Weighted sum of S / 4, in float64."""
         n, c, h, w = self.x.shape
         per_chunk = CHUNK_BYTES // (h * w * self.like.element_size() * MAPS_PER_CHUNK)
         most = max(1, min(n * c, per_chunk))
@@ -118,14 +141,7 @@ class _Level:
             if scratch is None or scratch.maps.shape[2] != planes * w:
                 scratch = _Scratch(planes, h, w, self.like, self.options)
             sums.append(self._run_chunk(chunk, scratch))
-        ssim = 4.0 * torch.stack(sums).double().sum()
-        if self.weights is None:
-            value = 0.5 - 0.5 * ssim / self.x.numel()
-        else:
-            value = 0.5 * (c * self.weights.double().sum() - ssim)
-        if self.extrema is not None and self.grad is not None:
-            self.extrema.finish(self.x, self.grad)
-        return LevelResult(value.to(self.like.dtype), self.grad)
+        return torch.stack(sums).double().sum()
 
     def _chunks(self, most: int) -> Iterator[_Chunk]:
         """Views of at most ``most`` planes. Samples mix only where the memory layout lets them."""
@@ -153,13 +169,13 @@ class _Level:
         """
         n, h, w = source.shape
         planes = out.view(h, n, w)
-        planes.copy_(source.transpose(0, 1))
-        # Near the mean is enough: some rows will do. Summed in double since maps may be huge.
-        mean = planes[:: max(1, h // 16)].mean((0, 2), dtype=torch.float64).to(out.dtype)
+        # Near the mean is enough: some rows will do. In double if the maps may be huge.
+        dtype = out.dtype if self.watch else torch.float64
+        mean = source[:, :: max(1, h // 8)].mean((1, 2), dtype=dtype).to(out.dtype)
         if affine is None:
-            shift = mean.repeat_interleave(w)
-            out.sub_(shift)
-            return shift
+            torch.sub(source.transpose(0, 1), mean[:, None], out=planes)
+            return mean.repeat_interleave(w)
+        planes.copy_(source.transpose(0, 1))
         half_low, scale = (v.reshape(-1)[at] for v in affine)
         half_mean = 0.5 * mean
         torch.add(-half_mean.repeat_interleave(w), out, alpha=0.5, out=out)
@@ -177,18 +193,19 @@ class _Level:
             w,
         )
         torch.addcmul(rows.c2, x, x, out=squares).addcmul_(y, y)
+        if self.watch:
+            shifts = torch.stack([rows.shift_x[::w], rows.shift_y[::w]]).square_()
+            self.watched += [squares.amax()[None], shifts.flatten()]
         torch.addcmul(0.5 * rows.c2, x, y, out=product)
         maps = scratch.filter()
         quarter = ssim_in_place(maps, rows)
         if chunk.weights is None:
-            total = quarter.sum()
-            weight: Tensor | float = -0.5 / self.x.numel()
+            total, weights = quarter.sum(), None
         else:
-            weight = chunk.weights.expand(h, n, w).reshape(h, n * w)
-            total = torch.mul(quarter, weight, out=maps.work[3]).sum()
-            weight = -0.5 * weight
+            weights = chunk.weights.expand(h, n, w).reshape(h, n * w)
+            total = torch.mul(quarter, weights, out=maps.work[3]).sum()
         if chunk.grad is not None:
-            moment_gradients_in_place(maps, weight)
+            moment_gradients_in_place(maps, weights)
             self._finish_gradient(chunk, scratch.adjoint(), x, y, rows.shift_x[::w])
         return total
 
@@ -209,27 +226,14 @@ class _Level:
         grad.addcmul_(x, minus_g_q, value=-2).addcmul_(y, g_r)
         if self.extrema is not None:
             self.extrema.add_sums(chunk.planes, grad, x, shift_x)
+        slope: Tensor | float = self.gain
         if self.affine_x is not None:
-            slope = 0.5 * self.affine_x.scale.reshape(-1)[chunk.planes]
-            grad.mul_(slope.repeat_interleave(w))
-        chunk.grad.copy_(grad.view(h, n, w).transpose(0, 1))
+            slope = 0.5 * self.gain * self.affine_x.scale.reshape(-1)[chunk.planes, None, None]
+        torch.mul(grad.view(h, n, w).transpose(0, 1), slope, out=chunk.grad)
         if self.extrema is not None:
             self.extrema.finish_chunk(chunk.planes, chunk.x, chunk.grad)
 
 
-def run_levels(
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    options: SSIMOptions,
-    need_grad: Sequence[bool],
-) -> list[LevelResult]:
-    """Losses and gradients of L levels, (N, C, H, W) each; see ``closed_form.RunLevels``."""
-    results = []
-    for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True):
-        if x.numel() == 0:
-            grad = torch.zeros_like(x, dtype=grad_dtype(x)) if need else None
-            results.append(LevelResult(x.new_zeros((), dtype=compute_dtype(x)), grad))
-        else:
-            results.append(_Level(x.detach(), y, mask, options, need).run())
-    return results
+def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[LevelResult]:
+    """Losses and gradients of the levels; see ``closed_form.RunLevels``."""
+    return [_Level(v, options).run() if v.x.numel() else empty_result(v) for v in levels]

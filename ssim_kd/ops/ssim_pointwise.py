@@ -67,18 +67,18 @@ def ssim_in_place(maps: Maps, rows: Rows) -> Tensor:
     return s4.mul_(maps.inverse)
 
 
-def moment_gradients_in_place(maps: Maps, weight: Tensor | float) -> None:
-    """Gradient of sum(weight S) for the moments, after ``ssim_in_place``.
+def moment_gradients_in_place(maps: Maps, weights: Tensor | None) -> None:
+    """Gradient of sum(weights S / 4) for the moments, after ``ssim_in_place``.
 
     Afterwards the first three of ``work`` are g_r, -g_q and g_a.
 
     Args:
         maps: as ``ssim_in_place`` left them.
-        weight: a number, or a tensor that broadcasts to (H, n W).
+        weights: (H, n W), or None for 1.
     """
     a, b, b2, h2 = maps.moments
     h1, b1, s4, _ = maps.work
-    d = maps.inverse.mul_(4 * weight)
+    d = maps.inverse if weights is None else maps.inverse.mul_(weights)
     g_r, h2_d, s4_d = h1.mul_(d), h2.mul_(d), s4.mul_(d)
     minus_g_q, s4_b2_d = b1.mul_(s4_d), b2.mul_(s4_d)
     g_a = torch.mul(maps.mean_y, h2_d, out=s4)

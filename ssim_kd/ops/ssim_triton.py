@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from .cells import cell_weights
-from .closed_form import LevelResult, grad_dtype
+from .closed_form import LevelInputs, LevelResult, empty_result, grad_dtype
 from .extrema_gradient import ExtremaGradient
 from .options import SSIMOptions
 from .plane_affine import PlaneRange, minmax_affine, scope_range
@@ -61,9 +61,8 @@ def why_not(x: Tensor, options: SSIMOptions) -> str | None:
 class _Level:
     """One level: its table of planes and the launches over it."""
 
-    def __init__(
-        self, x: Tensor, y: Tensor, mask: Tensor | None, options: SSIMOptions, need_grad: bool
-    ):
+    def __init__(self, level: LevelInputs, options: SSIMOptions):
+        x, y, mask, self.gain, need_grad = level
         n, c, h, w = x.shape
         self.x, self.y, self.options = x, y, options
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
@@ -123,7 +122,8 @@ class _Level:
             sizes = (c, h, w, here, c0, lanes, n * c)
             moments_kernel[(programs,)](
                 self.x, self.y, weights, self.planes, row_in, row_out, column_out, scratch,
-                partial[done:], *sizes, 1.0 / self.x.numel(), *self.x.stride(), *self.y.stride(),
+                partial[done:], *sizes, 1.0 / self.x.numel(), self.gain,
+                *self.x.stride(), *self.y.stride(),
                 GRAD=self.grad is not None, WEIGHTED=self.weights is not None, num_warps=4, **build,
             )  # fmt: skip
             done += programs
@@ -154,29 +154,18 @@ class _Level:
         extrema.finish(self.x, self.grad)
 
 
-def run_levels(
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    options: SSIMOptions,
-    need_grad: Sequence[bool],
-) -> list[LevelResult]:
-    """Losses and gradients of L levels, (N, C, H, W) each; see ``closed_form.RunLevels``."""
-    device = inputs[0].device
+def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[LevelResult]:
+    """Losses and gradients of the levels; see ``closed_form.RunLevels``."""
+    device = levels[0].x.device
     # Triton launches on the current device, which need not be that of the maps.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        levels = [
-            _Level(x.detach(), y, mask, options, need) if x.numel() else None
-            for x, y, mask, need in zip(inputs, targets, masks, need_grad, strict=True)
-        ]
-        programs = [0 if level is None else level.programs for level in levels]
+        runs = [_Level(v, options) if v.x.numel() else None for v in levels]
+        programs = [0 if run is None else run.programs for run in runs]
         # One table for all levels, so that one sum finishes the whole pyramid.
-        partial = torch.zeros(len(levels), max([1, *programs]), dtype=torch.float32, device=device)
-        grads: list[Tensor | None] = []
-        for x, level, row, need in zip(inputs, levels, partial, need_grad, strict=True):
-            if level is not None:
-                grads.append(level.run(row))
-            else:
-                grads.append(torch.zeros_like(x, dtype=grad_dtype(x)) if need else None)
+        partial = torch.zeros(len(runs), max([1, *programs]), dtype=torch.float32, device=device)
+        grads = [
+            empty_result(level).grad if run is None else run.run(row)
+            for level, run, row in zip(levels, runs, partial, strict=True)
+        ]
     values = partial.sum(1, dtype=torch.float64).float()
     return [LevelResult(value, grad) for value, grad in zip(values, grads, strict=True)]
