@@ -119,7 +119,8 @@ def _add_model_keys(cfg: CN) -> None:
     ssim.GAMMA = 1.0
     # Border: "same" (mirrored, every cell counts) or "valid" (whole windows alone count).
     ssim.PADDING = "same"
-    # Implementation: "auto" (the fastest that runs here), "reference", "eager" or "triton".
+    # Implementation: "auto" (the fastest that runs here), "reference", "eager",
+    # "native" (a CPU) or "triton" (a GPU).
     ssim.IMPL = "auto"
 
 

@@ -143,7 +143,7 @@ def accuracy(found: dict[str, Loss], device: torch.device) -> list[dict[str, Any
     for kind, offset, spread in (("random", 0.0, 1.0), ("near-constant", 0.5, 1e-3)):
         x, y = ((offset + spread * m).to(device) for m in base)
         for name, loss in found.items():
-            exact = "ours, reference" if name == "ours" or name == "ours, eager" else name
+            exact = "ours, reference" if name in ("ours", "ours, eager") else name
             try:
                 grads, values = [], []
                 for dtype, f in ((torch.float32, loss), (torch.float64, found[exact])):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,16 +14,19 @@ from ssim_kd.losses import pyramid_ssim_loss, ssim_loss
 Loss = Callable[[Tensor, Tensor], Tensor]
 # p2 ... p6 of an 800 x 1333 image.
 PYRAMID = {"p2": (200, 336), "p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21)}
+# Ours by name, with the options of each.
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, min-max": {"scaling": "channel"},
+    "ours, eager": {"impl": "eager"},
+    "ours, reference": {"impl": "reference"},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def losses(device: torch.device) -> dict[str, Loss]:
     """Ours and every peer that can be imported, by name; all are SSIM with an 11-wide Gaussian."""
-    found: dict[str, Loss] = {"ours": lambda x, y: ssim_loss(x, y)}
-    found["ours, min-max"] = lambda x, y: ssim_loss(x, y, scaling="channel")
-    found["ours, reference"] = lambda x, y: ssim_loss(x, y, impl="reference")
-    if device.type == "cuda":
-        found["ours, eager"] = lambda x, y: ssim_loss(x, y, impl="eager")
+    found: dict[str, Loss] = {name: partial(ssim_loss, **options) for name, options in OURS.items()}
     try:
         import kornia
 
@@ -62,10 +66,8 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
 def over_pyramid(name: str, loss: Loss) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     """The sum over levels: one call for ours, a loop for the others."""
-    if name == "ours":
-        return lambda xs, ys: pyramid_ssim_loss(xs, ys)[0]
-    if name == "ours, min-max":
-        return lambda xs, ys: pyramid_ssim_loss(xs, ys, scaling="channel")[0]
+    if name in OURS:
+        return lambda xs, ys: pyramid_ssim_loss(xs, ys, **OURS[name])[0]
     return lambda xs, ys: torch.stack([loss(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 

@@ -64,8 +64,9 @@ def ssim_loss(
             Extrema are taken over valid cells, and the loss is the mean over samples of the mean
             over a sample's valid cells and channels; samples without any are left out. Windows of
             valid cells near padding still see the padded cells.
-        impl: "auto", "reference", "eager" or "triton". "auto" takes the fastest that supports the
-            arguments and says in the log, once, which.
+        impl: "auto", or "reference" (autograd over convolutions, any arguments), "eager" (torch
+            calls, any device), "native" (C, a CPU) or "triton" (CUDA and ROCm). "auto" takes the
+            fastest that supports the arguments and says in the log, once, which.
 
     Returns:
         scalar in about [0, 1], float32 (float64 for float64 input). Not clamped: a clamp would

@@ -73,3 +73,16 @@ def cell_weights(shape: torch.Size, like: Tensor, mask: Tensor | None, crop: int
     cells = inner.sum(dim=(1, 2), keepdim=True)
     samples = (cells > 0).sum()
     return inner.to(like.dtype) / (c * cells.clamp(min=1) * samples.clamp(min=1)).to(like.dtype)
+
+
+def loss_of_sum(total: Tensor, shape: torch.Size, weights: Tensor | None) -> Tensor:
+    """The loss, the weighted mean of (1 - S) / 2, from ``total``, the sum of S over all elements.
+
+    Args:
+        total: scalar; weighted, if there are weights.
+        shape: (N, C, H, W) of the map.
+        weights: those of ``cell_weights``.
+    """
+    if weights is None:
+        return 0.5 - 0.5 * total / shape.numel()
+    return 0.5 * (shape[1] * weights.double().sum() - total)

@@ -89,8 +89,10 @@ class _ClosedForm(torch.autograd.Function):
             )
         grads: list[Tensor | None] = [None] * 3
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            use = grad is not None and grad_total is not None
-            grads.append(_scaled(grad, grad_total, dtype) if use else None)
+            if grad is None or grad_total is None:
+                grads.append(None)
+            else:
+                grads.append(_scaled(grad, grad_total, dtype))
         return tuple(grads)
 
 

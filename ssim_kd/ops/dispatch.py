@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import ssim_eager
+from . import ssim_eager, ssim_native
 from .closed_form import RunLevels
 from .options import SSIMOptions
 
@@ -46,50 +46,59 @@ def _triton_module() -> ModuleType | str:
     return module
 
 
-def _why_not_triton(x: Tensor, options: SSIMOptions) -> str | None:
-    if x.device.type != "cuda" and not _interpreted():
-        return f"the maps are on {x.device.type}, and it needs a CUDA or ROCm device"
+def _why_not_triton(device: str, dtype: torch.dtype, options: SSIMOptions) -> str | None:
+    if device != "cuda" and not _interpreted():
+        return f"the maps are on {device}, and it needs a CUDA or ROCm device"
     module = _triton_module()
-    return module if isinstance(module, str) else module.why_not(x, options)
+    return module if isinstance(module, str) else module.why_not(dtype, options)
 
 
-def _refuse_triton(reason: str | None) -> None:
+# Device type, maps' type and options -> why the implementation cannot be had, or None.
+WHY_NOT = {"triton": _why_not_triton, "native": ssim_native.why_not}
+FASTEST = {"cuda": "triton", "cpu": "native"}  # by device type; "eager" on any other
+
+
+def _refuse(impl: str, reason: str | None) -> None:
     if reason is not None:
-        raise RuntimeError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+        raise RuntimeError(f"impl='{impl}' cannot be had: {reason}; use impl='auto'")
 
 
-def require_triton(options: SSIMOptions) -> None:
-    """Raise ``RuntimeError`` unless Triton can serve ``options`` on this machine."""
-    if not torch.cuda.is_available() and not _interpreted():
-        _refuse_triton("there is no CUDA or ROCm device")
-    module = _triton_module()
-    _refuse_triton(module if isinstance(module, str) else module.why_not(torch.empty(0), options))
+def require_impl(options: SSIMOptions) -> None:
+    """Raise ``RuntimeError`` unless the choice ``options.impl`` can be had on this machine."""
+    device = "cpu"
+    if options.impl == "triton" and not _interpreted():
+        if not torch.cuda.is_available():
+            _refuse("triton", "there is no CUDA or ROCm device")
+        device = "cuda"
+    if options.impl in WHY_NOT:
+        _refuse(options.impl, WHY_NOT[options.impl](device, torch.float32, options))
 
 
+@torch.compiler.disable  # compilers and drivers are asked here, which is not for a graph
 def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
     """The fast implementation for these levels, or None for the reference.
 
     Raises:
         RuntimeError: the explicit choice cannot be had.
     """
-    if options.impl == "triton":
-        for x in inputs:
-            _refuse_triton(_why_not_triton(x, options))
-    if options.impl == "reference":
-        return None
-    if not options.plain_exponents:
+    device, impl = inputs[0].device.type, options.impl
+    name = FASTEST.get(device, "eager") if impl == "auto" else impl
+    why_not = None
+    if name in WHY_NOT:
+        whys = (WHY_NOT[name](x.device.type, x.dtype, options) for x in inputs)
+        why_not = next(filter(None, whys), None)
+    if impl != "auto":
+        _refuse(impl, why_not)
+    if name != "reference" and not options.plain_exponents:
         _say_once("SSIM loss: exponents other than 1 have no fast form, taking impl 'reference'")
-        return None
-    device = inputs[0].device.type
-    name = options.impl
-    if name == "auto":
-        why_not = next(filter(None, (_why_not_triton(x, options) for x in inputs)), None)
-        name = "triton" if device == "cuda" and why_not is None else "eager"
-        because = f" ({why_not})" if device == "cuda" and why_not is not None else ""
+        name = "reference"
+    elif impl == "auto":
+        name = name if why_not is None else "eager"
+        because = "" if why_not is None else f" ({why_not})"
         _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}{because}")
-    if name == "eager":
-        return ssim_eager.run_levels
-    module = _triton_module()
+    if name == "reference":
+        return None
+    module = {"eager": ssim_eager, "native": ssim_native}.get(name) or _triton_module()
     assert not isinstance(module, str)
     run: RunLevels = module.run_levels
     return run

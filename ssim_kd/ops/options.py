@@ -7,7 +7,7 @@ from typing import Any
 
 PADDINGS = ("same", "valid")
 SCOPES = ("channel", "sample", "batch")
-IMPLS = ("auto", "reference", "eager", "triton")
+IMPLS = ("auto", "reference", "eager", "native", "triton")
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -104,8 +104,7 @@ def check_ssim_options(**options: Any) -> SSIMOptions:
     for name in options:
         check_choice("an option of ssim_loss", name, tuple(known))
     checked = SSIMOptions(**options)
-    if checked.impl == "triton":
-        from .dispatch import require_triton
+    from .dispatch import require_impl
 
-        require_triton(checked)
+    require_impl(checked)
     return checked

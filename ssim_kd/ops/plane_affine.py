@@ -79,16 +79,22 @@ def minmax_affine(scoped: PlaneRange) -> PlaneAffine:
     return PlaneAffine(*half_low_and_scale(scoped.low, scoped.high, scoped.peak))
 
 
-def unit_affine(x: Tensor, y: Tensor, options: SSIMOptions) -> tuple[PlaneAffine, PlaneConstants]:
-    """Powers of two, 1 except for huge planes, and SSIM's constants in the units they make."""
-    dtype = compute_dtype(x)
-    extrema = [x.amax((2, 3)), x.amin((2, 3)), y.amax((2, 3)), y.amin((2, 3))]
-    peak = torch.stack([extremum.to(dtype).abs() for extremum in extrema]).amax(0)
+def unit_affine(peak: Tensor, options: SSIMOptions) -> tuple[PlaneAffine, PlaneConstants]:
+    """Powers of two, 1 except for huge planes, and SSIM's constants in the units they make.
+
+    Args:
+        peak: (N, C), the largest magnitude in the planes of both maps.
+        options: of the loss.
+    """
     unit = power_of_two_unit(peak)
-    smallest = torch.where(unit < 1, MIN_CONSTANT, 0.0).to(dtype)
-    constants = PlaneConstants(
+    return PlaneAffine(torch.zeros_like(unit), 2.0 * unit), plane_constants(unit, options)
+
+
+def plane_constants(unit: Tensor, options: SSIMOptions) -> PlaneConstants:
+    """SSIM's constants where values were multiplied by ``unit`` (N, C)."""
+    smallest = torch.where(unit < 1, MIN_CONSTANT, 0.0).to(unit.dtype)
+    return PlaneConstants(
         torch.maximum(options.c1 * unit**2, smallest),
         torch.maximum(options.c2 * unit**2, smallest),
         options.eps * unit**4,
     )
-    return PlaneAffine(torch.zeros_like(unit), 2.0 * unit), constants

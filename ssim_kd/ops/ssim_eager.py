@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import cell_weights, compute_dtype
+from .cells import cell_weights, compute_dtype, loss_of_sum
 from .closed_form import LevelInputs, LevelResult, empty_result, grad_dtype
 from .extrema_gradient import ExtremaGradient
 from .options import SSIMOptions
@@ -112,7 +112,9 @@ class _Level:
             self._change_units()
 
     def _change_units(self) -> None:
-        self.affine_x, self.constants = unit_affine(self.x, self.y, self.options)
+        self.affine_x, self.constants = unit_affine(
+            torch.maximum(plane_range(self.x).peak, plane_range(self.y).peak), self.options
+        )
         self.affine_y = self.affine_x
 
     def run(self) -> LevelResult:
@@ -122,12 +124,9 @@ class _Level:
             self.watch = False
             self._change_units()
             ssim = 4.0 * self._run_chunks()
-        if self.weights is None:
-            value = 0.5 - 0.5 * ssim / self.x.numel()
-        else:
-            value = 0.5 * (self.x.shape[1] * self.weights.double().sum() - ssim)
         if self.extrema is not None and self.grad is not None:
             self.extrema.finish(self.x, self.grad)
+        value = loss_of_sum(ssim, self.x.shape, self.weights)
         return LevelResult(value.to(self.like.dtype), self.grad)
 
     def _run_chunks(self) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .plane_kernels import extrema_kernel, range_kernel
 from .scaling import MIN_RANGE, relative_floor
 from .ssim_kernels import gradient_kernel, moments_kernel
 from .ssim_reference import HUGE, MIN_CONSTANT
-from .window import band_matrix
+from .window import band_weights
 
 LANES = 128  # columns a program works on, one a thread
 TILE = 1024  # cells of a plane a program reads at a time
@@ -35,23 +34,9 @@ SMALL_SCRATCH = 16 << 20
 MAX_WINDOW = 15  # filters live in registers: 7 window_size numbers a lane
 
 
-@lru_cache(maxsize=1024)  # training at many scales meets some hundred lengths; 15 kB each
-@torch.inference_mode(False)
-def _tables(length: int, size: int, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(``out``, ``in``), each (length, size) float32: row i holds the weights of cells
-    i - r ... i + r in the mean of cell i, and the weights of cell i in their means."""
-    matrix, radius = band_matrix(length, size, sigma), size // 2
-    near = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
-    exists = (near >= 0) & (near < length)
-    near = near.clamp(0, length - 1)
-    rows = torch.arange(length)[:, None].expand_as(near)
-    outward, inward = matrix[rows, near] * exists, matrix[near, rows] * exists
-    return outward.float().to(device), inward.float().to(device)
-
-
-def why_not(x: Tensor, options: SSIMOptions) -> str | None:
-    """Why these kernels cannot serve maps like ``x``, or None if they can."""
-    if x.dtype == torch.float64:
+def why_not(dtype: torch.dtype, options: SSIMOptions) -> str | None:
+    """Why these kernels cannot serve maps of ``dtype``, or None if they can."""
+    if dtype == torch.float64:
         return "float64 maps"
     if options.window_size > MAX_WINDOW:
         return f"a window larger than {MAX_WINDOW}"
@@ -105,8 +90,8 @@ class _Level:
         """Write ``programs`` parts of the loss into ``partial``; return the gradient."""
         n, c, h, w = self.x.shape
         options, window = self.options, (self.options.window_size, self.options.sigma)
-        row_out, row_in = _tables(h, *window, self.x.device)
-        column_out, column_in = _tables(w, *window, self.x.device)
+        row_out, row_in = band_weights(h, *window, self.x.device)
+        column_out, column_in = band_weights(w, *window, self.x.device)
         through = self.grad is not None and options.scaling is not None and options.scaling_grad
         sums = self.like.new_empty(2, n, c, w) if through else self.planes
         weights = self.planes if self.weights is None else self.weights

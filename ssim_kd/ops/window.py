@@ -47,3 +47,23 @@ def band_matrix(length: int, size: int, sigma: float) -> Tensor:
     output = torch.arange(length).expand(size, length)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     return matrix.index_put_((output, source), weight, accumulate=True)
+
+
+@lru_cache(maxsize=1024)  # training at many scales meets some hundred lengths; 15 kB each
+@torch.inference_mode(False)
+def band_weights(
+    length: int, size: int, sigma: float, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The band of ``band_matrix`` in two tables (length, size) float32, read-only.
+
+    Returns:
+        row i of the first holds the weights of cells i - r ... i + r in the mean of cell i, of the
+        second the weights of cell i in their means; 0 for cells outside.
+    """
+    matrix, radius = band_matrix(length, size, sigma), size // 2
+    near = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
+    exists = (near >= 0) & (near < length)
+    near = near.clamp(0, length - 1)
+    rows = torch.arange(length)[:, None].expand_as(near)
+    outward, inward = matrix[rows, near] * exists, matrix[near, rows] * exists
+    return outward.float().to(device), inward.float().to(device)

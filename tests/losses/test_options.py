@@ -86,4 +86,4 @@ def test_choice_is_logged_once(caplog, monkeypatch):
             ssim_loss(X, X)
             ssim_loss(X, X, gamma=2.0)
     assert [r.message.split(":")[0] for r in caplog.records] == ["SSIM loss"] * 2
-    assert "'auto' takes 'eager' on cpu" in caplog.text
+    assert "'auto' takes 'native' on cpu" in caplog.text

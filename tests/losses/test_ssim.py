@@ -7,6 +7,7 @@ import torch
 
 from ssim_kd.losses import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 
+FAST = ("eager", "native")  # "native" is for float32 and half precision alone
 IMPLS = ("reference", "eager")
 
 
@@ -177,22 +178,27 @@ def test_pyramid_is_the_weighted_sum(impl):
         torch.testing.assert_close(a, b)
 
 
-def test_retained_graph_and_accumulation():
-    x, y = maps((1, 2, 9, 9))
+@pytest.mark.parametrize("impl", FAST)
+def test_retained_graph_and_accumulation(impl):
+    x, y = maps((1, 2, 9, 9), dtype=torch.float32)
     _, once = value_and_grad(x, y)
     x.requires_grad_()
-    loss = ssim_loss(x, y, impl="eager")
+    loss = ssim_loss(x, y, impl=impl)
+    loss.backward(retain_graph=True)
+    x.grad.mul_(3)  # by now the leaf's own: what the graph keeps is not to change
     loss.backward(retain_graph=True)
     (2 * loss).backward()
-    ssim_loss(x, y, impl="eager").backward()
-    torch.testing.assert_close(x.grad, 4 * once)
+    ssim_loss(x, y, impl=impl).backward()
+    torch.testing.assert_close(x.grad, 7 * once)
 
 
-def test_second_derivative():
+@pytest.mark.parametrize("impl", FAST)
+def test_second_derivative(impl):
     x, y = maps((1, 1, 4, 4))
-    x.requires_grad_()
+    t = x.float().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
-        torch.autograd.grad(ssim_loss(x, y, impl="eager"), x, create_graph=True)
+        torch.autograd.grad(ssim_loss(t, y.float(), impl=impl), t, create_graph=True)
+    x.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda t: ssim_loss(t, y, impl="reference"), x)
 
 
@@ -216,7 +222,7 @@ def test_function_equals_module_and_is_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", (*IMPLS, "native"))
 def test_half_precision_and_autocast_use_float32_moments(impl):
     x, y = maps((1, 2, 16, 16), dtype=torch.bfloat16)
     expected, grad = value_and_grad(x.float(), y.float(), impl=impl)
@@ -228,7 +234,7 @@ def test_half_precision_and_autocast_use_float32_moments(impl):
             torch.testing.assert_close(half_grad.float(), grad, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", (*IMPLS, "native"))
 def test_training_after_inference_mode(impl):
     # What is kept of the window must not be an inference tensor.
     x, y = torch.rand(1, 1, 37, 17), torch.rand(1, 1, 37, 17)

@@ -1,0 +1,165 @@
+"""The SSIM loss and its gradient by the C kernels of ``ssim_native.c``: the fast path on a CPU.
+
+A level takes three steps: the ranges of all planes, from them the constants of each, and then loss
+and gradient, plane by plane.
+Shapes: N images, C channels, H x W cells; P = N C planes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from ctypes import c_float, c_int, c_size_t, c_ssize_t, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cells import cell_weights, loss_of_sum
+from .closed_form import LevelInputs, LevelResult, empty_result, grad_dtype
+from .extrema_gradient import ExtremaGradient
+from .native_build import BuildError, build
+from .options import SSIMOptions
+from .plane_affine import PlaneRange, minmax_affine, plane_constants, scope_range, unit_affine
+from .window import band_weights, gaussian_window
+
+STAGED_BYTES = 4 << 20  # of a few planes that are not dense float32 and are copied into that form
+
+
+@lru_cache(maxsize=16)
+def _library(window_size: int) -> ctypes.CDLL | str:
+    """The kernels for a window, or why they cannot be had."""
+    try:
+        library = build(Path(__file__).with_suffix(".c"), K=window_size)
+    except BuildError as error:
+        return str(error)
+    library.plane_ranges.argtypes = [c_int, c_int, c_size_t, *3 * [c_void_p], c_ssize_t]
+    library.plane_ranges.restype = None
+    library.ssim_planes.argtypes = [
+        *4 * [c_int], *4 * [c_void_p], c_ssize_t, *3 * [c_void_p], c_float, *3 * [c_void_p],
+    ]  # fmt: skip
+    return library
+
+
+def why_not(device: str, dtype: torch.dtype, options: SSIMOptions) -> str | None:
+    """Why these kernels cannot serve maps of ``dtype`` on a device type, or None if they can."""
+    if device != "cpu":
+        return f"the maps are on {device}, and it is for a CPU"
+    if dtype == torch.float64:
+        return "float64 maps"
+    library = _library(options.window_size)
+    return library if isinstance(library, str) else None
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x[0].is_contiguous()
+
+
+class _Level:
+    """One level: its table of planes and the calls over it."""
+
+    def __init__(self, level: LevelInputs, options: SSIMOptions):
+        x, y, mask, _, need_grad = level
+        self.x, self.y, self.mask, self.options = x, y, mask, options
+        n, c, h, w = x.shape
+        library = _library(options.window_size)
+        assert not isinstance(library, str)
+        self.library, self.threads = library, torch.get_num_threads()
+        self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
+        self.like = torch.empty(0, dtype=torch.float32)
+        self.weights = cell_weights(x.shape, self.like, mask, options.crop(h, w))
+        self.gain = -2.0 * level.weight / (1 if self.weights is not None else x.numel())
+        self.padding = self.like.new_zeros(1, h, w).expand(n, h, w)
+        if mask is not None:
+            self.padding = self.like.new_zeros(n, h, w).masked_fill_(~mask, float("inf"))
+        plain = all(_is_plain(m) for m in (x, y, self.grad) if m is not None)
+        self.step = c if plain else max(1, STAGED_BYTES // (4 * h * w))
+
+    def run(self) -> LevelResult:
+        """Loss and gradient of the level."""
+        n, c = self.x.shape[:2]
+        ranges = self.like.new_empty(8, n, c)
+        for i, at in self._chunks():
+            for first, source in ((0, self.x), (4, self.y)):
+                self._ranges(ranges[first:, i, at.start :], self._dense(source[i, at]), i)
+        table = self._table(ranges)
+        scope = self.options.scaling if self.options.scaling_grad else None
+        extrema = ranges[:2] if scope == "channel" else None  # their gradient is made on the way
+        sums = self.like.new_empty(3, n, c, dtype=torch.float64)
+        for i, at in self._chunks():
+            self._ssim(i, at, table, extrema, sums)
+        if scope in ("sample", "batch") and self.grad is not None:
+            planes = PlaneRange(*ranges[:3])
+            slope = 0.5 * self.gain * table[1]
+            wider = ExtremaGradient(planes, scope_range(planes, scope), slope, scope, self.mask)
+            wider.sum_g, wider.sum_gx = sums[1:].float()
+            wider.finish(self.x, self.grad)
+        value = loss_of_sum(4.0 * sums[0].sum(), self.x.shape, self.weights)
+        return LevelResult(value.float(), self.grad)
+
+    def _table(self, ranges: Tensor) -> Tensor:
+        """The kernels' constants of every plane, (9, N, C), from the ranges of x and y."""
+        in_x, in_y = PlaneRange(*ranges[:3]), PlaneRange(*ranges[4:7])
+        scope = self.options.scaling
+        if scope is None:
+            affine_x, constants = unit_affine(torch.maximum(in_x.peak, in_y.peak), self.options)
+            affine_y = affine_x
+        else:
+            affine_x = minmax_affine(scope_range(in_x, scope))
+            affine_y = minmax_affine(scope_range(in_y, scope))
+            constants = plane_constants(torch.ones_like(in_x.peak), self.options)
+        rows = []
+        for mean, affine in ((ranges[3], affine_x), (ranges[7], affine_y)):
+            half_mean = 0.5 * mean
+            rows += [half_mean, affine.scale, (half_mean - affine.half_low) * affine.scale]
+        return torch.stack([*rows, *constants])
+
+    def _chunks(self) -> Iterator[tuple[int, slice]]:
+        """Sample and channels of what is taken at a time."""
+        n, c, _, _ = self.x.shape
+        for i in range(n):
+            for c0 in range(0, c, self.step):
+                yield i, slice(c0, min(c0 + self.step, c))
+
+    @staticmethod
+    def _dense(planes: Tensor) -> Tensor:
+        return planes.float().contiguous()
+
+    def _ranges(self, out: Tensor, planes: Tensor, sample: int) -> None:
+        """Ranges of (n, H, W) planes into the first four rows of ``out``, from its start."""
+        self.library.plane_ranges(
+            self.threads, len(planes), planes[0].numel(), planes.data_ptr(),
+            self.padding[sample].data_ptr(), out.data_ptr(), out.stride(0),
+        )  # fmt: skip
+
+    def _ssim(
+        self, sample: int, at: slice, table: Tensor, extrema: Tensor | None, sums: Tensor
+    ) -> None:
+        """Loss and gradient of channels ``at`` of a sample."""
+        _, _, h, w = self.x.shape
+        x, y = self._dense(self.x[sample, at]), self._dense(self.y[sample, at])
+        target = None if self.grad is None else self.grad[sample, at]
+        grad = target
+        if target is not None and not (target.dtype == x.dtype and target.is_contiguous()):
+            grad = torch.empty_like(x)
+        size, sigma = self.options.window_size, self.options.sigma
+        window, row_in = gaussian_window(size, sigma).float(), band_weights(h, size, sigma)[1]
+        weights = self.like.new_ones(h, w) if self.weights is None else self.weights[sample]
+        here = (slice(None), sample, at)
+        enough = self.library.ssim_planes(
+            self.threads, len(x), h, w, x.data_ptr(), y.data_ptr(),
+            None if grad is None else grad.data_ptr(), table[here].data_ptr(), table.stride(0),
+            window.data_ptr(), row_in.data_ptr(), weights.data_ptr(), self.gain,
+            sums[here].data_ptr(), None if extrema is None else extrema[here].data_ptr(),
+            self.padding[sample].data_ptr(),
+        )  # fmt: skip
+        if not enough:
+            raise MemoryError(f"no memory for some rows of a map of {h} x {w} cells")
+        if target is not None and grad is not None and grad is not target:
+            target.copy_(grad)
+
+
+def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[LevelResult]:
+    """Losses and gradients of the levels; see ``closed_form.RunLevels``."""
+    return [_Level(v, options).run() if v.x.numel() else empty_result(v) for v in levels]
