@@ -1,4 +1,4 @@
-"""The SSIM loss and its gradient by the C kernels of ``ssim_native.c``: the fast path on a CPU.
+"""The SSIM loss and its gradient by the C kernels in ``native``: the fast path on a CPU.
 
 A level takes three steps: the ranges of all planes, from them the constants of each, and then loss
 and gradient, plane by plane.
@@ -24,6 +24,7 @@ from .options import SSIMOptions
 from .plane_affine import PlaneRange, minmax_affine, plane_constants, scope_range, unit_affine
 from .window import band_weights, gaussian_window
 
+SOURCES = sorted(Path(__file__).with_name("native").glob("*.c"))
 STAGED_BYTES = 4 << 20  # of a few planes that are not dense float32 and are copied into that form
 
 
@@ -31,7 +32,7 @@ STAGED_BYTES = 4 << 20  # of a few planes that are not dense float32 and are cop
 def _library(window_size: int) -> ctypes.CDLL | str:
     """The kernels for a window, or why they cannot be had."""
     try:
-        library = build(Path(__file__).with_suffix(".c"), K=window_size)
+        library = build(SOURCES, K=window_size)
     except BuildError as error:
         return str(error)
     library.plane_ranges.argtypes = [c_int, c_int, c_size_t, *3 * [c_void_p], c_ssize_t]
@@ -162,4 +163,15 @@ class _Level:
 
 def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[LevelResult]:
     """Losses and gradients of the levels; see ``closed_form.RunLevels``."""
-    return [_Level(v, options).run() if v.x.numel() else empty_result(v) for v in levels]
+    return [_run_level(v, options) if v.x.numel() else empty_result(v) for v in levels]
+
+
+def _run_level(level: LevelInputs, options: SSIMOptions) -> LevelResult:
+    shape = level.x.shape
+    apart = level.mask is not None or options.scaling in ("sample", "batch")
+    if not apart and level.x.is_contiguous() and level.y.is_contiguous():
+        # Where a plane's sample makes no difference, one call takes all planes.
+        x, y = (m.view(1, -1, *shape[2:]) for m in (level.x, level.y))
+        level = level._replace(x=x, y=y)
+    value, grad = _Level(level, options).run()
+    return LevelResult(value, None if grad is None else grad.view(shape))

@@ -1,0 +1,261 @@
+/*
+SSIM and its gradient for planes of H x W float32 cells, compiled by ops/ssim_native.py on first use.
+
+The notation and the algebra are those of ops/ssim_pointwise.py. V planes go through together, one
+in each lane of a vector, so that every cell is a whole vector whatever the width. They are taken
+row by row, and all that lies between reading a row and writing its gradient stays in a cache: a
+ring of the last K rows filtered along the row, for each of the four moments, and one for each of
+the three gradients on their way back. When row i comes in, the moments of row i - R are complete,
+and with them the gradient of row i - 2 R.
+
+K, the window's size, is defined on the command line, so that the filters unroll.
+*/
+#include <stdlib.h>
+#include <string.h>
+
+#include "planes.h"
+#include "vectors.h"
+
+#define R (K / 2)
+
+/* The cell that position i of an axis of n cells folds back to: see window.reflected_index. */
+static int reflected(int i, int n) {
+    if (i >= 0 && i < n) return i; /* as a rule, and divisions are slow */
+    if (n == 1) return 0;
+    int period = 2 * (n - 1);
+    i = (i % period + period) % period;
+    return i < n ? i : period - i;
+}
+
+/* out[j] = sum_k weight[k] * in[at[k] + j] for j < n, and one cell more if n is odd: two cells at a
+   time, since one alone waits for its own last sum. Not inlined, so that taps and weights have the
+   registers for themselves. */
+static __attribute__((noinline)) void filter(const vec *in, const ptrdiff_t *at,
+                                             const float *weight, int n, vec *out) {
+    const vec *tap[K];
+    vec weights[K];
+    for (int k = 0; k < K; k++) tap[k] = in + at[k], weights[k] = filled(weight[k]);
+    for (int j = 0; j < n; j += 2) {
+        vec even = filled(0), odd = filled(0);
+        for (int k = 0; k < K; k++) {
+            even += weights[k] * tap[k][j];
+            odd += weights[k] * tap[k][j + 1];
+        }
+        out[j] = even, out[j + 1] = odd;
+    }
+}
+
+/* Constants of the planes. A value is x' = (cell / 2 - half_mean) * scale, and x = x' + shift. */
+typedef struct {
+    vec half_mean_x, scale_x, shift_x, half_mean_y, scale_y, shift_y, c1, c2, eps;
+} Constants;
+
+typedef struct {
+    int h, w;
+    size_t row;                     /* cells of a padded row */
+    vec *x, *y, *moment[4], *back[3]; /* rings of K rows */
+    vec *wide[4];                   /* a row with 2 R more cells on either side */
+    vec *line[4];                   /* a row */
+    ptrdiff_t along[K];             /* taps along a row */
+    int left[R + 1], right[R + 1];  /* the cells seen k cells beyond either end of a row */
+} Work;
+
+/* Lays out the buffers; returns the memory to free, or NULL if there is none. */
+static void *begin(Work *s, int h, int w) {
+    s->h = h, s->w = w, s->row = (size_t)w + 4 * R + 2;
+    size_t size = (9 * K + 8) * s->row * sizeof(vec);
+    vec *memory = aligned_alloc(sizeof(vec), size), *p = memory;
+    if (!memory) return NULL;
+    memset(memory, 0, size);
+    s->x = p, p += K * s->row;
+    s->y = p, p += K * s->row;
+    for (int i = 0; i < 4; i++) s->moment[i] = p, p += K * s->row;
+    for (int i = 0; i < 3; i++) s->back[i] = p, p += K * s->row;
+    for (int i = 0; i < 4; i++) s->wide[i] = p, p += s->row;
+    for (int i = 0; i < 4; i++) s->line[i] = p, p += s->row;
+    for (int k = 0; k < K; k++) s->along[k] = k;
+    for (int k = 1; k <= R; k++) {
+        s->left[k] = reflected(-k, w);
+        s->right[k] = reflected(w - 1 + k, w);
+    }
+    return memory;
+}
+
+static vec *ring(const Work *s, vec *rows, int i) { return rows + i % K * s->row; }
+
+/* Row i: x' and y', and the four moments' sums along it. x and y are the planes' rows i, by lane. */
+static void take_row(Work *s, const Constants *constants, const float *const *x,
+                     const float *const *y, int i, const float *window) {
+    const Constants c = *constants; /* a copy that no store can touch */
+    vec *xs = ring(s, s->x, i), *ys = ring(s, s->y, i);
+    size_t start = (size_t)i * s->w;
+    for (int l = 0; l < V; l++) {
+        const float *from_x = x[l] + start, *from_y = y[l] + start;
+        for (int j = 0; j < s->w; j++) xs[j][l] = from_x[j], ys[j][l] = from_y[j];
+    }
+    for (int j = 0; j < s->w; j++) {
+        vec a = (0.5f * xs[j] - c.half_mean_x) * c.scale_x;
+        vec b = (0.5f * ys[j] - c.half_mean_y) * c.scale_y;
+        xs[j] = a, ys[j] = b;
+        s->wide[0][R + j] = a, s->wide[1][R + j] = b;
+        s->wide[2][R + j] = a * a + b * b, s->wide[3][R + j] = a * b;
+    }
+    for (int q = 0; q < 4; q++) {
+        vec *first = s->wide[q] + R, *last = first + s->w - 1;
+        for (int k = 1; k <= R; k++) first[-k] = first[s->left[k]], last[k] = first[s->right[k]];
+        filter(s->wide[q], s->along, window, s->w, ring(s, s->moment[q], i));
+    }
+}
+
+/* Row o, whose moments are complete: returns the sums of the weighted S / 4, and leaves the
+   gradients of that for a, q / 2 and r in ``wide``, from cell 2 R on. */
+static vec score_row(Work *s, const Constants *constants, int o, const float *window,
+                     const float *weights) {
+    const Constants c = *constants;
+    ptrdiff_t down[K];
+    for (int k = 0; k < K; k++) down[k] = reflected(o + k - R, s->h) % K * (ptrdiff_t)s->row;
+    for (int q = 0; q < 4; q++) filter(s->moment[q], down, window, s->w, s->line[q]);
+    vec sum = filled(0);
+    weights += (size_t)o * s->w;
+    for (int j = 0; j < s->w; j++) {
+        vec a = s->line[0][j], b = s->line[1][j];
+        vec mean_x = a + c.shift_x, mean_y = b + c.shift_y;
+        vec h1 = mean_x * mean_y + 0.5f * c.c1;
+        vec b1 = mean_x * mean_x + mean_y * mean_y + c.c1;
+        vec h2 = s->line[3][j] - a * b + 0.5f * c.c2;
+        vec b2 = s->line[2][j] - a * a - b * b + c.c2;
+        vec inverse = 1.0f / (b1 * b2 + c.eps), d = weights[j] * inverse, s4 = h1 * h2 * inverse;
+        vec g_r = h1 * d, minus_g_q = b1 * s4 * d;
+        vec g_a = mean_y * h2 * d - b * g_r - 2.0f * (mean_x * b2 * s4 * d - a * minus_g_q);
+        sum += weights[j] * s4;
+        s->wide[0][2 * R + j] = g_a;
+        s->wide[1][2 * R + j] = minus_g_q;
+        s->wide[2][2 * R + j] = g_r;
+    }
+    return sum;
+}
+
+/* The adjoint, along row o, of the reflected filter: outside the row the gradients are 0, and what
+   arrives there is folded back. */
+static void return_row(Work *s, int o, const float *window) {
+    for (int q = 0; q < 3; q++) {
+        memset(s->wide[q], 0, 2 * R * sizeof(vec));
+        memset(s->wide[q] + 2 * R + s->w, 0, 2 * R * sizeof(vec));
+        filter(s->wide[q], s->along, window, s->w + 2 * R, s->line[q]);
+        vec *to = ring(s, s->back[q], o), *first = s->line[q] + R, *last = first + s->w - 1;
+        memcpy(to, first, s->w * sizeof(vec));
+        for (int k = 1; k <= R; k++) to[s->left[k]] += first[-k], to[s->right[k]] += last[k];
+    }
+}
+
+/* Row i of the gradient g for x, times ``slope``, for each plane that ``grad`` has, by lane; adds g
+   and g x to the two sums. */
+static void gradient_row(Work *s, const Constants *constants, int i, const float *row_in,
+                         vec slope, float *const *grad, int planes, vec *sum_g, vec *sum_gx) {
+    vec shift_x = constants->shift_x, all_g = filled(0), all_gx = filled(0);
+    ptrdiff_t down[K];
+    for (int k = 0; k < K; k++) {
+        int near = i + k - R; /* outside the plane its weight is 0 */
+        down[k] = (near < 0 ? 0 : near >= s->h ? s->h - 1 : near) % K * (ptrdiff_t)s->row;
+    }
+    for (int q = 0; q < 3; q++)
+        filter(s->back[q], down, row_in + (size_t)i * K, s->w, s->line[q]);
+    const vec *x = ring(s, s->x, i), *y = ring(s, s->y, i);
+    vec *scaled = s->line[3];
+    for (int j = 0; j < s->w; j++) {
+        vec g = s->line[0][j] - 2.0f * x[j] * s->line[1][j] + y[j] * s->line[2][j];
+        all_g += g, all_gx += g * (x[j] + shift_x);
+        scaled[j] = slope * g;
+    }
+    *sum_g = all_g, *sum_gx = all_gx;
+    for (int l = 0; l < planes; l++) {
+        float *to = grad[l] + (size_t)i * s->w;
+        for (int j = 0; j < s->w; j++) to[j] = scaled[j][l];
+    }
+}
+
+/* All of the arguments of ssim_planes but the number of threads. */
+typedef struct {
+    int n, h, w;
+    const float *x, *y;
+    float *grad;
+    const float *constants;
+    ptrdiff_t stride;
+    const float *window, *row_in, *weights;
+    float gain;
+    double *sums;
+    const float *extrema, *padding;
+} Planes;
+
+/* Planes first ... first + V - 1, or as many as there are: then the last one fills all lanes that
+   are left. */
+static void ssim_lanes(Work *s, const Planes *p, int first) {
+    int planes = p->n - first < V ? p->n - first : V;
+    size_t cells = (size_t)p->h * p->w;
+    Constants c;
+    const float *x[V], *y[V];
+    float *grad[V];
+    for (int l = 0; l < V; l++) {
+        int plane = first + (l < planes ? l : planes - 1);
+        for (int i = 0; i < 9; i++) ((vec *)&c)[i][l] = p->constants[i * p->stride + plane];
+        x[l] = p->x + plane * cells, y[l] = p->y + plane * cells;
+        grad[l] = p->grad ? p->grad + plane * cells : NULL;
+    }
+    vec slope = 0.5f * p->gain * c.scale_x;
+    double total[V] = {0}, sum_g[V] = {0}, sum_gx[V] = {0};
+    for (int i = 0; i < p->h + 2 * R; i++) {
+        vec row = filled(0), row_g = filled(0), row_gx = filled(0);
+        if (i < p->h) take_row(s, &c, x, y, i, p->window);
+        if (i >= R && i - R < p->h) {
+            row = score_row(s, &c, i - R, p->window, p->weights);
+            if (p->grad) return_row(s, i - R, p->window);
+        }
+        if (p->grad && i >= 2 * R)
+            gradient_row(s, &c, i - 2 * R, p->row_in, slope, grad, planes, &row_g, &row_gx);
+        for (int l = 0; l < V; l++)
+            total[l] += row[l], sum_g[l] += row_g[l], sum_gx[l] += row_gx[l];
+    }
+    for (int l = 0; l < planes; l++) {
+        double *sums = p->sums + first + l;
+        sums[0] = total[l], sums[p->stride] = sum_g[l], sums[2 * p->stride] = sum_gx[l];
+        if (!p->grad || !p->extrema) continue;
+        const float *extrema = p->extrema + first + l;
+        spread_extrema(cells, x[l], p->padding, extrema[0], extrema[p->stride],
+                       (float)(slope[l] * (sum_gx[l] - sum_g[l])), (float)(-slope[l] * sum_gx[l]),
+                       grad[l]);
+    }
+}
+
+/*
+The sum of S / 4 over each of n planes, and its gradient, by ``threads`` threads. A plane is one
+thread's, so that results do not depend on their number.
+
+x, y, grad: (n, H, W), grad or NULL. constants: (9, stride), the fields of Constants, a column a
+plane. window: (K,). row_in: (H, K), weights of rows i - R ... i + R where row i enters. weights:
+(H, W) of the cells. gain: the gradient is for gain * sum(weights S / 4). sums: (3, stride),
+written: the sum of weights S / 4, and of g, the gradient of that for x, sum(g) and sum(g x).
+extrema: (2, stride), the lowest and the highest valid value, if cells are scaled by them and the
+gradient goes through them; else NULL. padding: as in plane_ranges. Returns 0 if memory has run out.
+*/
+int ssim_planes(int threads, int n, int h, int w, const float *x, const float *y, float *grad,
+                const float *constants, ptrdiff_t stride, const float *window, const float *row_in,
+                const float *weights, float gain, double *sums, const float *extrema,
+                const float *padding) {
+    Planes p = {n, h, w, x, y, grad, constants, stride, window, row_in, weights, gain, sums,
+                extrema, padding};
+    int enough = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        Work s = {0};
+        void *memory = begin(&s, h, w);
+        if (!memory) {
+#pragma omp atomic write
+            enough = 0;
+        }
+#pragma omp for
+        for (int first = 0; first < n; first += V)
+            if (memory) ssim_lanes(&s, &p, first);
+        free(memory);
+    }
+    return enough;
+}
