@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssim_kd.losses import ssim_loss
+from ssim_kd.losses import pyramid_ssim_loss, ssim_loss
 from ssim_kd.ops.window import band_matrix
 from ssim_kd.ops.window_filters import ColumnFilter, RowFilter, Window
 
@@ -189,11 +189,30 @@ def test_triton_on_a_device(shape):
         )
 
 
+@pytest.mark.parametrize("impl", ["eager", "native"])
+def test_level_weights(impl):
+    check_level_weights(impl)
+
+
+def check_level_weights(impl):
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.rand(1, 2, size, 5, generator=g).requires_grad_() for size in (6, 3)]
+    targets = [torch.rand(x.shape, generator=g) for x in inputs]
+    expected, actual = (
+        pyramid_ssim_loss(inputs, targets, level_weights=[2.0, -0.5], impl=i)
+        for i in ("reference", impl)
+    )
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(total, inputs) for total, _ in (actual, expected)]
+    torch.testing.assert_close(*grads, atol=1e-7, rtol=1e-5)
+
+
 def _interpreted() -> None:
     from ssim_kd.ops import ssim_triton
 
     for case in TRITON_CASES:
         check("triton", *case)
+    check_level_weights("triton")
     ssim_triton.SMALL_SCRATCH = 0  # then channels go in groups, as on large maps
     for scaling, masked in ((None, False), ("channel", True)):
         check("triton", (2, 4, 6, 5), torch.float32, scaling, True, masked)

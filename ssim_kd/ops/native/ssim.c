@@ -3,10 +3,9 @@ SSIM and its gradient for planes of H x W float32 cells, compiled by ops/ssim_na
 
 The notation and the algebra are those of ops/ssim_pointwise.py. V planes go through together, one
 in each lane of a vector, so that every cell is a whole vector whatever the width. They are taken
-row by row, and all that lies between reading a row and writing its gradient stays in a cache: a
-ring of the last K rows filtered along the row, for each of the four moments, and one for each of
-the three gradients on their way back. When row i comes in, the moments of row i - R are complete,
-and with them the gradient of row i - 2 R.
+row by row, and all that lies between reading a row and writing its gradient stays in a cache: the
+last K rows of x', y' and their products, and of the gradients for the three moments. When row i
+comes in, the moments of row i - R can be had, and with them the gradient of row i - 2 R.
 
 K, the window's size, is defined on the command line, so that the filters unroll.
 */
@@ -28,7 +27,7 @@ static int reflected(int i, int n) {
 }
 
 /* out[j] = sum_k weight[k] * in[at[k] + j] for j < n, and one cell more if n is odd: two cells at a
-   time, since one alone waits for its own last sum. Not inlined, so that taps and weights have the
+   time, since one alone waits for its last sum. Not inlined, so that taps and weights have the
    registers for themselves. */
 static __attribute__((noinline)) void filter(const vec *in, const ptrdiff_t *at,
                                              const float *weight, int n, vec *out) {
@@ -52,25 +51,23 @@ typedef struct {
 
 typedef struct {
     int h, w;
-    size_t row;                     /* cells of a padded row */
-    vec *x, *y, *moment[4], *back[3]; /* rings of K rows */
-    vec *wide[4];                   /* a row with 2 R more cells on either side */
-    vec *line[4];                   /* a row */
-    ptrdiff_t along[K];             /* taps along a row */
-    int left[R + 1], right[R + 1];  /* the cells seen k cells beyond either end of a row */
+    size_t row;                    /* cells of a padded row */
+    vec *value[4], *gradient[3];   /* rings of K rows: x', y', x'^2 + y'^2, x'y'; for a, q / 2, r */
+    vec *wide[4];                  /* a row with R more cells on either side, or 2 R */
+    vec *line[4];                  /* a row with R more cells, or none */
+    ptrdiff_t along[K];            /* taps along a row */
+    int left[R + 1], right[R + 1]; /* the cells seen k cells beyond either end of a row */
 } Work;
 
 /* Lays out the buffers; returns the memory to free, or NULL if there is none. */
 static void *begin(Work *s, int h, int w) {
     s->h = h, s->w = w, s->row = (size_t)w + 4 * R + 2;
-    size_t size = (9 * K + 8) * s->row * sizeof(vec);
+    size_t size = (7 * K + 8) * s->row * sizeof(vec);
     vec *memory = aligned_alloc(sizeof(vec), size), *p = memory;
     if (!memory) return NULL;
     memset(memory, 0, size);
-    s->x = p, p += K * s->row;
-    s->y = p, p += K * s->row;
-    for (int i = 0; i < 4; i++) s->moment[i] = p, p += K * s->row;
-    for (int i = 0; i < 3; i++) s->back[i] = p, p += K * s->row;
+    for (int i = 0; i < 4; i++) s->value[i] = p, p += K * s->row;
+    for (int i = 0; i < 3; i++) s->gradient[i] = p, p += K * s->row;
     for (int i = 0; i < 4; i++) s->wide[i] = p, p += s->row;
     for (int i = 0; i < 4; i++) s->line[i] = p, p += s->row;
     for (int k = 0; k < K; k++) s->along[k] = k;
@@ -83,39 +80,38 @@ static void *begin(Work *s, int h, int w) {
 
 static vec *ring(const Work *s, vec *rows, int i) { return rows + i % K * s->row; }
 
-/* Row i: x' and y', and the four moments' sums along it. x and y are the planes' rows i, by lane. */
+/* Row i of the planes, which start at x[l] and y[l], into the ring of values. */
 static void take_row(Work *s, const Constants *constants, const float *const *x,
-                     const float *const *y, int i, const float *window) {
+                     const float *const *y, int i) {
     const Constants c = *constants; /* a copy that no store can touch */
-    vec *xs = ring(s, s->x, i), *ys = ring(s, s->y, i);
+    vec *value[4];
+    for (int q = 0; q < 4; q++) value[q] = ring(s, s->value[q], i);
     size_t start = (size_t)i * s->w;
-    for (int l = 0; l < V; l++) {
-        const float *from_x = x[l] + start, *from_y = y[l] + start;
-        for (int j = 0; j < s->w; j++) xs[j][l] = from_x[j], ys[j][l] = from_y[j];
-    }
+    for (int l = 0; l < V; l++)
+        for (int j = 0; j < s->w; j++)
+            value[0][j][l] = x[l][start + j], value[1][j][l] = y[l][start + j];
     for (int j = 0; j < s->w; j++) {
-        vec a = (0.5f * xs[j] - c.half_mean_x) * c.scale_x;
-        vec b = (0.5f * ys[j] - c.half_mean_y) * c.scale_y;
-        xs[j] = a, ys[j] = b;
-        s->wide[0][R + j] = a, s->wide[1][R + j] = b;
-        s->wide[2][R + j] = a * a + b * b, s->wide[3][R + j] = a * b;
-    }
-    for (int q = 0; q < 4; q++) {
-        vec *first = s->wide[q] + R, *last = first + s->w - 1;
-        for (int k = 1; k <= R; k++) first[-k] = first[s->left[k]], last[k] = first[s->right[k]];
-        filter(s->wide[q], s->along, window, s->w, ring(s, s->moment[q], i));
+        vec a = (0.5f * value[0][j] - c.half_mean_x) * c.scale_x;
+        vec b = (0.5f * value[1][j] - c.half_mean_y) * c.scale_y;
+        value[0][j] = a, value[1][j] = b, value[2][j] = a * a + b * b, value[3][j] = a * b;
     }
 }
 
-/* Row o, whose moments are complete: returns the sums of the weighted S / 4, and leaves the
-   gradients of that for a, q / 2 and r in ``wide``, from cell 2 R on. */
+/* Row o: returns the sums of the weighted S / 4, and puts the gradients of that for the moments
+   into their ring. */
 static vec score_row(Work *s, const Constants *constants, int o, const float *window,
                      const float *weights) {
     const Constants c = *constants;
     ptrdiff_t down[K];
     for (int k = 0; k < K; k++) down[k] = reflected(o + k - R, s->h) % K * (ptrdiff_t)s->row;
-    for (int q = 0; q < 4; q++) filter(s->moment[q], down, window, s->w, s->line[q]);
-    vec sum = filled(0);
+    for (int q = 0; q < 4; q++) {
+        vec *first = s->wide[q] + R, *last = first + s->w - 1;
+        filter(s->value[q], down, window, s->w, first);
+        for (int k = 1; k <= R; k++) first[-k] = first[s->left[k]], last[k] = first[s->right[k]];
+        filter(s->wide[q], s->along, window, s->w, s->line[q]);
+    }
+    vec *g_a = ring(s, s->gradient[0], o), *minus_g_q = ring(s, s->gradient[1], o);
+    vec *g_r = ring(s, s->gradient[2], o), sum = filled(0);
     weights += (size_t)o * s->w;
     for (int j = 0; j < s->w; j++) {
         vec a = s->line[0][j], b = s->line[1][j];
@@ -125,53 +121,50 @@ static vec score_row(Work *s, const Constants *constants, int o, const float *wi
         vec h2 = s->line[3][j] - a * b + 0.5f * c.c2;
         vec b2 = s->line[2][j] - a * a - b * b + c.c2;
         vec inverse = 1.0f / (b1 * b2 + c.eps), d = weights[j] * inverse, s4 = h1 * h2 * inverse;
-        vec g_r = h1 * d, minus_g_q = b1 * s4 * d;
-        vec g_a = mean_y * h2 * d - b * g_r - 2.0f * (mean_x * b2 * s4 * d - a * minus_g_q);
+        vec r = h1 * d, q = b1 * s4 * d;
         sum += weights[j] * s4;
-        s->wide[0][2 * R + j] = g_a;
-        s->wide[1][2 * R + j] = minus_g_q;
-        s->wide[2][2 * R + j] = g_r;
+        g_a[j] = mean_y * h2 * d - b * r - 2.0f * (mean_x * b2 * s4 * d - a * q);
+        minus_g_q[j] = q, g_r[j] = r;
     }
     return sum;
 }
 
-/* The adjoint, along row o, of the reflected filter: outside the row the gradients are 0, and what
-   arrives there is folded back. */
-static void return_row(Work *s, int o, const float *window) {
-    for (int q = 0; q < 3; q++) {
-        memset(s->wide[q], 0, 2 * R * sizeof(vec));
-        memset(s->wide[q] + 2 * R + s->w, 0, 2 * R * sizeof(vec));
-        filter(s->wide[q], s->along, window, s->w + 2 * R, s->line[q]);
-        vec *to = ring(s, s->back[q], o), *first = s->line[q] + R, *last = first + s->w - 1;
-        memcpy(to, first, s->w * sizeof(vec));
-        for (int k = 1; k <= R; k++) to[s->left[k]] += first[-k], to[s->right[k]] += last[k];
-    }
+/* The adjoint, along a row, of the reflected filter: outside of ``wide``, from cell 2 R on, the
+   gradients are 0, and what arrives there is folded back. Returns the row. */
+static vec *back_along(const Work *s, vec *wide, vec *line, const float *window) {
+    memset(wide, 0, 2 * R * sizeof(vec));
+    memset(wide + 2 * R + s->w, 0, 2 * R * sizeof(vec));
+    filter(wide, s->along, window, s->w + 2 * R, line);
+    vec *first = line + R, *last = first + s->w - 1;
+    for (int k = 1; k <= R; k++) first[s->left[k]] += first[-k], first[s->right[k]] += last[k];
+    return first;
 }
 
-/* Row i of the gradient g for x, times ``slope``, for each plane that ``grad`` has, by lane; adds g
-   and g x to the two sums. */
-static void gradient_row(Work *s, const Constants *constants, int i, const float *row_in,
-                         vec slope, float *const *grad, int planes, vec *sum_g, vec *sum_gx) {
-    vec shift_x = constants->shift_x, all_g = filled(0), all_gx = filled(0);
+/* Row i of the gradient g for x, times ``slope``, into planes that start at grad[l]; the sums of g
+   and g x along it. */
+static void gradient_row(Work *s, const Constants *constants, int i, const float *window,
+                         const float *row_in, vec slope, float *const *grad, int planes,
+                         vec *sum_g, vec *sum_gx) {
+    vec shift_x = constants->shift_x, all_g = filled(0), all_gx = filled(0), *moment[3];
     ptrdiff_t down[K];
     for (int k = 0; k < K; k++) {
         int near = i + k - R; /* outside the plane its weight is 0 */
         down[k] = (near < 0 ? 0 : near >= s->h ? s->h - 1 : near) % K * (ptrdiff_t)s->row;
     }
-    for (int q = 0; q < 3; q++)
-        filter(s->back[q], down, row_in + (size_t)i * K, s->w, s->line[q]);
-    const vec *x = ring(s, s->x, i), *y = ring(s, s->y, i);
+    for (int q = 0; q < 3; q++) {
+        filter(s->gradient[q], down, row_in + (size_t)i * K, s->w, s->wide[q] + 2 * R);
+        moment[q] = back_along(s, s->wide[q], s->line[q], window);
+    }
+    const vec *x = ring(s, s->value[0], i), *y = ring(s, s->value[1], i);
     vec *scaled = s->line[3];
     for (int j = 0; j < s->w; j++) {
-        vec g = s->line[0][j] - 2.0f * x[j] * s->line[1][j] + y[j] * s->line[2][j];
+        vec g = moment[0][j] - 2.0f * x[j] * moment[1][j] + y[j] * moment[2][j];
         all_g += g, all_gx += g * (x[j] + shift_x);
         scaled[j] = slope * g;
     }
     *sum_g = all_g, *sum_gx = all_gx;
-    for (int l = 0; l < planes; l++) {
-        float *to = grad[l] + (size_t)i * s->w;
-        for (int j = 0; j < s->w; j++) to[j] = scaled[j][l];
-    }
+    for (int l = 0; l < planes; l++)
+        for (int j = 0; j < s->w; j++) grad[l][(size_t)i * s->w + j] = scaled[j][l];
 }
 
 /* All of the arguments of ssim_planes but the number of threads. */
@@ -205,13 +198,11 @@ static void ssim_lanes(Work *s, const Planes *p, int first) {
     double total[V] = {0}, sum_g[V] = {0}, sum_gx[V] = {0};
     for (int i = 0; i < p->h + 2 * R; i++) {
         vec row = filled(0), row_g = filled(0), row_gx = filled(0);
-        if (i < p->h) take_row(s, &c, x, y, i, p->window);
-        if (i >= R && i - R < p->h) {
-            row = score_row(s, &c, i - R, p->window, p->weights);
-            if (p->grad) return_row(s, i - R, p->window);
-        }
+        if (i < p->h) take_row(s, &c, x, y, i);
+        if (i >= R && i - R < p->h) row = score_row(s, &c, i - R, p->window, p->weights);
         if (p->grad && i >= 2 * R)
-            gradient_row(s, &c, i - 2 * R, p->row_in, slope, grad, planes, &row_g, &row_gx);
+            gradient_row(s, &c, i - 2 * R, p->window, p->row_in, slope, grad, planes, &row_g,
+                         &row_gx);
         for (int l = 0; l < V; l++)
             total[l] += row[l], sum_g[l] += row_g[l], sum_gx[l] += row_gx[l];
     }
