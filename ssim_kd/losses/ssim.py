@@ -65,8 +65,8 @@ def ssim_loss(
             over a sample's valid cells and channels; samples without any are left out. Windows of
             valid cells near padding still see the padded cells.
         impl: "auto", or "reference" (autograd over convolutions, any arguments), "eager" (torch
-            calls, any device), "native" (C, a CPU) or "triton" (CUDA and ROCm). "auto" takes the
-            fastest that supports the arguments and says in the log, once, which.
+            calls, any device), "native" (C, for a CPU) or "triton" (CUDA and ROCm). "auto" takes
+            the fastest that supports the arguments, as a rule, and says in the log, once, which.
 
     Returns:
         scalar in about [0, 1], float32 (float64 for float64 input). Not clamped: a clamp would

@@ -1,7 +1,7 @@
 """The autograd node of the fast SSIM losses: the gradient is made in forward, in closed form.
 
-All that is kept for backward is one map a level, the gradient for the student, the level's weight
-included; backward multiplies it by the incoming scalar.
+All that is kept for backward is one map a level, the gradient for the student; backward multiplies
+it by the incoming scalar.
 Shapes: N images, C channels, H x W cells, L levels.
 """
 
@@ -21,21 +21,20 @@ class LevelInputs(NamedTuple):
     """What a fast implementation takes for one level.
 
     ``x``, ``y``: the maps of student and teacher, (N, C, H, W), detached. ``mask``: (N, H, W) bool
-    or None. ``weight``: of the level, in the gradient alone. ``need_grad``: whether to make one.
+    or None. ``need_grad``: whether to make the gradient for ``x``.
     """
 
     x: Tensor
     y: Tensor
     mask: Tensor | None
-    weight: float
     need_grad: bool
 
 
 class LevelResult(NamedTuple):
     """What it gives.
 
-    ``value``: scalar, the loss of the level, unweighted. ``grad``: weighted, (N, C, H, W) in
-    ``grad_dtype`` of the student's map, or None if none was asked for.
+    ``value``: scalar, the loss. ``grad``: (N, C, H, W) in ``grad_dtype`` of the student's map, or
+    None if none was asked for.
     """
 
     value: Tensor
@@ -67,18 +66,19 @@ class _ClosedForm(torch.autograd.Function):
         ctx: Any,
         run: RunLevels,
         levels: Sequence[LevelInputs],
+        level_weights: Sequence[float],
         options: SSIMOptions,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(inputs[0].device.type, enabled=False):
             results = run(levels, options)
         values = torch.stack([result.value for result in results])
-        total = [level.weight * r.value for level, r in zip(levels, results, strict=True)]
+        total = torch.stack([w * r.value for w, r in zip(level_weights, results, strict=True)])
         ctx.save_for_backward(*(result.grad for result in results))
-        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.level_weights, ctx.dtypes = level_weights, [x.dtype for x in inputs]
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
-        return torch.stack(total).sum(), values
+        return total.sum(), values
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -87,29 +87,34 @@ class _ClosedForm(torch.autograd.Function):
                 "ssim_loss: the fast implementations have no second derivative; "
                 "use impl='reference' for create_graph=True"
             )
-        grads: list[Tensor | None] = [None] * 3
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+        grads: list[Tensor | None] = [None] * 4
+        for grad, w, dtype in zip(ctx.saved_tensors, ctx.level_weights, ctx.dtypes, strict=True):
             if grad is None or grad_total is None:
                 grads.append(None)
             else:
-                grads.append(_scaled(grad, grad_total, dtype))
+                grads.append(_scaled(grad, w * grad_total, dtype))
         return tuple(grads)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` as ``dtype``, multiplied in the type of ``factor``, the scalar's own.
 
-    Never in place: the graph may be retained and run backward again. Without a loss scaler the
-    factor is 1 as a rule; on a CPU, where looking at it waits for nothing, that saves a map.
+    In place, which saves a map when memory is at its fullest, if nothing asks for ``grad`` again.
     """
-    if grad.dtype == dtype and factor.device.type == "cpu" and factor.item() == 1:
-        return grad
     if grad.dtype == factor.dtype == dtype:
-        return grad * factor
+        return grad.mul_(factor) if _is_last_use(factor) else grad * factor
     out = torch.empty_like(grad, dtype=dtype)
     for source, result in zip(grad, out, strict=True):  # sample by sample: a small copy at a time
         torch.mul(source, factor.view(1, 1, 1), out=result)
     return out
+
+
+def _is_last_use(factor: Tensor) -> bool:
+    """Whether this backward pass frees what was saved. False where PyTorch does not tell."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if keeps_graph is None or torch._C._functorch.is_functorch_wrapped_tensor(factor):
+        return False  # the latter: a batch of factors (is_grads_batched) needs as many maps
+    return not keeps_graph()
 
 
 @torch.compiler.disable  # its kernels are not to be traced, and write where tracing forbids it
@@ -124,8 +129,8 @@ def closed_form_loss(
     """Weighted sum over levels (a scalar) and the detached (L,) losses, by the implementation
     ``run``. Gradients are made only for inputs that need one."""
     levels = [
-        LevelInputs(x.detach(), y.detach(), m, w, torch.is_grad_enabled() and x.requires_grad)
-        for x, y, m, w in zip(inputs, targets, masks, level_weights, strict=True)
+        LevelInputs(x.detach(), y.detach(), m, torch.is_grad_enabled() and x.requires_grad)
+        for x, y, m in zip(inputs, targets, masks, strict=True)
     ]
-    total, values = _ClosedForm.apply(run, levels, options, *inputs)
+    total, values = _ClosedForm.apply(run, levels, level_weights, options, *inputs)
     return total, values

@@ -82,6 +82,11 @@ def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
         RuntimeError: the explicit choice cannot be had.
     """
     device, impl = inputs[0].device.type, options.impl
+    if impl == "reference":
+        return None
+    if not options.plain_exponents:
+        _say_once("SSIM loss: exponents other than 1 have no fast form, taking impl 'reference'")
+        return None
     name = FASTEST.get(device, "eager") if impl == "auto" else impl
     why_not = None
     if name in WHY_NOT:
@@ -89,15 +94,10 @@ def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
         why_not = next(filter(None, whys), None)
     if impl != "auto":
         _refuse(impl, why_not)
-    if name != "reference" and not options.plain_exponents:
-        _say_once("SSIM loss: exponents other than 1 have no fast form, taking impl 'reference'")
-        name = "reference"
-    elif impl == "auto":
+    else:
         name = name if why_not is None else "eager"
         because = "" if why_not is None else f" ({why_not})"
         _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}{because}")
-    if name == "reference":
-        return None
     module = {"eager": ssim_eager, "native": ssim_native}.get(name) or _triton_module()
     assert not isinstance(module, str)
     run: RunLevels = module.run_levels

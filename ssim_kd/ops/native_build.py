@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
 class BuildError(RuntimeError):
@@ -26,23 +26,29 @@ def build(sources: Sequence[Path], **macros: int) -> ctypes.CDLL:
     processor on the next node of a cluster, and half a file where two processes write it.
 
     Raises:
-        BuildError: no compiler was found, it failed, or what it made cannot be loaded.
+        BuildError: no compiler was found, it failed (it needs OpenMP), or what it made cannot be
+            loaded.
     """
+    try:
+        # The folder goes while the library is loaded, which a network file system may refuse.
+        with tempfile.TemporaryDirectory(prefix="ssim_kd_", ignore_cleanup_errors=True) as folder:
+            return _build_in(folder, sources, macros)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the C compiler gave no library: {error}") from error
+
+
+def _build_in(folder: str, sources: Sequence[Path], macros: dict[str, int]) -> ctypes.CDLL:
     named = shlex.split(os.environ.get("CC", ""))
     compiler = named or [found for found in COMPILERS if shutil.which(found)][:1]
     if not compiler:
         raise BuildError(f"no C compiler: CC is not set, and none of {COMPILERS} is on the path")
-    files = [str(source) for source in sources]
+    library = os.path.join(folder, "native.so")
     defined = [f"-D{name}={value}" for name, value in macros.items()]
-    with tempfile.TemporaryDirectory(prefix="ssim_kd_") as folder:
-        library = os.path.join(folder, "native.so")
-        for threads in (["-fopenmp"], []):  # clang often comes without
-            command = [*compiler, *FLAGS, *threads, *defined, *files, "-o", library]
-            try:
-                run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-                if run.returncode == 0:
-                    return ctypes.CDLL(library)  # stays loaded when the file goes
-                problem = f"'{shlex.join(command)}' failed: {run.stderr.strip()[-500:]}"
-            except (OSError, subprocess.TimeoutExpired) as error:
-                problem = f"'{shlex.join(command)}' gave no library: {error}"
-    raise BuildError(problem)
+    files = [str(source) for source in sources]
+    command = [*compiler, *FLAGS, *defined, *files, "-o", library]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    if run.returncode != 0:
+        raise BuildError(
+            f"'{shlex.join(command)}' ended with {run.returncode}: {run.stderr.strip()[-500:]}"
+        )
+    return ctypes.CDLL(library)

@@ -1,4 +1,4 @@
-"""The SSIM loss and its gradient by plain torch calls: the fast path on a CPU, and for any device.
+"""The SSIM loss and its gradient by plain torch calls: the fast path for any device.
 
 A few planes at a time go through all steps while they lie in cache; nothing of the size of a map is
 made but the gradient. ``ssim_pointwise`` has the algebra, ``window_filters`` the windowed means.
@@ -82,13 +82,13 @@ class _Level:
     """One level: what is constant over its chunks, and the loop over them."""
 
     def __init__(self, level: LevelInputs, options: SSIMOptions):
-        x, y, mask, _, need_grad = level
+        x, y, mask, need_grad = level
         self.x, self.y, self.options = x, y, options
         self.like = torch.empty(0, dtype=compute_dtype(x), device=x.device)
         crop = options.crop(*x.shape[2:])
         self.weights = cell_weights(x.shape, self.like, mask, crop)
         # The gradient leaves the chunk's steps as that of sum(S / 4), or weighted by ``weights``.
-        self.gain = -2.0 * level.weight / (1 if self.weights is not None else x.numel())
+        self.gain = -2.0 / (1 if self.weights is not None else x.numel())
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         constants = (options.c1, options.c2, options.eps)
         self.plain_constants = tuple(self.like.new_tensor(value) for value in constants)
@@ -168,9 +168,10 @@ class _Level:
         """
         n, h, w = source.shape
         planes = out.view(h, n, w)
-        # Near the mean is enough: some rows will do. In double if the maps may be huge.
-        dtype = out.dtype if self.watch else torch.float64
-        mean = source[:, :: max(1, h // 8)].mean((1, 2), dtype=dtype).to(out.dtype)
+        if self.watch:
+            mean = source.mean((1, 2), dtype=out.dtype)
+        else:  # in double, since values may be huge; once scaled, near the mean is enough
+            mean = source[:, :: max(1, h // 16)].mean((1, 2), dtype=torch.float64).to(out.dtype)
         if affine is None:
             torch.sub(source.transpose(0, 1), mean[:, None], out=planes)
             return mean.repeat_interleave(w)

@@ -71,7 +71,7 @@ SIZES = ["C", "H", "W", "CN", "C0", "LANES", "PLANES"]
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x, y, weights, planes, row_in, row_out, column_in, scratch, partial,
-    C, H, W, CN, C0, LANES, PLANES, uniform_weight, gain,
+    C, H, W, CN, C0, LANES, PLANES, uniform_weight,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
     K: tl.constexpr, BLOCK: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -86,7 +86,6 @@ def moments_kernel(
         row_out: (H, K), weights of rows i - R ... i + R in the mean of row i.
         column_in: (W, K), weights of columns j - R ... j + R in the mean of column j.
         scratch: (3, H, LANES), written if GRAD: gradients for the moments a, q, r.
-        gain: what the gradients are multiplied by, the level's weight.
         partial: (programs,), written: each program's part of the loss.
     """
     R: tl.constexpr = K // 2
@@ -151,7 +150,7 @@ def moments_kernel(
             w = tl.load(cells + o * W, mask=alive & complete, other=0.0)
         total += tl.where(alive & complete, 0.5 * w * (1.0 - s), 0.0)
         if GRAD:
-            d = -2.0 * gain * w * inverse  # 4 (-1/2) w / (B1 B2): of the loss, not of S
+            d = -2.0 * w * inverse  # 4 (-1/2) w / (B1 B2): the gradient of the loss, not of S
             g_a = d * (b * (h2 - h1) + shift_y * h2 + 0.5 * s * (a * (b1 - b2) - shift_x * b2))
             g_q = -0.25 * d * s * b1
             g_r = d * h1

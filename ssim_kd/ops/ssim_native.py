@@ -25,7 +25,10 @@ from .plane_affine import PlaneRange, minmax_affine, plane_constants, scope_rang
 from .window import band_weights, gaussian_window
 
 SOURCES = sorted(Path(__file__).with_name("native").glob("*.c"))
-STAGED_BYTES = 4 << 20  # of a few planes that are not dense float32 and are copied into that form
+MAX_WINDOW = 25  # the kernels keep 7 window_size rows of 8 or 16 planes in cache
+# Planes that are not dense float32 are copied into that form a few at a time: as many as have this
+# size, but for each thread as many as go through the kernels together.
+STAGED_BYTES, STAGED_PLANES = 4 << 20, 16
 
 
 @lru_cache(maxsize=16)
@@ -33,7 +36,8 @@ def _library(window_size: int) -> ctypes.CDLL | str:
     """The kernels for a window, or why they cannot be had."""
     try:
         library = build(SOURCES, K=window_size)
-    except BuildError as error:
+        _ = library.plane_ranges, library.ssim_planes
+    except (BuildError, AttributeError) as error:
         return str(error)
     library.plane_ranges.argtypes = [c_int, c_int, c_size_t, *3 * [c_void_p], c_ssize_t]
     library.plane_ranges.restype = None
@@ -49,19 +53,21 @@ def why_not(device: str, dtype: torch.dtype, options: SSIMOptions) -> str | None
         return f"the maps are on {device}, and it is for a CPU"
     if dtype == torch.float64:
         return "float64 maps"
+    if options.window_size > MAX_WINDOW:
+        return f"a window larger than {MAX_WINDOW}"
     library = _library(options.window_size)
     return library if isinstance(library, str) else None
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x[0].is_contiguous()
+    return x.dtype == torch.float32 and x[0].is_contiguous() and not x.is_neg()
 
 
 class _Level:
     """One level: its table of planes and the calls over it."""
 
     def __init__(self, level: LevelInputs, options: SSIMOptions):
-        x, y, mask, _, need_grad = level
+        x, y, mask, need_grad = level
         self.x, self.y, self.mask, self.options = x, y, mask, options
         n, c, h, w = x.shape
         library = _library(options.window_size)
@@ -70,12 +76,17 @@ class _Level:
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         self.like = torch.empty(0, dtype=torch.float32)
         self.weights = cell_weights(x.shape, self.like, mask, options.crop(h, w))
-        self.gain = -2.0 * level.weight / (1 if self.weights is not None else x.numel())
+        self.gain = -2.0 / (1 if self.weights is not None else x.numel())
         self.padding = self.like.new_zeros(1, h, w).expand(n, h, w)
         if mask is not None:
             self.padding = self.like.new_zeros(n, h, w).masked_fill_(~mask, float("inf"))
         plain = all(_is_plain(m) for m in (x, y, self.grad) if m is not None)
-        self.step = c if plain else max(1, STAGED_BYTES // (4 * h * w))
+        fits = max(STAGED_BYTES // (4 * h * w), STAGED_PLANES * self.threads)
+        self.step = c if plain else -(-fits // STAGED_PLANES) * STAGED_PLANES
+        size, sigma = options.window_size, options.sigma
+        self.window = gaussian_window(size, sigma).float()
+        self.row_in = band_weights(h, size, sigma)[1]
+        self.ones = self.like.new_ones(h, w)
 
     def run(self) -> LevelResult:
         """Loss and gradient of the level."""
@@ -125,7 +136,7 @@ class _Level:
 
     @staticmethod
     def _dense(planes: Tensor) -> Tensor:
-        return planes.float().contiguous()
+        return planes.float().resolve_neg().contiguous()
 
     def _ranges(self, out: Tensor, planes: Tensor, sample: int) -> None:
         """Ranges of (n, H, W) planes into the first four rows of ``out``, from its start."""
@@ -144,14 +155,12 @@ class _Level:
         grad = target
         if target is not None and not (target.dtype == x.dtype and target.is_contiguous()):
             grad = torch.empty_like(x)
-        size, sigma = self.options.window_size, self.options.sigma
-        window, row_in = gaussian_window(size, sigma).float(), band_weights(h, size, sigma)[1]
-        weights = self.like.new_ones(h, w) if self.weights is None else self.weights[sample]
+        weights = self.ones if self.weights is None else self.weights[sample]
         here = (slice(None), sample, at)
         enough = self.library.ssim_planes(
             self.threads, len(x), h, w, x.data_ptr(), y.data_ptr(),
             None if grad is None else grad.data_ptr(), table[here].data_ptr(), table.stride(0),
-            window.data_ptr(), row_in.data_ptr(), weights.data_ptr(), self.gain,
+            self.window.data_ptr(), self.row_in.data_ptr(), weights.data_ptr(), self.gain,
             sums[here].data_ptr(), None if extrema is None else extrema[here].data_ptr(),
             self.padding[sample].data_ptr(),
         )  # fmt: skip
@@ -168,6 +177,8 @@ def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[Leve
 
 def _run_level(level: LevelInputs, options: SSIMOptions) -> LevelResult:
     shape = level.x.shape
+    if level.x.data_ptr() == 0 or level.y.data_ptr() == 0:
+        raise RuntimeError("impl='native' reads memory, and these maps have none (FakeTensor?)")
     apart = level.mask is not None or options.scaling in ("sample", "batch")
     if not apart and level.x.is_contiguous() and level.y.is_contiguous():
         # Where a plane's sample makes no difference, one call takes all planes.

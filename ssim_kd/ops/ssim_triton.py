@@ -47,7 +47,7 @@ class _Level:
     """One level: its table of planes and the launches over it."""
 
     def __init__(self, level: LevelInputs, options: SSIMOptions):
-        x, y, mask, self.gain, need_grad = level
+        x, y, mask, need_grad = level
         n, c, h, w = x.shape
         self.x, self.y, self.options = x, y, options
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
@@ -107,8 +107,7 @@ class _Level:
             sizes = (c, h, w, here, c0, lanes, n * c)
             moments_kernel[(programs,)](
                 self.x, self.y, weights, self.planes, row_in, row_out, column_out, scratch,
-                partial[done:], *sizes, 1.0 / self.x.numel(), self.gain,
-                *self.x.stride(), *self.y.stride(),
+                partial[done:], *sizes, 1.0 / self.x.numel(), *self.x.stride(), *self.y.stride(),
                 GRAD=self.grad is not None, WEIGHTED=self.weights is not None, num_warps=4, **build,
             )  # fmt: skip
             done += programs

@@ -49,7 +49,7 @@ def band_matrix(length: int, size: int, sigma: float) -> Tensor:
     return matrix.index_put_((output, source), weight, accumulate=True)
 
 
-@lru_cache(maxsize=1024)  # training at many scales meets some hundred lengths; 15 kB each
+@lru_cache(maxsize=1024)  # training at many scales meets some hundred lengths
 @torch.inference_mode(False)
 def band_weights(
     length: int, size: int, sigma: float, device: torch.device | str = "cpu"

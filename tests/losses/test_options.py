@@ -7,6 +7,7 @@ import torch
 
 from ssim_kd.losses import SSIMLoss, check_ssim_options, pyramid_ssim_loss, ssim_loss
 from ssim_kd.ops import dispatch
+from tests.native import needs_compiler
 
 NAN, INF = float("nan"), float("inf")
 X = torch.rand(2, 3, 8, 8)
@@ -79,6 +80,7 @@ def test_lists_that_do_not_fit():
         pyramid_ssim_loss([X, X], [X, X], level_weights=[1.0])
 
 
+@needs_compiler
 def test_choice_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, logger="ssim_kd"):

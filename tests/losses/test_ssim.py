@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ssim_kd.losses import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
+from tests.native import NATIVE
 
-FAST = ("eager", "native")  # "native" is for float32 and half precision alone
+FAST = ("eager", NATIVE)  # "native" is for float32 and half precision alone
 IMPLS = ("reference", "eager")
 
 
@@ -185,11 +186,28 @@ def test_retained_graph_and_accumulation(impl):
     x.requires_grad_()
     loss = ssim_loss(x, y, impl=impl)
     loss.backward(retain_graph=True)
-    x.grad.mul_(3)  # by now the leaf's own: what the graph keeps is not to change
+    x.grad.mul_(3)  # whose it is does not matter to what the graph keeps
+    torch.autograd.grad(loss, x, retain_graph=True)[0].mul_(5)
     loss.backward(retain_graph=True)
     (2 * loss).backward()
     ssim_loss(x, y, impl=impl).backward()
     torch.testing.assert_close(x.grad, 7 * once)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_the_last_backward_takes_no_further_map(impl):
+    x, y = maps((1, 2, 9, 9), dtype=torch.float32)
+    _, once = value_and_grad(x, y)
+    loss = ssim_loss(x.requires_grad_(), y, impl=impl)
+    kept = loss.grad_fn.saved_tensors[0].data_ptr()
+    first = torch.autograd.grad(3 * loss, x, retain_graph=True)[0]
+    batch = torch.tensor([1.0, -2.0])
+    several = torch.autograd.grad(loss, x, batch, retain_graph=True, is_grads_batched=True)[0]
+    last = torch.autograd.grad(3 * loss, x)[0]
+    assert last.data_ptr() == kept != first.data_ptr()
+    torch.testing.assert_close(last, 3 * once)
+    torch.testing.assert_close(first, last)
+    torch.testing.assert_close(several, torch.stack([once, -2 * once]))
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -222,7 +240,7 @@ def test_function_equals_module_and_is_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("impl", (*IMPLS, "native"))
+@pytest.mark.parametrize("impl", (*IMPLS, NATIVE))
 def test_half_precision_and_autocast_use_float32_moments(impl):
     x, y = maps((1, 2, 16, 16), dtype=torch.bfloat16)
     expected, grad = value_and_grad(x.float(), y.float(), impl=impl)
@@ -234,7 +252,7 @@ def test_half_precision_and_autocast_use_float32_moments(impl):
             torch.testing.assert_close(half_grad.float(), grad, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", (*IMPLS, "native"))
+@pytest.mark.parametrize("impl", (*IMPLS, NATIVE))
 def test_training_after_inference_mode(impl):
     # What is kept of the window must not be an inference tensor.
     x, y = torch.rand(1, 1, 37, 17), torch.rand(1, 1, 37, 17)

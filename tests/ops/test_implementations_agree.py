@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ssim_kd.losses import pyramid_ssim_loss, ssim_loss
 from ssim_kd.ops.window import band_matrix
 from ssim_kd.ops.window_filters import ColumnFilter, RowFilter, Window
+from tests.native import NATIVE
 
 SHAPES = [(1, 1, 1, 1), (2, 2, 1, 7), (3, 2, 3, 3), (2, 5, 7, 7), (2, 3, 13, 21), (1, 2, 50, 70)]
 SCALINGS = [(None, True), ("channel", True), ("channel", False), ("sample", True), ("batch", True)]
@@ -60,7 +61,7 @@ def check(impl, shape, dtype, scaling, scaling_grad, masked):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 40, 19)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("impl", ["eager", "native"])
+@pytest.mark.parametrize("impl", ["eager", NATIVE])
 def test_eager_and_native(impl, shape, dtype):
     if impl == "native" and dtype == torch.float64:
         return  # not served; test_native.py sees it refused
@@ -98,7 +99,7 @@ def test_filters_are_products_with_the_band_matrix(height, width, size, adjoint)
     torch.testing.assert_close(out.view_as(expected), expected, atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
+@pytest.mark.parametrize("impl", ["reference", "eager", NATIVE])
 @pytest.mark.parametrize("offset,spread", [(0.5, 1.0), (0.5, 1e-3), (10.0, 1e-2)])
 def test_accuracy_in_float32(impl, offset, spread):
     g = torch.Generator().manual_seed(0)
@@ -109,7 +110,7 @@ def test_accuracy_in_float32(impl, offset, spread):
     assert (grad.double() - exact_grad).norm() < 1e-6 * exact_grad.norm()
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
+@pytest.mark.parametrize("impl", ["reference", "eager", NATIVE])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*[st.integers(0, 2)] * 2, *[st.integers(0, 9)] * 2),
@@ -136,7 +137,7 @@ def test_finite_input_gives_finite_output(impl, shape, dtype, magnitude, flat, s
     assert loss.isfinite() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
+@pytest.mark.parametrize("impl", ["reference", "eager", NATIVE])
 def test_huge_maps_keep_their_ssim(impl):
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(1, 2, 12, 12, generator=g) for _ in range(2))
@@ -145,12 +146,12 @@ def test_huge_maps_keep_their_ssim(impl):
     assert ssim_loss(x * 1e30, y * 1e30, impl=impl).item() == pytest.approx(expected.item(), 1e-4)
 
 
+@pytest.mark.parametrize("impl", ["reference", "eager", NATIVE])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_input_is_seen_in_the_loss(bad):
+def test_non_finite_input_is_seen_in_the_loss(impl, bad):
     x, y = torch.rand(1, 1, 6, 6), torch.rand(1, 1, 6, 6)
     x[0, 0, 2, 2] = bad
-    for impl in ("reference", "eager", "native"):
-        assert not ssim_loss(x, y, impl=impl).isfinite()
+    assert not ssim_loss(x, y, impl=impl).isfinite()
 
 
 TRITON_CASES = [
@@ -189,7 +190,7 @@ def test_triton_on_a_device(shape):
         )
 
 
-@pytest.mark.parametrize("impl", ["eager", "native"])
+@pytest.mark.parametrize("impl", ["eager", NATIVE])
 def test_level_weights(impl):
     check_level_weights(impl)
 

@@ -11,8 +11,9 @@ static void range_of(size_t cells, const float *x, const float *padding, float *
     vec low = {0}, high = {0}, peak = {0};
     low += INFINITY, high -= INFINITY;
     float rest[V], rest_padding[V]; /* the last few cells, the very last one repeated */
-    double some = 0;
-    size_t counted = 0;
+    double mean = 0;
+    float share = 1.0f / cells; /* each cell's, at once: huge values shall not overflow */
+    vec means = filled(0);
     for (size_t j = 0; j < cells; j += V) {
         const float *cell = x + j, *pad = padding + j;
         if (j + V > cells) {
@@ -27,8 +28,7 @@ static void range_of(size_t cells, const float *x, const float *padding, float *
         low = choose(above < low, above, low);
         high = choose(below > high, below, high);
         peak = choose(magnitude > peak, magnitude, peak);
-        if (j / V % 8 == 0) /* every eighth vector */
-            for (int k = 0; k < V; k++) some += cell[k], counted++;
+        if (cell != rest) means += share * v;
     }
     float most[3] = {low[0], high[0], peak[0]};
     for (int k = 1; k < V; k++) {
@@ -37,7 +37,9 @@ static void range_of(size_t cells, const float *x, const float *padding, float *
         if (peak[k] > most[2]) most[2] = peak[k];
     }
     for (int i = 0; i < 3; i++) out[i * stride] = most[i];
-    out[3 * stride] = (float)(some / counted);
+    for (int k = 0; k < V; k++) mean += means[k];
+    for (size_t j = cells / V * V; j < cells; j++) mean += share * x[j];
+    out[3 * stride] = (float)mean;
 }
 
 void plane_ranges(int threads, int n, size_t cells, const float *x, const float *padding,
@@ -47,8 +49,8 @@ void plane_ranges(int threads, int n, size_t cells, const float *x, const float 
         range_of(cells, x + plane * cells, padding, ranges + plane, stride);
 }
 
-void spread_extrema(size_t cells, const float *x, const float *padding, float low,
-                           float high, float to_low, float to_high, float *grad) {
+void spread_extrema(size_t cells, const float *x, const float *padding, float low, float high,
+                    float to_low, float to_high, float *grad) {
     ivec at_low = {0}, at_high = {0};
     int lows = 0, highs = 0;
     size_t j = 0;

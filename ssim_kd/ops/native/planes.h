@@ -8,8 +8,8 @@ Ranges of n planes of ``cells`` cells each, by ``threads`` threads.
 
 padding: (cells,), 0 where a cell is valid and infinity where it is not. ranges: (4, stride),
 written: lowest and highest valid value (infinity and -infinity if there is none), largest magnitude
-of all cells, and the mean of some cells, near enough to the plane's for a shift. Values that are
-not a number are passed over here; they show in the sums of ssim_planes.
+of all cells, and their mean. Values that are not a number are passed over by the first three; they
+show in the sums of ssim_planes.
 */
 void plane_ranges(int threads, int n, size_t cells, const float *x, const float *padding,
                   float *ranges, ptrdiff_t stride);

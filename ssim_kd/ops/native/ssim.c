@@ -1,5 +1,5 @@
 /*
-SSIM and its gradient for planes of H x W float32 cells, compiled by ops/ssim_native.py on first use.
+SSIM and its gradient for planes of H x W float32 cells, compiled by ops/native_build.py on first use.
 
 The notation and the algebra are those of ops/ssim_pointwise.py. V planes go through together, one
 in each lane of a vector, so that every cell is a whole vector whatever the width. They are taken
@@ -111,7 +111,7 @@ static vec score_row(Work *s, const Constants *constants, int o, const float *wi
         filter(s->wide[q], s->along, window, s->w, s->line[q]);
     }
     vec *g_a = ring(s, s->gradient[0], o), *minus_g_q = ring(s, s->gradient[1], o);
-    vec *g_r = ring(s, s->gradient[2], o), sum = filled(0);
+    vec *g_r = ring(s, s->gradient[2], o), sum = filled(0), lost = filled(0);
     weights += (size_t)o * s->w;
     for (int j = 0; j < s->w; j++) {
         vec a = s->line[0][j], b = s->line[1][j];
@@ -122,11 +122,11 @@ static vec score_row(Work *s, const Constants *constants, int o, const float *wi
         vec b2 = s->line[2][j] - a * a - b * b + c.c2;
         vec inverse = 1.0f / (b1 * b2 + c.eps), d = weights[j] * inverse, s4 = h1 * h2 * inverse;
         vec r = h1 * d, q = b1 * s4 * d;
-        sum += weights[j] * s4;
+        add(&sum, &lost, weights[j] * s4);
         g_a[j] = mean_y * h2 * d - b * r - 2.0f * (mean_x * b2 * s4 * d - a * q);
         minus_g_q[j] = q, g_r[j] = r;
     }
-    return sum;
+    return sum - lost;
 }
 
 /* The adjoint, along a row, of the reflected filter: outside of ``wide``, from cell 2 R on, the
@@ -146,6 +146,7 @@ static void gradient_row(Work *s, const Constants *constants, int i, const float
                          const float *row_in, vec slope, float *const *grad, int planes,
                          vec *sum_g, vec *sum_gx) {
     vec shift_x = constants->shift_x, all_g = filled(0), all_gx = filled(0), *moment[3];
+    vec lost_g = filled(0), lost_gx = filled(0);
     ptrdiff_t down[K];
     for (int k = 0; k < K; k++) {
         int near = i + k - R; /* outside the plane its weight is 0 */
@@ -159,10 +160,10 @@ static void gradient_row(Work *s, const Constants *constants, int i, const float
     vec *scaled = s->line[3];
     for (int j = 0; j < s->w; j++) {
         vec g = moment[0][j] - 2.0f * x[j] * moment[1][j] + y[j] * moment[2][j];
-        all_g += g, all_gx += g * (x[j] + shift_x);
+        add(&all_g, &lost_g, g), add(&all_gx, &lost_gx, g * (x[j] + shift_x));
         scaled[j] = slope * g;
     }
-    *sum_g = all_g, *sum_gx = all_gx;
+    *sum_g = all_g - lost_g, *sum_gx = all_gx - lost_gx;
     for (int l = 0; l < planes; l++)
         for (int j = 0; j < s->w; j++) grad[l][(size_t)i * s->w + j] = scaled[j][l];
 }
@@ -234,7 +235,8 @@ int ssim_planes(int threads, int n, int h, int w, const float *x, const float *y
                 const float *padding) {
     Planes p = {n, h, w, x, y, grad, constants, stride, window, row_in, weights, gain, sums,
                 extrema, padding};
-    int enough = 1;
+    int enough = 1, groups = (n + V - 1) / V;
+    if (threads > groups) threads = groups;
 #pragma omp parallel num_threads(threads)
     {
         Work s = {0};

@@ -15,15 +15,15 @@ typedef int32_t ivec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 
 static inline vec filled(float value) { return (vec){0} + value; }
 static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec choose(ivec where, vec a, vec b) {
     return (vec)(((ivec)a & where) | ((ivec)b & ~where));
 }
 
-static inline float sum_of(vec v) {
-    float total = 0;
-    for (int i = 0; i < V; i++) total += v[i];
-    return total;
+/* Adds v to ``sum``, and what rounding loses of it to ``lost`` (Kahan): sum - lost is the result. */
+static inline void add(vec *sum, vec *lost, vec v) {
+    vec kept = v - *lost, next = *sum + kept;
+    *lost = (next - *sum) - kept;
+    *sum = next;
 }
 
 #endif
