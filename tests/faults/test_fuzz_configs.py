@@ -45,7 +45,7 @@ OPTIONS = {
     "SSIM.BETA": numbers,
     "SSIM.GAMMA": numbers,
     "SSIM.PADDING": st.sampled_from(["same", "valid", "zero"]),
-    "SSIM.IMPL": st.sampled_from(["auto", "reference", "eager", "triton", "cuda"]),
+    "SSIM.IMPL": st.sampled_from(["auto", "reference", "eager", "native", "triton", "cuda"]),
     "TEACHER.PRECISION": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8"]),
     "TEACHER.FOLD_BN": st.booleans(),
     "TEACHER.CHANNELS_LAST": st.booleans(),
