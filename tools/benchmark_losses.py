@@ -5,7 +5,7 @@
 
 Writes ``benchmark_losses.json``, ``.md`` (tables) and ``.png`` into ``--output``. All losses take
 turns in one process, so that a busy machine slows them alike. Peers that are not installed are left
-out (``pip install '.[bench]'``). A *map* is N x C x H x W float32 elements.
+out (``pip install -e '.[bench]'``). A *map* is N x C x H x W float32 elements.
 """
 
 from __future__ import annotations

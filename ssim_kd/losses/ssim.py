@@ -67,6 +67,7 @@ def ssim_loss(
         impl: "auto", or "reference" (autograd over convolutions, any arguments), "eager" (torch
             calls, any device), "native" (C, for a CPU) or "triton" (CUDA and ROCm). "auto" takes
             the fastest that supports the arguments, as a rule, and says in the log, once, which.
+            Exponents other than 1 take "reference" whatever is named here; the log says so.
 
     Returns:
         scalar in about [0, 1], float32 (float64 for float64 input). Not clamped: a clamp would

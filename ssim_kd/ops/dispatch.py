@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def _say_once(message: str) -> None:
+def _say_once(message: str, level: int = logging.INFO) -> None:
     if message not in _said:
         _said.add(message)
-        logger.info(message)
+        logger.log(level, message)
 
 
 def _interpreted() -> bool:
@@ -95,9 +95,12 @@ def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
     if impl != "auto":
         _refuse(impl, why_not)
     else:
-        name = name if why_not is None else "eager"
-        because = "" if why_not is None else f" ({why_not})"
-        _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}{because}")
+        if why_not is None:
+            _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}")
+        else:
+            said = f"SSIM loss: impl 'auto' takes 'eager' on {device}, '{name}' cannot be had: "
+            _say_once(said + why_not, logging.WARNING)
+            name = "eager"
     module = {"eager": ssim_eager, "native": ssim_native}.get(name) or _triton_module()
     assert not isinstance(module, str)
     run: RunLevels = module.run_levels

@@ -49,6 +49,7 @@ def _build_in(folder: str, sources: Sequence[Path], macros: dict[str, int]) -> c
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     if run.returncode != 0:
         raise BuildError(
-            f"'{shlex.join(command)}' ended with {run.returncode}: {run.stderr.strip()[-500:]}"
+            f"'{shlex.join(command)}' ended with status {run.returncode} and said "
+            f"{run.stderr.strip()[-500:] or 'nothing'}"
         )
     return ctypes.CDLL(library)
