@@ -50,11 +50,29 @@ def _why_not_triton(device: str, dtype: torch.dtype, options: SSIMOptions) -> st
     if device != "cuda" and not _interpreted():
         return f"the maps are on {device}, and it needs a CUDA or ROCm device"
     module = _triton_module()
-    return module if isinstance(module, str) else module.why_not(dtype, options)
+    if isinstance(module, str):
+        return module
+    return _beyond_kernels(dtype, options, module.MAX_WINDOW)
+
+
+def _why_not_native(device: str, dtype: torch.dtype, options: SSIMOptions) -> str | None:
+    if device != "cpu":
+        return f"the maps are on {device}, and it is for a CPU"
+    beyond = _beyond_kernels(dtype, options, ssim_native.MAX_WINDOW)
+    return beyond or ssim_native.why_not_built(options.window_size)
+
+
+def _beyond_kernels(dtype: torch.dtype, options: SSIMOptions, max_window: int) -> str | None:
+    """What our kernels cannot serve: they compute in float32, with the window's rows at hand."""
+    if dtype == torch.float64:
+        return "float64 maps"
+    if options.window_size > max_window:
+        return f"a window larger than {max_window}"
+    return None
 
 
 # Device type, maps' type and options -> why the implementation cannot be had, or None.
-WHY_NOT = {"triton": _why_not_triton, "native": ssim_native.why_not}
+WHY_NOT = {"triton": _why_not_triton, "native": _why_not_native}
 FASTEST = {"cuda": "triton", "cpu": "native"}  # by device type; "eager" on any other
 
 
@@ -94,13 +112,12 @@ def choose_impl(inputs: list[Tensor], options: SSIMOptions) -> RunLevels | None:
         why_not = next(filter(None, whys), None)
     if impl != "auto":
         _refuse(impl, why_not)
+    elif why_not is None:
+        _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}")
     else:
-        if why_not is None:
-            _say_once(f"SSIM loss: impl 'auto' takes '{name}' on {device}")
-        else:
-            said = f"SSIM loss: impl 'auto' takes 'eager' on {device}, '{name}' cannot be had: "
-            _say_once(said + why_not, logging.WARNING)
-            name = "eager"
+        said = f"SSIM loss: impl 'auto' takes 'eager' on {device}, '{name}' cannot be had: "
+        _say_once(said + why_not, logging.WARNING)
+        name = "eager"
     module = {"eager": ssim_eager, "native": ssim_native}.get(name) or _triton_module()
     assert not isinstance(module, str)
     run: RunLevels = module.run_levels

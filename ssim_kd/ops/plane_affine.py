@@ -15,7 +15,7 @@ from torch import Tensor
 from .cells import compute_dtype
 from .options import SSIMOptions
 from .scaling import half_low_and_scale
-from .ssim_reference import HUGE, MIN_CONSTANT, power_of_two_unit
+from .ssim_reference import MIN_CONSTANT, power_of_two_unit
 
 
 class PlaneRange(NamedTuple):
@@ -86,10 +86,7 @@ def unit_affine(peak: Tensor, options: SSIMOptions) -> tuple[PlaneAffine, PlaneC
         peak: (N, C), the largest magnitude in the planes of both maps.
         options: of the loss.
     """
-    if peak.device.type == "cpu" and bool((peak <= HUGE).all()):  # as a rule, and many calls less
-        unit = torch.ones_like(peak)
-    else:
-        unit = power_of_two_unit(peak)
+    unit = power_of_two_unit(peak)
     return PlaneAffine(torch.zeros_like(unit), 2.0 * unit), plane_constants(unit, options)
 
 

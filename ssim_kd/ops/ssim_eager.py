@@ -119,14 +119,14 @@ class _Level:
 
     def run(self) -> LevelResult:
         """Loss and gradient of the level."""
-        ssim = 4.0 * self._run_chunks()
+        quarter = self._run_chunks()
         if self.watch and not torch.cat(self.watched).amax() <= 0.25 * HUGE**2:  # nor NaN
             self.watch = False
             self._change_units()
-            ssim = 4.0 * self._run_chunks()
+            quarter = self._run_chunks()
         if self.extrema is not None and self.grad is not None:
             self.extrema.finish(self.x, self.grad)
-        value = loss_of_sum(ssim, self.x.shape, self.weights)
+        value = loss_of_sum(4.0 * quarter, self.x.shape, self.weights)
         return LevelResult(value.to(self.like.dtype), self.grad)
 
     def _run_chunks(self) -> Tensor:

@@ -47,15 +47,9 @@ def _library(window_size: int) -> ctypes.CDLL | str:
     return library
 
 
-def why_not(device: str, dtype: torch.dtype, options: SSIMOptions) -> str | None:
-    """Why these kernels cannot serve maps of ``dtype`` on a device type, or None if they can."""
-    if device != "cpu":
-        return f"the maps are on {device}, and it is for a CPU"
-    if dtype == torch.float64:
-        return "float64 maps"
-    if options.window_size > MAX_WINDOW:
-        return f"a window larger than {MAX_WINDOW}"
-    library = _library(options.window_size)
+def why_not_built(window_size: int) -> str | None:
+    """Why there are no kernels for a window, or None if there are. The first call compiles them."""
+    library = _library(window_size)
     return library if isinstance(library, str) else None
 
 
@@ -151,10 +145,10 @@ class _Level:
         """Loss and gradient of channels ``at`` of a sample."""
         _, _, h, w = self.x.shape
         x, y = self._dense(self.x[sample, at]), self._dense(self.y[sample, at])
-        target = None if self.grad is None else self.grad[sample, at]
-        grad = target
-        if target is not None and not (target.dtype == x.dtype and target.is_contiguous()):
-            grad = torch.empty_like(x)
+        target = grad = None
+        if self.grad is not None:
+            target = self.grad[sample, at]
+            grad = target if _is_plain(self.grad) else torch.empty_like(x)
         weights = self.ones if self.weights is None else self.weights[sample]
         here = (slice(None), sample, at)
         enough = self.library.ssim_planes(

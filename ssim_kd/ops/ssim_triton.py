@@ -34,15 +34,6 @@ SMALL_SCRATCH = 16 << 20
 MAX_WINDOW = 15  # filters live in registers: 7 window_size numbers a lane
 
 
-def why_not(dtype: torch.dtype, options: SSIMOptions) -> str | None:
-    """Why these kernels cannot serve maps of ``dtype``, or None if they can."""
-    if dtype == torch.float64:
-        return "float64 maps"
-    if options.window_size > MAX_WINDOW:
-        return f"a window larger than {MAX_WINDOW}"
-    return None
-
-
 class _Level:
     """One level: its table of planes and the launches over it."""
 
