@@ -1,0 +1,50 @@
+"""The mean over the valid cells of a batch of padded maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssim_kd.ops.cells import cell_weights, check_mask, compute_dtype
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over samples of the mean over a sample's valid cells and channels.
+
+    Every sample weighs the same, whatever its number of valid cells. Hence DDP, which averages
+    over processes, gives the same loss as one process with the whole batch, as long as each
+    sample has a valid cell.
+
+    Args:
+        values: (N, C, H, W) or (N, 1, H, W), floating point; for example a squared difference.
+        mask: (N, H, W) or (N, 1, H, W) bool, True where a cell is valid; None: all cells are.
+            Samples without a valid cell are left out. Values of invalid cells have no effect,
+            also if they are not finite.
+
+    Returns:
+        scalar, float32 (float64 for float64 input); 0, with a zero gradient, for empty ``values``
+        or a mask without a valid cell.
+
+    Raises:
+        ValueError: ``values`` or ``mask`` has the wrong type, shape or device.
+
+    Example:
+        >>> values = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 100.0]]]])  # two maps of 1 x 2 cells
+        >>> masked_mean(values, torch.tensor([[[True, True]], [[True, False]]]))  # (2 + 5) / 2
+        tensor(3.5000)
+    """
+    if values.dim() != 4 or not values.is_floating_point():
+        raise ValueError(
+            "values must be a floating point tensor (N, C, H, W); "
+            f"got {tuple(values.shape)} {values.dtype}"
+        )
+    mask = check_mask(mask, values)
+    values = values.to(compute_dtype(values))
+    if values.numel() == 0:
+        return values.sum()
+    weights = cell_weights(values.shape, values, mask, crop=0)
+    if weights is None:
+        return values.mean()
+    weights = weights[:, None]
+    # `where` first: 0 * inf would be NaN.
+    return (torch.where(weights > 0, values, 0.0) * weights).sum()

@@ -1,0 +1,67 @@
+"""masked_mean: values by hand, masks, empty batches, gradients."""
+
+import pytest
+import torch
+
+from ssim_kd.losses import masked_mean
+
+VALUES = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 100.0]]], [[[7.0, 7.0]]]])  # 3 maps of 1 x 2 cells
+MASK = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK[:, None]])
+def test_masked_mean_by_hand(mask):
+    values = VALUES.clone().requires_grad_()
+    mean = masked_mean(values, mask)
+    mean.backward()
+    assert mean == (2 + 5) / 2  # the third sample is left out
+    assert values.grad.flatten().tolist() == [0.25, 0.25, 0.5, 0, 0, 0]
+
+
+def test_masked_mean_over_channels():
+    assert masked_mean(torch.cat([VALUES, 3 * VALUES], 1), MASK) == 2 * (2 + 5) / 2
+    for mask in (None, torch.ones_like(MASK)):
+        assert masked_mean(VALUES, mask).item() == pytest.approx(123 / 6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_masked_mean_of_invalid_cells_that_are_not_finite(bad):
+    values = VALUES.masked_fill(~MASK[:, None], bad).requires_grad_()
+    mean = masked_mean(values, MASK)
+    mean.backward()
+    assert mean == 3.5 and values.grad.flatten().tolist() == [0.25, 0.25, 0.5, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "values,mask",
+    [(VALUES, MASK & False), (VALUES[:0], None), (VALUES[:0], MASK[:0]), (VALUES[..., :0], None)],
+)
+def test_masked_mean_of_nothing(values, mask):
+    values = values.clone().requires_grad_()
+    mean = masked_mean(values, mask)
+    mean.backward()
+    assert mean == 0 and values.grad.shape == values.shape and not values.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_masked_mean_dtype(dtype):
+    values = VALUES.to(dtype).requires_grad_()
+    mean = masked_mean(values, MASK)
+    mean.backward()
+    assert mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert mean == 3.5 and values.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "values,mask,key,value",
+    [
+        (VALUES[0], None, "values", "(1, 1, 2)"),
+        (VALUES.long(), None, "values", "int64"),
+        (VALUES, MASK.float(), "mask", "float32"),
+        (VALUES, MASK[:2], "mask", "(2, 1, 2)"),
+    ],
+)
+def test_masked_mean_bad_input(values, mask, key, value):
+    with pytest.raises(ValueError) as error:
+        masked_mean(values, mask)
+    assert key in str(error.value) and value in str(error.value)
