@@ -32,13 +32,14 @@ LAYERS = {
     "ssim_kd.config": 1,
     "ssim_kd.config_files": 1,
     "ssim_kd.data": 1,
+    "ssim_kd.locks": 0,
     "ssim_kd.visualization": 1,
     "ssim_kd.losses": 0,
     "ssim_kd.ops": 0,
 }
 FACES = {"ssim_kd", "ssim_kd.modeling"}  # these cover their __init__.py alone, not what lies below
 
-LAYER_0_MAY_IMPORT = {"torch", "triton", "ssim_kd"} | set(sys.stdlib_module_names)
+LAYER_0_MAY_IMPORT = {"portalocker", "torch", "triton", "ssim_kd"} | set(sys.stdlib_module_names)
 ENTRY_POINTS = {"projects", "tools", "train_net", "tests"}
 
 
