@@ -23,10 +23,17 @@ def setup_cfg() -> configparser.ConfigParser:
     return parser
 
 
-def install_requires() -> dict[str, Requirement]:
-    lines = setup_cfg()["options"]["install_requires"].split("\n")
-    requirements = [Requirement(line) for line in lines if line.strip()]
+def parse(lines: str) -> dict[str, Requirement]:
+    requirements = [Requirement(line) for line in lines.split("\n") if line.strip()]
     return {requirement.name: requirement for requirement in requirements}
+
+
+def install_requires() -> dict[str, Requirement]:
+    return parse(setup_cfg()["options"]["install_requires"])
+
+
+def extra(name: str) -> dict[str, Requirement]:
+    return parse(setup_cfg()["options.extras_require"][name])
 
 
 def pins(name: str) -> dict[tuple[str, str], Version]:
@@ -92,6 +99,13 @@ def test_opencv_is_not_required() -> None:
     assert not [name for name in install_requires() if "opencv" in name]
 
 
+def test_packages_of_the_digits_are_an_extra() -> None:
+    names = {"scikit-learn", "scipy", "tqdm"}
+    assert set(extra("digits")) == names and not names & set(install_requires())
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert "-e .[digits]" in lines
+
+
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
 def test_requirements_name_no_host(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
@@ -102,7 +116,7 @@ def test_requirements_name_no_host(name: str) -> None:
 def test_requirements_pin_what_setup_cfg_asks_for() -> None:
     pinned = pins("requirements.txt")
     names = {name for name, _ in pinned}
-    for requirement in install_requires().values():
+    for requirement in [*install_requires().values(), *extra("digits").values()]:
         if requirement.name == "detectron2":  # ./third_party/detectron2
             continue
         assert requirement.name in names, f"{requirement.name} is not pinned"

@@ -2,11 +2,11 @@
 
 from detectron2.config import CfgNode
 
-from .check import DatasetSummary, check_datasets
 from .coco import register_coco
 from .digits import ensure_digits, register_digits
-from .loader import TrainLoader, build_train_loader
-from .reading import CheckedMapper, UnreadableImageError
+from .mapper import CheckedMapper, UnreadableImageError
+from .train_loader import TrainLoader, build_train_loader
+from .validation import DatasetSummary, check_datasets
 from .workers import EvaluationLoader
 
 __all__ = [

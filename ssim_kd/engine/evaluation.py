@@ -23,7 +23,7 @@ from torch import nn
 
 from ..checkpoint import load_strictly, read_weights
 from ..config import student_config
-from ..data.classes import num_classes, num_classes_key
+from ..data.validation import num_classes, num_classes_key
 from ..modeling import load_teacher, teacher_config
 from .checkpointer import StudentCheckpointer
 

@@ -6,7 +6,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ssim_kd.config import add_distill_config
 from ssim_kd.data import coco as coco_module
-from ssim_kd.data import digits as digits_module
+from ssim_kd.data.digits import dataset as digits_module
 
 
 @pytest.fixture

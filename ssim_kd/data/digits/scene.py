@@ -1,31 +1,27 @@
-"""The embedded data set: handwritten digits to detect, made on first use, in COCO's format.
-
-``register_digits(cfg)`` announces ``digits_train``, ``digits_val`` and ``digits_test``; nothing is
-drawn before one of them is loaded, or :func:`ensure_digits` called. See ``DATASETS.DIGITS``.
-"""
+"""Parameters of the digits data set: ``splits_from_config(cfg)`` reads ``DATASETS.DIGITS``."""
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
-from .glyphs import SPLITS
-from .make import make_split
-from .render import Scene
-
-DIGITS_NAMES = tuple(f"digits_{split}" for split in SPLITS)
+SPLITS = ("train", "val", "test")
 CLASSES = tuple("0123456789")
 # Raised whenever the renderer draws other pictures than before.
 VERSION = 1
 
-# The registered sets of this process, by name.
-_REGISTERED: dict[str, "DigitsSplit"] = {}
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn, the same for all images of a set. See the keys of ``DATASETS.DIGITS``."""
+
+    seed: int
+    image_size: int
+    digits_per_image: tuple[int, int]
+    digit_size: tuple[float, float]
+    difficulty: float
 
 
 @dataclass(frozen=True)
@@ -52,59 +48,6 @@ class DigitsSplit:
     def json_file(self) -> Path:
         """The annotations in COCO's format."""
         return self.folder / "annotations.json"
-
-    def ensure(self) -> None:
-        """Make the split if it is not there. One process does; others wait for it."""
-        make_split(self.scene, self.split, self.num_images, self.folder, CLASSES)
-
-
-def register_digits(cfg: CfgNode) -> None:
-    """Register the three splits of the digits as ``cfg.DATASETS.DIGITS`` says.
-
-    Nothing is drawn yet. Registering again with other parameters replaces the sets.
-
-    Raises:
-        ValueError: a value of ``DATASETS.DIGITS`` is out of range, or another package has
-            registered a data set by one of these names.
-    """
-    for name, split in zip(DIGITS_NAMES, splits_from_config(cfg), strict=True):
-        if _REGISTERED.get(name) == split and name in DatasetCatalog:
-            continue
-        if name in DatasetCatalog and name not in _REGISTERED:
-            raise ValueError(f"The data set name {name!r} is taken: something else registered it.")
-        for catalog in (DatasetCatalog, MetadataCatalog):
-            catalog.pop(name, None)
-        _REGISTERED[name] = split
-        DatasetCatalog.register(name, _Loader(name, split))
-        MetadataCatalog.get(name).set(
-            json_file=str(split.json_file),
-            image_root=str(split.folder),
-            evaluator_type="coco",
-            thing_classes=list(CLASSES),
-        )
-
-
-def ensure_digits(names: Sequence[str]) -> None:
-    """Make those of the named data sets that are registered digits sets; ignore other names.
-
-    ``COCOEvaluator`` reads the json file as soon as it is built, so call this before it where the
-    set has not been loaded yet.
-    """
-    for name in names:
-        if name in _REGISTERED:
-            _REGISTERED[name].ensure()
-
-
-@dataclass(frozen=True)
-class _Loader:
-    name: str
-    split: DigitsSplit
-
-    def __call__(self) -> list[dict[str, Any]]:
-        self.split.ensure()
-        json_file, folder = str(self.split.json_file), str(self.split.folder)
-        dicts: list[dict[str, Any]] = load_coco_json(json_file, folder, self.name)
-        return dicts
 
 
 def splits_from_config(cfg: CfgNode) -> list[DigitsSplit]:

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from .backdrop import blur_matrix, render_backdrop
-from .glyphs import CELLS, MARGIN, SPLITS, GlyphSet, load_glyphs, spline_of
-from .streams import Stream
+from .glyphs import CELLS, MARGIN, GlyphSet, load_glyphs, spline_of
+from .random_stream import Stream
+from .scene import SPLITS, Scene
 
 # At difficulty 1: rotation in degrees (+-), shear (+-), greatest hidden share of a digit.
 MAX_ROTATION, MAX_SHEAR, MAX_OCCLUSION = 25.0, 0.25, 0.3
@@ -16,17 +17,6 @@ MAX_ROTATION, MAX_SHEAR, MAX_OCCLUSION = 25.0, 0.25, 0.3
 ATTEMPTS, SHRINK = 12, 0.75
 # Ink coverage at which the edge of a stroke is drawn.
 EDGE = 0.5
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is drawn, the same for all images of a set. See the keys of ``DATASETS.DIGITS``."""
-
-    seed: int
-    image_size: int
-    digits_per_image: tuple[int, int]
-    digit_size: tuple[float, float]
-    difficulty: float
 
 
 @dataclass(frozen=True)

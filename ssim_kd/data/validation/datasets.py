@@ -13,11 +13,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .annotations import Findings, inspect_coco
+from ..coco import is_registered_here
+from ..digits import ensure_digits
+from ..mapper import refuse_deep
 from .classes import check_classes, check_same_classes, learns_masks
-from .coco import is_registered_here
-from .digits import ensure_digits
-from .reading import refuse_deep
+from .coco_file import Findings, inspect_coco
 
 ZERO_AREA_POLICIES = ("error", "drop")
 # Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.

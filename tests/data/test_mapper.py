@@ -9,7 +9,7 @@ from detectron2.data import DatasetMapper
 from PIL import Image
 
 from ssim_kd.data import CheckedMapper, UnreadableImageError
-from ssim_kd.data.reading import seeded
+from ssim_kd.data.mapper import seeded
 
 GREY = (np.arange(6 * 8, dtype=np.uint8) * 5).reshape(6, 8)
 COLOUR = np.dstack([GREY, 255 - GREY, GREY // 2])

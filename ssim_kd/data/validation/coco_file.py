@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coco import LEAST_SIDE, box_extent
 from .ground_truth import inspect_masks, inspect_scoring
 
 # Examples named in a message.
 EXAMPLES = 3
-# Detectron2's mapper leaves out boxes whose sides are not longer than this (pixels).
-LEAST_SIDE = 1e-5
 
 
 @dataclass
@@ -108,18 +107,6 @@ def inspect_coco(
         )
     found.empty_images = len(images) - len(np.unique(owner[owner >= 0]))
     return found
-
-
-def box_extent(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Clip boxes to their images and return what is left of their (width, height).
-
-    Args:
-        boxes: (K, 4), x, y, width, height in pixels.
-        sizes: (K, 2), width and height of each box's image in pixels.
-    """
-    left_top = np.clip(boxes[:, :2], 0, sizes)
-    right_bottom = np.clip(boxes[:, :2] + boxes[:, 2:], 0, sizes)
-    return np.asarray(right_bottom - left_top)
 
 
 def _require(found: Findings, title: str, rows: Sequence[Any], key: str) -> None:

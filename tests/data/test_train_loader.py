@@ -15,8 +15,8 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from ssim_kd.data import UnreadableImageError, build_train_loader, register_coco
-from ssim_kd.data.boxes import drop_zero_area_boxes
-from ssim_kd.data.order import BatchOrder, aspect_groups, sample_seed
+from ssim_kd.data.coco import drop_zero_area_boxes
+from ssim_kd.data.samplers import BatchOrder, aspect_groups, sample_seed
 from tests.data.coco_sets import content, write
 
 MIXED = ((32, 24), (24, 32), (40, 24), (24, 24), (24, 40))

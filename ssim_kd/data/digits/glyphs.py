@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-SPLITS = ("train", "val", "test")
+from .scene import SPLITS
+
 # Number of glyphs of each split: all 1797 that scikit-learn ships.
 GLYPHS_PER_SPLIT = (1000, 297, 500)
 # Side of a glyph in cells, and the empty cells put around it so that splines fade out to zero.

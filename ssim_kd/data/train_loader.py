@@ -11,9 +11,9 @@ from detectron2.data import DatasetFromList, DatasetMapper, get_detection_datase
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from .boxes import drop_zero_area_boxes
-from .order import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
-from .reading import CheckedMapper, Mapper, Record, UnreadableImageError, seeded
+from .coco import drop_zero_area_boxes
+from .mapper import CheckedMapper, Mapper, Record, UnreadableImageError, seeded
+from .samplers import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
 from .workers import batches
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from .streams import Stream
+from .random_stream import Stream
 
 Image = NDArray[np.float32]
 
