@@ -4,22 +4,21 @@
 before one of them is loaded, or :func:`ensure_digits` called.
 """
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import portalocker
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
+from ...locks import lock
 from .scene import CLASSES, SPLITS, DigitsSplit, splits_from_config
 
 logger = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def make_split(split: DigitsSplit) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with lock(folder.parent / f".{folder.name}.lock", wait=True):
         if folder.exists():  # made while we waited
             return
         # We hold the lock: whatever lies here is of a process that was killed.
@@ -105,19 +104,6 @@ def make_split(split: DigitsSplit) -> None:
         os.replace(unfinished, folder)
         _sync(folder.parent)
     logger.info("Made %d images of %s in %s", split.num_images, split.split, folder)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, waiting for it as long as it takes."""
-    flags = portalocker.LockFlags
-    with open(path, "a") as file:
-        try:
-            portalocker.lock(file, flags.EXCLUSIVE | flags.NON_BLOCKING)
-        except portalocker.LockException:
-            logger.info("Waiting for another process that draws %s", path.parent)
-            portalocker.lock(file, flags.EXCLUSIVE)
-        yield  # closing the file frees the lock
 
 
 def _draw_into(folder: Path, digits_split: DigitsSplit) -> None:
