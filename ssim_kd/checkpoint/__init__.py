@@ -1,13 +1,17 @@
-"""Weights that one can rely on: whole, of the right architecture, finite."""
+"""Checkpoints: read with suspicion, loaded strictly, written atomically, resumed from."""
 
-from .reading import Weights, local_file, read_checkpoint, read_file, read_weights
+from .checkpointer import ResumeError, StudentCheckpointer
+from .files import Weights, local_file, read_checkpoint, read_file, read_weights, write_atomically
 from .strict import load_strictly
 
 __all__ = [
+    "ResumeError",
+    "StudentCheckpointer",
     "Weights",
     "load_strictly",
     "local_file",
     "read_checkpoint",
     "read_file",
     "read_weights",
+    "write_atomically",
 ]

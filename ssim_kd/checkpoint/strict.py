@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .reading import Weights
+from .files import Weights
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,10 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import load_strictly, read_weights
+from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
 from ..modeling import load_teacher, teacher_config
-from .checkpointer import StudentCheckpointer
 
 logger = logging.getLogger(__name__)
 

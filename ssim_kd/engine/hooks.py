@@ -12,7 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 
 from ..visualization import loss_map_images
-from .stopping import StopOnSignal
+from .signals import StopOnSignal
 
 
 class Reseed(HookBase):

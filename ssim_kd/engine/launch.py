@@ -15,8 +15,7 @@ import torch.multiprocessing as mp
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
-from .parent import die_with_parent, forward_sigterm
-from .stopping import EXIT_NOT_SAVED, EXIT_STOPPED, Stopped
+from .signals import EXIT_NOT_SAVED, EXIT_STOPPED, Stopped, die_with_parent, forward_sigterm
 
 # What torchrun sets beside RANK.
 _VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

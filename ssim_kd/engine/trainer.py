@@ -16,15 +16,14 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint import ResumeError, StudentCheckpointer
 from ..data import CheckedMapper, EvaluationLoader, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
-from .checkpointer import ResumeError, StudentCheckpointer
-from .curves import KeepCurves
 from .evaluation import build_evaluator, test_time_augmentation
 from .hooks import Reseed, SavedEvaluation, VisualizeDistillation
-from .settings import differences, settings_of
-from .step import DistillStep
-from .stopping import StopOnSignal
+from .resume import differences, settings_of
+from .signals import StopOnSignal
+from .train_loop import DistillStep
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[Any]:
         """DefaultTrainer's hooks, behind those that make a resumed run like any other."""
-        found = [Reseed(), KeepCurves(), *super().build_hooks()]
+        found = [Reseed(), *super().build_hooks()]
         # Behind the scheduler, whose state a checkpoint must hold as it is after the step.
         place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.LRScheduler)) + 1
         self._stop = StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD)

@@ -16,8 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from ssim_kd.engine import DistillTrainer
-from ssim_kd.engine.report import StepReport
-from ssim_kd.engine.step import DistillStep
+from ssim_kd.engine.train_loop import DistillStep, StepReport
 
 
 def weights_hash(model: torch.nn.Module) -> str:

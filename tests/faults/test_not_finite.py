@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssim_kd.engine.step import DistillStep, NonFiniteError
+from ssim_kd.engine.train_loop import DistillStep, NonFiniteError
 from tests.engine import inside
 from tests.engine.runs import World, checkpoint, children, metrics
 

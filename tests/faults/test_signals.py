@@ -210,7 +210,7 @@ def test_a_second_run_in_the_same_folder(world: World, tmp_path) -> None:
         other = world.arguments(tmp_path, *LONG, "SOLVER.BASE_LR", 0.5)
         with children(other, folder=tmp_path / "second") as (second,):
             assert second.wait(60) == 1
-            assert f"in use by another run (process {first.pid} on" in second.output
+            assert f"which another run uses (process {first.pid} on" in second.output
         assert "BASE_LR: 0.01" in (tmp_path / "config.yaml").read_text()
         first.signal(signal.SIGKILL)
         first.wait()

@@ -14,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from ssim_kd.engine.step import DistillStep
+from ssim_kd.engine.train_loop import DistillStep
 
 
 class TwoConvolutions(Backbone):

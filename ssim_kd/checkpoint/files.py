@@ -1,17 +1,22 @@
-"""Reading weights files: whole ones, of tensors alone."""
+"""Checkpoint files: read with suspicion, written atomically."""
 
+import contextlib
 import hashlib
 import os
 import pickle
+import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+
+# Ending of a file that is being written.
+_TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -202,3 +207,59 @@ def read_weights(path: str, *, key: str) -> Weights:
         backbone_only=bool(data.get("matching_heuristics", False)),
         sha256=_sha256_of(local),
     )
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a local file that is either whole or not there, also after a loss of power.
+
+    Args:
+        path: where it shall be; one that is there is replaced.
+        write: writes the content to the open binary file.
+
+    Raises:
+        OSError: it could not be written; says how much space is left.
+    """
+    temporary = f"{path}{_TEMPORARY}"
+    folder = os.path.dirname(path) or "."
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        # torch.save turns a full disk into a RuntimeError.
+        if isinstance(error, OSError | RuntimeError):
+            raise OSError(
+                f"{path} could not be written ({shutil.disk_usage(folder).free} bytes are free "
+                f"after {written} that were removed again): {error}. Earlier files are whole."
+            ) from error
+        raise
+    # The new name is on the disk when the folder is.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: str) -> list[str]:
+    """Remove what a killed run left half written.
+
+    Args:
+        folder: exists, and nobody else writes checkpoints there.
+
+    Returns:
+        the paths that were removed.
+    """
+    found = [
+        os.path.join(folder, name)
+        for name in sorted(os.listdir(folder))
+        if name.endswith((f".pth{_TEMPORARY}", f"last_checkpoint{_TEMPORARY}"))
+    ]
+    for path in found:
+        os.unlink(path)
+    return found

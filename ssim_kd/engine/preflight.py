@@ -1,12 +1,23 @@
-"""Values of the config that cannot work: told before anything is built or read."""
+"""What is checked before anything is built: the config's values and the weights to start from."""
 
+import filecmp
+import glob
+import logging
+import os
 import threading
+from urllib.parse import urlparse
 
 import torch
+from detectron2.checkpoint import detection_checkpoint
 from detectron2.config import CfgNode
 
+from ..checkpoint import local_file, read_file
 from ..modeling.teacher_config import teacher_config
 from .evaluation import check_teachers_classes
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = "MODEL.WEIGHTS"
 
 
 def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
@@ -81,3 +92,48 @@ def _check_expected_ap(cfg: CfgNode) -> None:
             "set to evaluate the teacher on, or EXPECTED_AP 0."
         )
     check_teachers_classes(cfg, teacher_config(cfg))
+
+
+def check_start(cfg: CfgNode, *, resume: bool) -> None:
+    """Fetch and read what the student starts from: nothing has been built yet.
+
+    Args:
+        cfg: of a training.
+        resume: whether a checkpoint is taken instead where there is one.
+
+    Raises:
+        ValueError: it is missing, cannot be fetched or cannot be read.
+    """
+    # Of any kind: which one is whole is the checkpointer's to tell.
+    resumes = resume and glob.glob(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
+    if cfg.MODEL.WEIGHTS and not resumes:
+        read_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
+
+
+def warn_of_same_weights(cfg: CfgNode) -> None:
+    """Warn where the student starts from the teacher's own file, or the teacher is not checked.
+
+    Args:
+        cfg: of a training with a teacher whose weights have been loaded.
+    """
+    path, key = teacher_config(cfg).MODEL.WEIGHTS, "MODEL.DISTILL.TEACHER.WEIGHTS"
+    if cfg.MODEL.WEIGHTS:
+        start = local_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
+        if filecmp.cmp(start, local_file(path, key=key), shallow=False):
+            logger.warning(
+                "%s is %r, the same file as %s: the student starts as its own teacher and has "
+                "nothing to learn from it. Expected the weights of a better detector.",
+                *(key, path, _WEIGHTS),
+            )
+    if not cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP:
+        logger.warning(
+            "MODEL.DISTILL.TEACHER.EXPECTED_AP is 0: the quality of the teacher is not checked, "
+            "and weights that fit can still be wrong. Set it to evaluate the teacher first."
+        )
+
+
+def _without_options(path: str) -> str:
+    """Detectron2 main reads options behind a "?"; to 0.6 they are part of the name."""
+    if not hasattr(detection_checkpoint, "parse_qs"):
+        return path
+    return urlparse(path)._replace(query="").geturl()

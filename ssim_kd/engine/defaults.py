@@ -18,8 +18,6 @@ from detectron2.utils.logger import setup_logger
 from ..config import add_distill_config, write_stock_config
 from ..config_files import merge_file
 from ..data import check_datasets, register_datasets
-from .config_checks import check_config
-from .doubts import warn_of_doubts
 from .evaluation import (
     check_teacher,
     student_for_evaluation,
@@ -27,8 +25,8 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
-from .ownership import sole_owner
-from .start import check_start
+from .output_lock import output_lock
+from .preflight import check_config, check_start, warn_of_same_weights
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -120,7 +118,7 @@ def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
     if args.eval_only or args.eval_teacher:
         return _evaluate(cfg, args)
     # Before anything is written there.
-    with sole_owner(cfg.OUTPUT_DIR):
+    with output_lock(cfg.OUTPUT_DIR):
         return _train(cfg, args)
 
 
@@ -170,7 +168,7 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> Any:
     trainer.resume_or_load(resume=args.resume)
     if trainer.teacher_sha256 and not trainer.start_iter:
         if comm.is_main_process():
-            warn_of_doubts(cfg)
+            warn_of_same_weights(cfg)
         expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
         if expected:
             check_teacher(cfg, DistillTrainer, expected)

@@ -11,8 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import read_checkpoint
-from .atomic import remove_unfinished, write_atomically
+from .files import read_checkpoint, remove_unfinished, write_atomically
 
 # Of these a start may lack some: they are not in the files of ImageNet backbones and begin at
 # their neutral values.

@@ -12,8 +12,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ssim_kd.engine.report import StepReport
-from ssim_kd.engine.step import DistillStep, NonFiniteError
+from ssim_kd.engine.train_loop import DistillStep, NonFiniteError, StepReport
 
 NAN = float("nan")
 

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssim_kd.data import build_train_loader, ensure_digits, register_datasets
 from ssim_kd.engine import DistillTrainer
 from ssim_kd.engine.hooks import Reseed, SavedEvaluation
-from ssim_kd.engine.stopping import StopOnSignal
+from ssim_kd.engine.signals import StopOnSignal
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
 from tests.helpers import bfloat16_without_onednn
 
@@ -74,11 +74,6 @@ def test_resumed_training_is_the_same_bit_for_bit(world: World, six: Path, tmp_p
     assert whole["trainer"]["data"]["seed"] == resumed["trainer"]["data"]["seed"]
     assert whole["trainer"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
     assert_same(whole, resumed)
-    # The medians over the steps before and after the kill as well.
-    last, again = ([x for x in metrics(f) if x["iteration"] == 5][-1] for f in (six, folder))
-    assert {
-        k: v for k, v in last.items() if "time" not in k and "eta" not in k
-    }.items() <= again.items()
 
 
 def test_a_resumed_run_differs_from_one_that_starts_anew(world: World, six: Path, tmp_path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ssim_kd.engine.stopping import EXIT_NOT_SAVED, EXIT_STOPPED, StopOnSignal, Stopped
+from ssim_kd.engine.signals import EXIT_NOT_SAVED, EXIT_STOPPED, StopOnSignal, Stopped
 
 
 class Trainer:
@@ -113,7 +113,7 @@ def test_a_forked_child_ends_by_sigterm_and_the_parent_does_not_notice(hook) -> 
 BUSY = """
 import ctypes, os, signal, threading, time
 from types import SimpleNamespace
-from ssim_kd.engine.stopping import StopOnSignal
+from ssim_kd.engine.signals import StopOnSignal
 hook = StopOnSignal(grace_period=0.3)
 hook.trainer = SimpleNamespace(request_stop=int, stop_requested=False)
 hook.before_train()

@@ -15,10 +15,10 @@ from detectron2.checkpoint import detection_checkpoint
 from detectron2.config import get_cfg
 from torch import nn
 
-from ssim_kd.engine import atomic
-from ssim_kd.engine.atomic import write_atomically
-from ssim_kd.engine.checkpointer import StudentCheckpointer
-from ssim_kd.engine.start import check_start
+from ssim_kd.checkpoint import files
+from ssim_kd.checkpoint.checkpointer import StudentCheckpointer
+from ssim_kd.checkpoint.files import write_atomically
+from ssim_kd.engine.preflight import check_start
 
 
 class Counter:
@@ -147,9 +147,9 @@ def test_a_write_that_fails_leaves_the_old_file_alone(error, written, tmp_path) 
 
 def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
     steps = []
-    monkeypatch.setattr(atomic.os, "fsync", lambda _: steps.append("sync"))
+    monkeypatch.setattr(files.os, "fsync", lambda _: steps.append("sync"))
     rename = os.replace
-    monkeypatch.setattr(atomic.os, "replace", lambda *a: (steps.append("rename"), rename(*a)))
+    monkeypatch.setattr(files.os, "replace", lambda *a: (steps.append("rename"), rename(*a)))
     write_atomically(str(tmp_path / "file"), lambda file: file.write(b"x"))
     assert steps == ["sync", "rename", "sync"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import get_cfg
 
-from ssim_kd.engine.settings import differences, settings_of
+from ssim_kd.engine.resume import differences, settings_of
 
 
 def test_differences_name_key_and_both_values() -> None:

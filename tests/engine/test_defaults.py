@@ -10,7 +10,7 @@ import torch
 from detectron2 import model_zoo
 
 from ssim_kd.engine import main as main_function
-from ssim_kd.engine.start import check_start
+from ssim_kd.engine.preflight import check_start
 from ssim_kd.modeling.teacher_config import teacher_config
 from tests.engine.runs import World
 
