@@ -14,6 +14,7 @@ def add_distill_config(cfg: CN) -> None:
     _add_model_keys(cfg)
     _add_solver_keys(cfg)
     _add_dataset_keys(cfg)
+    add_timm_config(cfg)
 
 
 def student_config(cfg: CN) -> CN:
@@ -29,6 +30,8 @@ def student_config(cfg: CN) -> CN:
 def write_stock_config(cfg: CN, path: str) -> None:
     """Write the student's config without the keys that stock Detectron2 does not know.
 
+    Those of a timm backbone stay, with a comment that says how Detectron2 learns them.
+
     Args:
         cfg: of the training.
         path: a .yaml file.
@@ -43,8 +46,19 @@ def write_stock_config(cfg: CN, path: str) -> None:
             }
         )
 
+    known, comment = get_cfg(), ""
+    if "timm" in cfg.MODEL.BACKBONE.NAME:
+        add_timm_config(known)
+        comment = _TIMM_COMMENT
     with PathManager.open(path, "w") as file:
-        file.write(keep_known(student_config(cfg), get_cfg()).dump())
+        file.write(comment + keep_known(student_config(cfg), known).dump())
+
+
+_TIMM_COMMENT = """\
+# A backbone of timm. Before it merges this file, stock Detectron2 needs two lines:
+#   from ssim_kd.modeling.timm_backbone import add_timm_config
+#   add_timm_config(cfg)
+"""
 
 
 def _add_model_keys(cfg: CN) -> None:
@@ -163,3 +177,23 @@ def _add_dataset_keys(cfg: CN) -> None:
     # 0: upright clean digits on a plain background, 1: small ones are hard for people as well.
     # Scales rotation, shear, occlusion, noise, blur, low contrast and distractors.
     digits.DIFFICULTY = 1.0
+
+
+def add_timm_config(cfg: CN) -> None:
+    """Add the keys of ``MODEL.TIMM``, read by the backbones of timm, to a config, in place."""
+    node = cfg.MODEL.TIMM = CN()
+    # A model of timm that gives a pyramid of features, e.g. "convnext_atto"; a tag behind it
+    # ("mobilenetv3_large_100.ra_in1k") chooses among timm's weights.
+    node.NAME = "mobilenetv3_large_100"
+    # Levels that the backbone gives, by stride: res2 (4), res3 (8), res4 (16), res5 (32).
+    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Start weights: "" (random), "timm" (timm's own, downloaded once), or a file of the whole
+    # model that timm reads (.pth, .safetensors). Not read where MODEL.WEIGHTS is set, which
+    # holds all weights.
+    node.PRETRAINED = ""
+    # Batch norms: "BN", "FrozenBN" or "SyncBN". Other norms stay as they are.
+    # MODEL.BACKBONE.FREEZE_AT freezes stages: 0 none, 1 the stem, 2 res2 and all below it, ...
+    node.NORM = "FrozenBN"
+    # Further arguments of timm.create_model: [NAME, VALUE, ...], e.g. ["drop_path_rate", 0.1], or
+    # ["strict_img_size", False] for a Swin transformer.
+    node.OPTS = []

@@ -65,7 +65,7 @@ def test_configs_are_shipped() -> None:
 
 @pytest.mark.parametrize("file", [f for f in CONFIGS if not is_base(f)], ids=name)
 def test_a_config_builds(file: Path, weightless: list[str]) -> None:
-    cfg = load(file, "MODEL.DEVICE", "meta")
+    cfg = load(file, "MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", "")
     assert cfg.DATASETS.TRAIN and cfg.DATASETS.TEST
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         assert max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER

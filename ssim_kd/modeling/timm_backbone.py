@@ -1,0 +1,306 @@
+"""Backbones by timm: any of its ``features_only`` models, below an FPN of Detectron2.
+
+What stock Detectron2 needs beside ssim_kd's ``student.yaml`` to run such a student::
+
+    from ssim_kd.modeling.timm_backbone import add_timm_config
+    add_timm_config(cfg)                 # before cfg.merge_from_file("student.yaml")
+"""
+
+import difflib
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
+
+from ..checkpoint import local_file
+from ..config import add_timm_config
+
+__all__ = [
+    "TimmBackbone",
+    "add_timm_config",
+    "build_retinanet_timm_fpn_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+]
+
+logger = logging.getLogger(__name__)
+
+NORMS = ("BN", "FrozenBN", "SyncBN")
+
+
+class TimmBackbone(Backbone):
+    """A ``features_only`` model of timm as a Detectron2 backbone, without an FPN.
+
+    The maps are named by their stride as those of Detectron2's ResNets are: res2 has stride 4.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        pretrained: str = "",
+        norm: str = "FrozenBN",
+        freeze_at: int = 0,
+        in_channels: int = 3,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: of the model in timm.
+            out_features: levels to give, in order of stride.
+            pretrained: "", "timm", or a file of the whole model.
+            norm: what becomes of batch norms, one of :data:`NORMS`.
+            freeze_at: 0 freezes nothing, k > 0 the map of stride 2^k and all below it.
+            in_channels: of the images.
+            options: further arguments of ``timm.create_model``.
+
+        Raises:
+            ImportError: timm is not installed.
+            ValueError: a value out of its range, levels that the model lacks, weights that do not
+                fit, or a model that does not take images of any size.
+        """
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"MODEL.TIMM.NORM is {norm!r}; expected one of {NORMS}.")
+        timm = _import_timm()
+        arguments = {"in_chans": in_channels, **(options or {})}
+        levels = _levels(timm, name, arguments)
+        wanted = {*out_features, *([f"res{freeze_at}"] if freeze_at else [])}
+        if not out_features or not wanted <= set(levels):
+            raise ValueError(
+                f"MODEL.TIMM.OUT_FEATURES is {list(out_features)} and MODEL.BACKBONE.FREEZE_AT "
+                f"{freeze_at}; {name} has the levels {list(levels)}, by which FREEZE_AT counts too."
+            )
+        names = sorted(wanted, key=lambda level: levels[level])
+        indices = [levels[level] for level in names]
+        if pretrained:
+            overlay = _checked_overlay(timm, name, pretrained, arguments)
+            arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        try:
+            self.body = timm.create_model(
+                name, features_only=True, out_indices=indices, **arguments
+            )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"MODEL.TIMM.PRETRAINED is {pretrained!r}: weights of {name} are not available "
+                f"({type(error).__name__}: {error}). Expected a connection, a file, or ''."
+            ) from error
+        self._names = names
+        self._out_features = [level for level in names if level in out_features]
+        info = self.body.feature_info
+        self._out_feature_strides = dict(zip(names, info.reduction(), strict=True))
+        self._out_feature_channels = dict(zip(names, info.channels(), strict=True))
+        self._last = getattr(self.body, "output_fmt", "") == "NHWC"
+        self._freeze(name, f"res{freeze_at}" if freeze_at else "", in_channels)
+        self._set_norm(timm, norm)
+        #: What the weights of timm were trained on, for images scaled to [0, 1] in RGB.
+        self.pixel_mean = tuple(self.body.pretrained_cfg["mean"])
+        self.pixel_std = tuple(self.body.pretrained_cfg["std"])
+
+    @property
+    def size_divisibility(self) -> int:
+        """The greatest stride."""
+        return max(self._out_feature_strides.values())
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            images: (N, C, H, W).
+
+        Returns:
+            the maps (N, C, H / stride, W / stride) by level.
+        """
+        maps = self._all_maps(images)
+        return {level: maps[level] for level in self._out_features}
+
+    def _all_maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.body(images)
+        if self._last:
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        return dict(zip(self._names, maps, strict=True))
+
+    def _freeze(self, name: str, level: str, in_channels: int) -> None:
+        """Freeze what a level depends on, and what no level that is given depends on.
+
+        Autograd says which parameters these are: timm's models have no common structure.
+        """
+        side = 2 * self.size_divisibility
+        device = next(self.body.parameters()).device
+        try:
+            maps = self.body.eval() and self._all_maps(
+                torch.zeros(1, in_channels, side, 2 * side, device=device)
+            )
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"MODEL.TIMM.NAME is {name!r}, which does not take images of {side} x {2 * side} "
+                f"pixels ({error}); expected a model for images of any size. Some become one by "
+                "MODEL.TIMM.OPTS, e.g. ['strict_img_size', False]."
+            ) from error
+        self.body.train()
+        for key, found in maps.items():
+            stride, channels = self._out_feature_strides[key], self._out_feature_channels[key]
+            expected = (1, channels, side // stride, 2 * side // stride)
+            if tuple(found.shape) != expected:
+                raise ValueError(
+                    f"MODEL.TIMM.NAME is {name!r}, whose {key} has the shape {tuple(found.shape)}; "
+                    f"expected {expected}."
+                )
+        reached = _reached(self.body, [maps[key] for key in self._out_features])
+        frozen = _reached(self.body, [maps[level]]) if level else set()
+        for parameter in self.body.parameters():
+            parameter.requires_grad_(parameter in reached and parameter not in frozen)
+
+    def _set_norm(self, timm: Any, norm: str) -> None:
+        if norm == "FrozenBN":
+            self.body = timm.layers.freeze_batch_norm_2d(self.body)
+            return
+        for module in list(self.body.modules()):
+            for key, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d) and not child.weight.requires_grad:
+                    setattr(module, key, timm.layers.freeze_batch_norm_2d(child))
+        if norm == "SyncBN":
+            self.body = timm.layers.convert_sync_batchnorm(self.body)
+
+
+def _reached(model: nn.Module, maps: list[torch.Tensor]) -> set[nn.Parameter]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = torch.stack([m.sum() for m in maps]).sum()
+    grads = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
+    return {p for p, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "MODEL.BACKBONE.NAME asks for a backbone of timm, which is not installed: "
+            "pip install 'ssim_kd[timm]'."
+        ) from error
+    return timm
+
+
+def _levels(timm: Any, name: str, arguments: dict[str, Any]) -> dict[str, int]:
+    """The index in timm of each level of a model, which is built to be asked."""
+    try:
+        model = timm.create_model(name, features_only=True, **arguments)
+    except Exception as error:
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
+        raise ValueError(
+            f"MODEL.TIMM.NAME is {name!r}, of which timm {timm.__version__} makes no pyramid of "
+            f"features with {arguments}: {type(error).__name__}: {error}. Near it are {near}; "
+            "timm.list_models() has all."
+        ) from error
+    strides = model.feature_info.reduction()
+    if len(set(strides)) < len(strides) or any(s < 1 or s & (s - 1) for s in strides):
+        raise ValueError(
+            f"MODEL.TIMM.NAME is {name!r}, whose maps have the strides {strides}; expected a "
+            "pyramid, each stride another power of 2."
+        )
+    indices = model.feature_info.out_indices
+    return {f"res{int(math.log2(s))}": i for s, i in zip(strides, indices, strict=True)}
+
+
+def _checked_overlay(
+    timm: Any, name: str, pretrained: str, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """What timm is asked to load; a file must hold the whole model, its classifier aside."""
+    if pretrained == "timm":
+        return {}
+    path = local_file(pretrained, key="MODEL.TIMM.PRETRAINED")
+    model = timm.create_model(name, **arguments)
+    try:
+        tensors = timm.models.load_state_dict(path)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        tensors = convert(tensors, model) if convert else tensors
+    except Exception as error:
+        raise ValueError(
+            f"MODEL.TIMM.PRETRAINED is {pretrained!r}, which timm cannot read as weights of "
+            f"{name} ({type(error).__name__}: {error})."
+        ) from error
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    heads = tuple(f"{head}." for head in heads)
+    expected = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(heads)}
+    given = {k: v.shape for k, v in tensors.items() if not k.startswith(heads)}
+    unfit = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
+    if unfit:
+        raise ValueError(
+            f"MODEL.TIMM.PRETRAINED is {pretrained!r}, which does not fit {name}: {len(unfit)} of "
+            f"{len(expected)} tensors are missing, unexpected or of another shape (e.g. "
+            f"{unfit[:3]}). Expected weights of this very model."
+        )
+    return {"file": path}
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CN, input_shape: ShapeSpec) -> TimmBackbone:
+    """The model of ``MODEL.TIMM`` without an FPN."""
+    node = cfg.MODEL.TIMM
+    if len(node.OPTS) % 2:
+        raise ValueError(f"MODEL.TIMM.OPTS is {node.OPTS}; expected [NAME, VALUE, ...].")
+    backbone = TimmBackbone(
+        node.NAME,
+        out_features=node.OUT_FEATURES,
+        pretrained="" if cfg.MODEL.WEIGHTS else node.PRETRAINED,
+        norm=node.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        in_channels=input_shape.channels,
+        options=dict(zip(node.OPTS[::2], node.OPTS[1::2], strict=True)),
+    )
+    if node.PRETRAINED and input_shape.channels == 3:
+        _warn_of_pixels(cfg, backbone)
+    return backbone
+
+
+def _warn_of_pixels(cfg: CN, backbone: TimmBackbone) -> None:
+    """Compare how images are given with how timm's weights expect them."""
+    mean = [255 * value for value in backbone.pixel_mean]
+    std = [255 * value for value in backbone.pixel_std]
+    given = [*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD]
+    near = all(abs(a - b) < 1 for a, b in zip(given, mean + std, strict=True))
+    if cfg.INPUT.FORMAT != "RGB" or not near:
+        logger.warning(
+            "%s was trained on RGB images with PIXEL_MEAN %s and PIXEL_STD %s; INPUT.FORMAT is %r, "
+            "MODEL.PIXEL_MEAN %s and MODEL.PIXEL_STD %s.",
+            cfg.MODEL.TIMM.NAME,
+            [round(value, 3) for value in mean],
+            [round(value, 3) for value in std],
+            cfg.INPUT.FORMAT,
+            list(cfg.MODEL.PIXEL_MEAN),
+            list(cfg.MODEL.PIXEL_STD),
+        )
+
+
+def _fpn(cfg: CN, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
+    """The model of ``MODEL.TIMM`` below an FPN with p6, as ``build_resnet_fpn_backbone``."""
+    return _fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
+    """With p6 and p7 above res5, as ``build_retinanet_resnet_fpn_backbone``."""
+    bottom_up = build_timm_backbone(cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
