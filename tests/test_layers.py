@@ -25,6 +25,7 @@ LAYERS = {
     "ssim_kd.modeling.teacher": 2,
     "ssim_kd.modeling.teacher_config": 2,
     "ssim_kd.modeling.timm_backbone": 2,
+    "ssim_kd.modeling.external_teacher": 1,
     "ssim_kd.checkpoint": 2,
     "ssim_kd.modeling.adapters": 1,
     "ssim_kd.modeling.batch": 1,

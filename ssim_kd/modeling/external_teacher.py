@@ -1,0 +1,243 @@
+"""Teachers that are no Detectron2 models: any Module that returns maps, and RT-DETR."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+#: Prefix of a name on the Hugging Face hub, where a config names a teacher.
+HUB = "hf://"
+
+
+class ModuleTeacher(nn.Module):
+    """What a :class:`FrozenTeacher` needs of a detector, around any Module that returns maps.
+
+        body = create_feature_extractor(resnet, {"layer2": "res3", "layer3": "res4"})
+        shapes = {"res3": ShapeSpec(channels=512, stride=8), ...}
+        teacher = FrozenTeacher(ModuleTeacher(body, shapes, pixel_mean=..., pixel_std=...))
+
+    Attributes:
+        backbone: returns the maps by level.
+        pixel_mean, pixel_std: (C, 1, 1), of pixels in [0, 255].
+        input_format: channel order that the Module was trained on.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shapes: Mapping[str, ShapeSpec],
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "RGB",
+        size_divisibility: int = 0,
+    ) -> None:
+        """
+        Args:
+            module: maps images (N, C, H, W) to a dict of maps by level, or to a sequence of maps in
+                the order of ``shapes``.
+            shapes: channels and stride by level; the student's level of the same name and stride
+                is compared with it.
+            pixel_mean, pixel_std: of images with values in [0, 255], a number a channel.
+            input_format: channel order of the images, "RGB" or "BGR".
+            size_divisibility: images are padded at the right and bottom to multiples of it; 0 for
+                the greatest stride.
+
+        Raises:
+            ValueError: maps that are not as ``shapes`` describes them.
+        """
+        super().__init__()
+        self.backbone = _MapBackbone(module, shapes, size_divisibility)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.input_format = input_format
+        self.backbone.check(len(pixel_mean))
+
+
+class _MapBackbone(Backbone):
+    """A Module that returns maps, as a Detectron2 backbone."""
+
+    def __init__(
+        self, module: nn.Module, shapes: Mapping[str, ShapeSpec], size_divisibility: int
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._shapes = dict(shapes)
+        self._divisibility = size_divisibility or max(s.stride for s in shapes.values())
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._divisibility
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return dict(self._shapes)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.module(images)
+        if not isinstance(maps, Mapping):
+            maps = dict(zip(self._shapes, maps, strict=True))
+        return {level: maps[level] for level in self._shapes}
+
+    @torch.no_grad()
+    def check(self, channels: int) -> None:
+        """Compare the maps of a small image with their description."""
+        height = width = max(self._divisibility, 64)
+        width *= 2
+        training = self.training
+        parameter = next(self.parameters(), torch.zeros(()))
+        images = torch.zeros(
+            1, channels, height, width, device=parameter.device, dtype=parameter.dtype
+        )
+        try:
+            found = {k: tuple(v.shape) for k, v in self.eval()(images).items()}
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"The teacher {type(self.module).__name__} does not return the levels "
+                f"{list(self._shapes)} ({error}); expected a dict by level, or one map a level."
+            ) from error
+        self.train(training)
+        expected = {
+            level: (1, s.channels, -(-height // s.stride), -(-width // s.stride))
+            for level, s in self._shapes.items()
+        }
+        unlike = {k: (found[k], expected[k]) for k in expected if found[k] != expected[k]}
+        if unlike:
+            raise ValueError(
+                f"The teacher {type(self.module).__name__} returns maps of other shapes than its "
+                f"description's channels and strides give (found, expected): {unlike}."
+            )
+
+
+class _HybridEncoder(nn.Module):
+    """Backbone and hybrid encoder of an RT-DETR, without its decoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.encoder_input_proj = model.encoder_input_proj
+        self.encoder = model.encoder
+        for module in self.encoder.modules():
+            # Positions are computed for the size of each batch, not stored for one size.
+            if hasattr(module, "eval_size"):
+                module.eval_size = None
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        mask = images.new_ones(images.shape[0], *images.shape[-2:])
+        features = self.backbone(images, mask)
+        projected = [
+            project(feature)
+            for project, (feature, _) in zip(self.encoder_input_proj, features, strict=True)
+        ]
+        return list(self.encoder(projected).last_hidden_state)
+
+
+def load_rtdetr(name: str) -> ModuleTeacher:
+    """An RT-DETR, RT-DETRv2 or D-FINE of ``transformers`` as a teacher.
+
+    The maps behind its hybrid encoder are p3, p4 and p5, of strides 8, 16 and 32 and, in the
+    released models, 256 channels. It takes RGB images. Its own image processor squashes an image to
+    640 x 640 pixels; a teacher must see the pixels that its student sees, so that here an image
+    keeps the student's size and is padded by black to multiples of 32. INPUT.MIN_SIZE_TRAIN around
+    640 gives it objects of the size that it was trained on.
+
+    Args:
+        name: a folder written by ``save_pretrained``, or a name on the Hugging Face hub such as
+            "PekingU/rtdetr_r50vd", also with "hf://" before it.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: another kind of model, or weights that are missing or do not fit.
+    """
+    transformers = _import_transformers()
+    path = os.path.expanduser(name.removeprefix(HUB))
+    try:
+        model, info = transformers.AutoModelForObjectDetection.from_pretrained(
+            path, output_loading_info=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The teacher {name!r} is not available as a detector of transformers: {error}"
+        ) from error
+    missing = sorted(key for key in info["missing_keys"] if "num_batches_tracked" not in key)
+    if missing:
+        raise ValueError(
+            f"The weights of the teacher {name!r} lack {len(missing)} tensors of its config "
+            f"(e.g. {missing[:3]}); expected the whole model."
+        )
+    return rtdetr_teacher(model, **_pixel_statistics(transformers, path))
+
+
+def rtdetr_teacher(
+    model: nn.Module,
+    *,
+    pixel_mean: Sequence[float] = (0.0, 0.0, 0.0),
+    pixel_std: Sequence[float] = (255.0, 255.0, 255.0),
+) -> ModuleTeacher:
+    """As :func:`load_rtdetr`, for a model that is in memory.
+
+    Args:
+        model: ``RTDetrForObjectDetection`` or ``RTDetrModel``, their v2, or those of D-FINE.
+        pixel_mean, pixel_std: of pixels in [0, 255]; RT-DETR's own scale them to [0, 1].
+
+    Raises:
+        ValueError: a model without a hybrid encoder.
+    """
+    inner: Any = getattr(model, "model", model)
+    lacking = [k for k in ("backbone", "encoder_input_proj", "encoder") if not hasattr(inner, k)]
+    if lacking:
+        raise ValueError(
+            f"The teacher {type(model).__name__} has no {', '.join(lacking)}; expected an RT-DETR, "
+            "RT-DETRv2 or D-FINE of transformers."
+        )
+    config = inner.config
+    shapes = {
+        f"p{int(stride).bit_length() - 1}": ShapeSpec(channels=channels, stride=int(stride))
+        for stride, channels in zip(config.feat_strides, inner.encoder.out_channels, strict=True)
+    }
+    return ModuleTeacher(_HybridEncoder(inner), shapes, pixel_mean=pixel_mean, pixel_std=pixel_std)
+
+
+def _pixel_statistics(transformers: Any, path: str) -> dict[str, list[float]]:
+    """Mean and standard deviation of pixels in [0, 255], out of the model's image processor."""
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "%s has no image processor that is readable (%s): pixels are scaled to [0, 1], as "
+            "those of RT-DETR are.",
+            path,
+            error,
+        )
+        return {}
+    scale = processor.rescale_factor if processor.do_rescale else 1.0
+    mean = processor.image_mean if processor.do_normalize else [0.0] * 3
+    std = processor.image_std if processor.do_normalize else [1.0] * 3
+    return {"pixel_mean": [m / scale for m in mean], "pixel_std": [s / scale for s in std]}
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "A teacher of the Hugging Face hub needs transformers, which is not installed: "
+            "pip install 'ssim_kd[detr]'."
+        ) from error
+    return transformers
+
+
+def sha256_of_module(module: nn.Module) -> str:
+    """The SHA-256 of a Module's tensors and their names, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
