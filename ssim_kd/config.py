@@ -139,6 +139,10 @@ def _add_model_keys(cfg: CN) -> None:
 
 
 def _add_solver_keys(cfg: CN) -> None:
+    # True: MODEL.WEIGHTS may fit a part of the student's backbone; the rest starts from random
+    # values, and the log lists it. False: such weights stop the run.
+    cfg.MODEL.WEIGHTS_PARTIAL = False
+
     solver = cfg.SOLVER
     # How many of the periodic checkpoints stay on the disk, the newest ones. 0 keeps all.
     solver.CHECKPOINTS_TO_KEEP = 0

@@ -1,50 +1,70 @@
-"""Checkpoints of a training: the plain student, written so that none is ever half there."""
+"""Checkpoints of a training: the plain student, written atomically; which one a resume takes."""
 
+import argparse
+import copy
 import os
 import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from .files import read_checkpoint, remove_unfinished, write_atomically
+from .files import model_of, read_checkpoint, remove_unfinished, write_atomically
 
-# Of these a start may lack some: they are not in the files of ImageNet backbones and begin at
-# their neutral values.
+# A start may lack these: files of ImageNet backbones do not have them, and their initial values are
+# neutral.
 _NEUTRAL = ("num_batches_tracked", "conv2_offset")
 # The tag of a run that has saved nothing yet, in a folder with checkpoints of an earlier one.
 _NONE_YET = "none yet"
+# What a reader that runs no code reads back, beside containers of these.
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, bytearray, set, argparse.Namespace),
+    *(torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
+)
 
 
 class ResumeError(ValueError):
-    """A checkpoint that is whole, but that this training cannot go on from."""
+    """A checkpoint that is whole, but that does not fit this training."""
 
 
 class StudentCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, made safe.
+    """Detectron2's checkpointer, with atomic writes and a resume that skips damaged files.
 
-    - A file is written beside its place, brought to the disk, and renamed; ``last_checkpoint``
-      follows it. A run that is killed while it saves loses nothing that it had.
-    - A resume takes the newest checkpoint that is whole, and says which ones are not.
-    - Weights to start from must fit the student's backbone to the last key.
+    - A file is written beside its place, synced and renamed; ``last_checkpoint`` follows it. A
+      run that is killed while it saves keeps its earlier checkpoints.
+    - A resume takes the newest checkpoint that is whole, and logs the ones that are not.
+    - What a resume could not read is refused when it is saved.
+    - Weights to start from must fit the whole backbone of the student, unless ``partial``.
 
-    "model" holds the plain student. What else belongs to the training has keys of its own.
+    "model" holds the plain student. Other states of the training have keys of their own.
 
     Attributes:
         last_saved: iteration of the checkpoint that was saved last; None before the first, and
             in processes that save none.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str,
+        *,
+        keep: int = 0,
+        partial: bool = False,
+        **others: Any,
+    ) -> None:
         """
         Args:
             model: the student.
             save_dir: folder of the checkpoints.
-            keep: how many periodic checkpoints stay, the newest; 0 for all.
+            keep: number of periodic checkpoints that stay, the newest; 0 for all.
+            partial: whether weights to start from may fit a part of the backbone.
             others: objects with ``state_dict()``, saved under their names.
 
         Raises:
@@ -54,13 +74,15 @@ class StudentCheckpointer(DetectionCheckpointer):
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; expected 0 or more.")
         self.keep = keep
+        self.partial = partial
         self.last_saved: int | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{name}.pth`` and tag it as the last.
 
         Raises:
-            OSError: it could not be written; the earlier checkpoints are whole.
+            OSError: the write failed; the earlier checkpoints are whole.
+            ValueError: a state holds what a resume could not read; names where.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -71,6 +93,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
+        data = plain(data)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda file: torch.save(data, file))
@@ -79,8 +102,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         self._prune(path)
 
     def _prune(self, written: str) -> None:
-        # By age, not by iteration: there may be later ones of an earlier run, or such that could
-        # not be read when the run was resumed.
+        # By age, not by iteration: an earlier run may have left later ones.
         periodic = sorted(
             (p for p in self.get_all_checkpoint_files() if _iteration(p) is not None),
             key=lambda p: (p == written, os.path.getmtime(p)),
@@ -116,11 +138,18 @@ class StudentCheckpointer(DetectionCheckpointer):
         if found is None:
             if resume:
                 self.logger.info("No checkpoint in %s: training starts anew.", self.save_dir)
-            self.load(path, checkpointables=[])
+            self._start(path)
             self._begin_anew()
             return False
         self._resume(found)
         return True
+
+    def _start(self, path: str) -> None:
+        try:
+            # A "~" is known to no reader of Detectron2's.
+            self.load(os.path.expanduser(path), checkpointables=[])
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise ValueError(f"MODEL.WEIGHTS is {path!r}: {error}") from error
 
     def _begin_anew(self) -> None:
         """Keep a later resume from the checkpoints that an earlier run has left in the folder."""
@@ -136,10 +165,11 @@ class StudentCheckpointer(DetectionCheckpointer):
     def newest(self) -> str | None:
         """The newest checkpoint that is whole, the same on every process; None if there is none.
 
+        Every process must call it; the main one decides.
+
         Raises:
             ValueError: checkpoints exist and none is whole; on every process.
         """
-        # One process decides.
         found, error = comm.all_gather(
             self._newest_whole() if comm.is_main_process() else (None, None)
         )[0]
@@ -154,13 +184,12 @@ class StudentCheckpointer(DetectionCheckpointer):
             return None, None
         if tag and not candidates:
             return None, (
-                f"--resume: last_checkpoint in {self.save_dir} names {tag}, which is not there, "
-                "and no other checkpoint is. Bring it back, or remove last_checkpoint to start "
-                "anew."
+                f"--resume: last_checkpoint in {self.save_dir} names {tag}, which is missing, and "
+                "there is no other checkpoint. Restore it, or remove last_checkpoint to start anew."
             )
         if candidates and os.path.basename(candidates[0]) != tag:
             self.logger.warning(
-                "last_checkpoint in %s names no file: the newest checkpoint is taken.",
+                "last_checkpoint names no file in %s: the newest checkpoint is taken.",
                 self.save_dir,
             )
         for path in candidates:
@@ -173,7 +202,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         if candidates:
             return None, (
                 f"--resume: none of the {len(candidates)} checkpoints in {self.save_dir} can be "
-                "read. Move them away to start anew."
+                "read (the log has the reasons). Move them away to start anew."
             )
         return None, None
 
@@ -223,13 +252,15 @@ class StudentCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)
-        if "model" not in data:
-            data = {"model": data}
-            if filename.endswith(".pkl"):
-                # Detectron1 and Caffe2: detectors have "blobs", ImageNet backbones do not.
-                arrays = data["model"].get("blobs", data["model"])
-                arrays = {k: v for k, v in arrays.items() if not k.endswith("_momentum")}
-                data = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+        where, model = model_of(data)
+        if not isinstance(model, Mapping):
+            raise ValueError(f"its {where} is a {type(model).__name__}; expected a dict of tensors")
+        data = {**data, "model": model} if where == "model" else {"model": model}
+        if where == "content" and filename.endswith(".pkl"):
+            # Detectron1 and Caffe2: detectors have "blobs", ImageNet backbones do not.
+            arrays = data["model"].get("blobs", data["model"])
+            arrays = {k: v for k, v in arrays.items() if not k.endswith("_momentum")}
+            data = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
         # Detectron2 main takes what stands behind a "?" in MODEL.WEIGHTS for options.
         url: Any = getattr(self, "_parsed_url_during_load", None)
         options = parse_qs(url.query) if url else {}
@@ -243,7 +274,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         return data
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """A start may lack the heads; a backbone that the weights fit in part is a mistake."""
+        """A start may lack the heads; weights that fit a part of the backbone are an error."""
         backbone = getattr(self.model, "backbone", None)
         prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
         wrong = [
@@ -251,11 +282,12 @@ class StudentCheckpointer(DetectionCheckpointer):
             for key in (*incompatible.missing_keys, *(k for k, *_ in incompatible.incorrect_shapes))
             if key.startswith(prefix) and not any(part in key for part in _NEUTRAL)
         ]
-        if wrong:
+        if wrong and not self.partial:
             raise ValueError(
-                f"MODEL.WEIGHTS does not fit the student's backbone: {len(wrong)} keys under "
-                f"{prefix} are missing or of another shape (e.g. {', '.join(wrong[:3])}). Expected "
-                "weights of this very backbone, or '' to start from random ones."
+                f"{len(wrong)} keys of the student under {prefix} are missing in it or of another "
+                f"shape (e.g. {', '.join(wrong[:3])}). Expected weights of this backbone, '' to "
+                "start from random ones, or MODEL.WEIGHTS_PARTIAL True to start these keys from "
+                "random ones."
             )
         super()._log_incompatible_keys(incompatible)
 
@@ -264,3 +296,34 @@ def _iteration(path: str) -> int | None:
     """The iteration of a periodic checkpoint, ``model_0004999.pth``; None for other files."""
     match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
     return int(match.group(1)) if match else None
+
+
+def plain(value: Any, where: str = "") -> Any:
+    """A state with NumPy's scalars as Python's, which every reader of checkpoints reads.
+
+    Args:
+        value: numbers, text, tensors, arrays, and containers of them.
+        where: its place in the checkpoint, for the message.
+
+    Raises:
+        ValueError: anything else; names the place.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(plain(item, f"{where}/{i}") for i, item in enumerate(value))
+    if kind in (dict, OrderedDict, Counter):
+        items = {plain(k, where): plain(v, f"{where}/{k}".lstrip("/")) for k, v in value.items()}
+        # A copy keeps what a state dict carries beside its items.
+        found = copy.copy(value)
+        found.clear()
+        found.update(items)
+        return found
+    if kind in _PLAIN or (kind is np.ndarray and not value.dtype.hasobject):
+        return value
+    raise ValueError(
+        f"The checkpoint would hold a {kind.__module__}.{kind.__qualname__} at {where}, which a "
+        "resume does not read. Expected numbers, text, tensors, arrays, and lists or dicts of them "
+        "from the state_dict() that returned it. Nothing was written."
+    )

@@ -1,12 +1,13 @@
-"""Checkpoint files: read with suspicion, written atomically."""
+"""Checkpoint files: read without running code of theirs, written atomically."""
 
 import contextlib
 import hashlib
+import io
 import os
 import pickle
+import re
 import shutil
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -17,6 +18,9 @@ from detectron2.utils.file_io import PathManager
 
 # Ending of a file that is being written.
 _TEMPORARY = ".tmp"
+# Keys under which training programs keep the model, and what wrappers put before every name.
+_MODEL_KEYS = ("model", "state_dict")
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -40,87 +44,116 @@ class Weights:
     sha256: str
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers and NumPy arrays alone: a weights file cannot run code."""
+class _SafeUnpickler(pickle.Unpickler):
+    """Unpickles plain containers, NumPy arrays and tensors alone: the file cannot run code."""
 
+    # Of NumPy: its versions 1 and 2, every protocol of pickle.
     _ALLOWED = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): np.ndarray,
-    }
-    # What NumPy's arrays are rebuilt by, in its versions 1 and 2 and the protocols of pickle.
-    _REBUILD = {
-        ("_codecs", "encode"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.numeric", "_frombuffer"),
+        "_codecs.encode",
+        "argparse.Namespace",
+        "builtins.set",
+        "collections.Counter",
+        "collections.OrderedDict",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "torch.Size",
+        "torch.device",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch.storage.UntypedStorage",
+        *(
+            f"numpy.{core}.{name}"
+            for core in ("core", "_core")
+            for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+        ),
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
-        if (module, name) in self._REBUILD:
+        if module == "torch.storage" and name == "_load_from_bytes":
+            return _load_storage
+        full = f"{module}.{name}"
+        if full in self._ALLOWED or isinstance(getattr(torch, name, None), torch.dtype):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+        raise pickle.UnpicklingError(f"it asks for {full}, which is neither tensor nor array")
 
 
-def load_pickle(path: str) -> Any:
-    """Read a zoo-format .pkl of plain containers and NumPy arrays.
+class _SafePickle:
+    """As much of the module ``pickle`` as torch.load asks for."""
 
-    Raises:
-        pickle.UnpicklingError: the file asks for anything else.
-    """
+    Unpickler = _SafeUnpickler
+
+    @staticmethod
+    def load(file: IO[bytes], **options: Any) -> Any:
+        return _SafeUnpickler(file, **options).load()
+
+
+def _load_storage(data: bytes) -> Any:
+    """What a tensor that was pickled without torch.save holds."""
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def _load_pkl(path: str) -> Any:
     with open(path, "rb") as file:
-        return _ArrayUnpickler(file, encoding="latin1").load()
+        return _SafeUnpickler(file, encoding="latin1").load()
+
+
+def _load_pth(path: str) -> Any:
+    in_zip = _is_zip(path)
+    if in_zip:
+        _check_sums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+    except pickle.UnpicklingError:
+        # That reader knows neither NumPy's values nor the protocols of pickle but 2 and 3.
+        return torch.load(
+            path,
+            map_location="cpu",
+            weights_only=False,
+            pickle_module=_SafePickle,
+            mmap=in_zip,
+        )
 
 
 def local_file(path: str, *, key: str) -> str:
     """Where a file or URL lies on this machine, downloaded if need be.
 
     Args:
-        path: a file or a URL that Detectron2's PathManager knows.
+        path: a file, which may begin with ``~``, or a URL that Detectron2's PathManager knows.
         key: the config key that named it, for the message.
 
     Raises:
-        ValueError: nothing is there, or it cannot be fetched.
+        ValueError: nothing is there, or the download fails.
     """
     if not path:
         raise ValueError(f"{key} is empty; expected a .pth or .pkl file or a URL.")
     try:
-        local = PathManager.get_local_path(path)
+        local = PathManager.get_local_path(os.path.expanduser(path))
     except Exception as error:
-        raise ValueError(f"{key} is {path!r}, which cannot be fetched: {error}") from error
+        raise ValueError(f"{key} is {path!r}, which is not available: {_reason(error)}") from error
     if not os.path.isfile(local):
         raise ValueError(f"{key} is {path!r}: no such file.")
     return str(local)
 
 
 def read_checkpoint(local: str) -> dict[str, Any]:
-    """Read a .pth (weights-only) or a zoo-format .pkl (arrays alone).
+    """Read a .pth (as torch.save writes it, with any of its options) or a zoo-format .pkl.
 
     Returns:
         the file's dict.
 
     Raises:
-        ValueError: no checkpoint, one cut short, or a .pth whose bytes do not have the checksums
-            that they were written with; says which, and how large the file is. A .pkl and a .pth
-            of before torch 1.6 carry no checksums.
+        ValueError: not a checkpoint, a truncated one, one that holds more than tensors, arrays
+            and plain values, or a .pth whose bytes do not have the checksums that they were
+            written with; names the reason and the size. A .pkl, a .pth of before torch 1.6 and
+            one that was saved without them carry no checksums.
     """
     try:
-        if local.endswith(".pkl"):
-            data = load_pickle(local)
-        else:
-            in_zip = _is_zip(local)
-            if in_zip:
-                _check_sums(local)
-            data = torch.load(local, map_location="cpu", weights_only=True, mmap=in_zip)
+        data = _load_pkl(local) if local.endswith(".pkl") else _load_pth(local)
     except Exception as error:
         raise ValueError(
             f"{local} ({os.path.getsize(local)} bytes) is not a checkpoint that can be read: it is "
-            f"truncated, of another format, or holds more than tensors ({_first_line(error)})."
+            f"truncated, of another format, or holds more than tensors ({_reason(error)})."
         ) from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{local} holds a {type(data).__name__}; expected a dict of tensors.")
@@ -155,6 +188,8 @@ def _is_zip(path: str) -> bool:
 def _check_sums(path: str) -> None:
     """Compare every file in a zip with its CRC: torch.load does not."""
     with zipfile.ZipFile(path) as archive:
+        if not any(entry.CRC for entry in archive.infolist()):
+            return  # saved without: torch.serialization.set_crc32_options(False)
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"bytes of {damaged} were changed after they were written")
@@ -169,8 +204,10 @@ def _sha256_of(path: str) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _reason(error: BaseException) -> str:
+    """The line of an error that names its cause, without the escape codes of terminals."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def read_weights(path: str, *, key: str) -> Weights:
@@ -184,20 +221,21 @@ def read_weights(path: str, *, key: str) -> Weights:
         ValueError: the file is missing, unreadable or holds no tensors.
     """
     local, data = read_file(path, key=key)
-    tensors = data.get("model", data)
+    where, tensors = model_of(data)
     if not isinstance(tensors, Mapping):
         raise ValueError(
-            f"{key} is {path!r}, whose model is a {type(tensors).__name__} and no dict of tensors."
+            f"{key} is {path!r}, whose {where} is a {type(tensors).__name__} and no dict of "
+            "tensors."
         )
     found = {
-        name.removeprefix("module."): torch.as_tensor(value)
+        name: torch.as_tensor(value)
         for name, value in tensors.items()
-        if isinstance(value, np.ndarray | torch.Tensor)
+        if isinstance(value, np.ndarray | np.generic | torch.Tensor | int | float)
     }
-    if not found or len(found) < len(tensors):
+    if len(found) < len(tensors) or not any(value.dim() for value in found.values()):
         raise ValueError(
-            f"{key} is {path!r}, whose {'model' if 'model' in data else 'contents'} are not a dict "
-            f"of tensors ({len(found)} of {len(tensors)} entries are)."
+            f"{key} is {path!r}, whose {where} is not a dict of tensors ({len(found)} of "
+            f"{len(tensors)} entries are tensors)."
         )
     return Weights(
         path=path,
@@ -209,15 +247,30 @@ def read_weights(path: str, *, key: str) -> Weights:
     )
 
 
+def model_of(data: Mapping[str, Any]) -> tuple[str, Any]:
+    """Where a checkpoint holds the model, and what is there.
+
+    Returns:
+        the key ("content" for a bare state dict), and the value under it; prefixes that DDP and
+        torch.compile put before every name are removed.
+    """
+    where = next((key for key in _MODEL_KEYS if key in data), "content")
+    model = data.get(where, data)
+    for prefix in _WRAPPERS:
+        if isinstance(model, Mapping) and model and all(k.startswith(prefix) for k in model):
+            model = {name.removeprefix(prefix): value for name, value in model.items()}
+    return where, model
+
+
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a local file that is either whole or not there, also after a loss of power.
 
     Args:
-        path: where it shall be; one that is there is replaced.
+        path: of the file; one that is there is replaced.
         write: writes the content to the open binary file.
 
     Raises:
-        OSError: it could not be written; says how much space is left.
+        OSError: the write failed; names the space that is left.
     """
     temporary = f"{path}{_TEMPORARY}"
     folder = os.path.dirname(path) or "."
@@ -247,10 +300,10 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def remove_unfinished(folder: str) -> list[str]:
-    """Remove what a killed run left half written.
+    """Remove the unfinished files of a killed run.
 
     Args:
-        folder: exists, and nobody else writes checkpoints there.
+        folder: exists; no other run writes checkpoints there.
 
     Returns:
         the paths that were removed.

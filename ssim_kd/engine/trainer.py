@@ -70,7 +70,8 @@ class DistillTrainer(DefaultTrainer):
             self.student,
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
-            # First, since it tells what has changed in the config; the rest may then not fit.
+            partial=cfg.MODEL.WEIGHTS_PARTIAL,
+            # First: it logs what has changed in the config, before anything else does not fit.
             trainer=weakref.proxy(self),
             **own,
         )

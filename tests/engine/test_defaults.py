@@ -192,7 +192,7 @@ def test_an_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
         ("none.pth", None, "no such file"),
         ("cut.pth", b"PK", r"\(2 bytes\) is not a checkpoint"),
         ("cut.pkl", b"", r"\(0 bytes\) is not a checkpoint"),
-        ("https://192.0.2.1/weights.pkl", None, "cannot be fetched"),
+        ("https://192.0.2.1/weights.pkl", None, "is not available"),
     ],
 )
 def test_a_students_weights_that_cannot_be_read(

@@ -91,8 +91,11 @@ REFUSED: dict[str, tuple[Callable[[State, Path], Any], str]] = {
     "flipped": (lambda s, path: _flipped(s, path), "changed after they were written"),
     "empty file": (lambda s, path: path.write_bytes(b""), r"\(0 bytes\) is not a checkpoint"),
     "a web page": (lambda s, path: path.write_text("<html>404</html>"), "is not a checkpoint"),
-    "runs code (.pth)": (saved(lambda s: Evil(Path.cwd())), "more than tensors"),
-    "runs code (.pkl)": (lambda s, p: p.write_bytes(pickle.dumps(Evil(Path.cwd()))), "no array"),
+    "runs code (.pth)": (saved(lambda s: Evil(Path.cwd())), "posix.system"),
+    "runs code (.pkl)": (
+        lambda s, p: p.write_bytes(pickle.dumps(Evil(Path.cwd()))),
+        "posix.system",
+    ),
     "a folder": (lambda s, path: path.mkdir(), "no such file"),
     "missing": (lambda s, path: None, "no such file"),
 }

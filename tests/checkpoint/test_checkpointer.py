@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import detection_checkpoint
 from detectron2.config import get_cfg
 from torch import nn
 
-from ssim_kd.checkpoint import files
 from ssim_kd.checkpoint.checkpointer import StudentCheckpointer
-from ssim_kd.checkpoint.files import write_atomically
 from ssim_kd.engine.preflight import check_start
 
 
-class Counter:
+class Iteration:
     """Something that has a state beside the model's."""
 
     def __init__(self) -> None:
@@ -41,8 +41,8 @@ class Detector(nn.Module):
         self.head = nn.Linear(100, 2)
 
 
-def make(folder: Path, **options: Any) -> tuple[StudentCheckpointer, Counter]:
-    counter = Counter()
+def make(folder: Path, **options: Any) -> tuple[StudentCheckpointer, Iteration]:
+    counter = Iteration()
     torch.manual_seed(0)
     return StudentCheckpointer(Detector(), str(folder), trainer=counter, **options), counter
 
@@ -86,16 +86,16 @@ def delete(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, delete])
-def test_the_checkpoint_before_a_damaged_one_is_taken(damage, tmp_path, caplog) -> None:
+def test_resume_or_load_damaged_checkpoint(damage, tmp_path, caplog) -> None:
     save(tmp_path, 1, 2, 3)
     damage(tmp_path)
     assert resume(tmp_path) == 2
-    expected = "names no file" if damage is delete else "model_0000003.pth"
+    expected = "last_checkpoint" if damage is delete else "model_0000003.pth"
     assert expected in caplog.text
 
 
 @pytest.mark.parametrize("tag", [b"", b"model_0000009.pth", b"\x00\xff\n", None])
-def test_the_newest_checkpoint_is_taken_where_the_tag_is_damaged(tag, tmp_path) -> None:
+def test_resume_or_load_damaged_tag(tag, tmp_path) -> None:
     save(tmp_path, 1, 2, 3)
     (tmp_path / "last_checkpoint").unlink()
     if tag is not None:
@@ -103,21 +103,21 @@ def test_the_newest_checkpoint_is_taken_where_the_tag_is_damaged(tag, tmp_path) 
     assert resume(tmp_path) == 3
 
 
-def test_no_training_starts_anew_where_no_checkpoint_can_be_read(tmp_path) -> None:
+def test_resume_or_load_no_readable_checkpoint(tmp_path) -> None:
     save(tmp_path, 3)
     truncate(tmp_path)
-    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* can be read"):
+    with pytest.raises(ValueError, match="--resume: none of the 1 checkpoints"):
         make(tmp_path)[0].resume_or_load("", resume=True)
     assert not make(tmp_path)[0].resume_or_load("", resume=False)
 
 
-def test_a_checkpoint_of_another_program_is_refused(tmp_path) -> None:
+def test_resume_or_load_another_program(tmp_path) -> None:
     torch.save({"model": Detector().state_dict(), "iteration": 3}, tmp_path / "model_0000003.pth")
     with pytest.raises(ValueError, match=r"lacks \['trainer'\]"):
         make(tmp_path)[0].resume_or_load("", resume=True)
 
 
-def test_a_checkpoint_that_runs_code_is_not_run(tmp_path) -> None:
+def test_resume_or_load_code(tmp_path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {tmp_path}/ran",)
@@ -128,33 +128,7 @@ def test_a_checkpoint_that_runs_code_is_not_run(tmp_path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 1 vs 2")])
-@pytest.mark.parametrize("written", [b"", b"half"])
-def test_a_write_that_fails_leaves_the_old_file_alone(error, written, tmp_path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(file: Any) -> None:
-        file.write(written)
-        file.flush()
-        raise error
-
-    with pytest.raises(OSError, match=r"could not be written \(\d+ bytes are free.*Earlier"):
-        write_atomically(str(path), fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
-    steps = []
-    monkeypatch.setattr(files.os, "fsync", lambda _: steps.append("sync"))
-    rename = os.replace
-    monkeypatch.setattr(files.os, "replace", lambda *a: (steps.append("rename"), rename(*a)))
-    write_atomically(str(tmp_path / "file"), lambda file: file.write(b"x"))
-    assert steps == ["sync", "rename", "sync"]
-
-
-def test_the_tag_is_written_after_the_checkpoint(tmp_path, monkeypatch) -> None:
+def test_save_tags_after_it_wrote(tmp_path, monkeypatch) -> None:
     save(tmp_path, 1)
     checkpointer, _ = make(tmp_path)
 
@@ -168,7 +142,7 @@ def test_the_tag_is_written_after_the_checkpoint(tmp_path, monkeypatch) -> None:
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-def test_what_a_killed_run_left_half_written_is_removed(tmp_path) -> None:
+def test_resume_or_load_removes_unfinished_files(tmp_path) -> None:
     save(tmp_path, 1, 2)
     (tmp_path / "model_0000003.pth.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_bytes(b"the user's")
@@ -177,7 +151,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path) -> None:
     assert (tmp_path / "notes.tmp").exists()
 
 
-def test_old_checkpoints_are_pruned(tmp_path) -> None:
+def test_save_prunes(tmp_path) -> None:
     save(tmp_path, 1, 2, 10, 3, keep=2)
     # 10 is of a later iteration: one that could not be read when the run was resumed.
     left = sorted(p.name for p in tmp_path.glob("*.pth"))
@@ -196,11 +170,11 @@ def test_old_checkpoints_are_pruned(tmp_path) -> None:
         make(tmp_path, keep=-1)
 
 
-def test_a_run_that_starts_anew_does_not_resume_an_earlier_one(tmp_path, caplog) -> None:
+def test_resume_or_load_anew_beside_an_earlier_run(tmp_path, caplog) -> None:
     save(tmp_path, 1, 5)
     checkpointer, _ = make(tmp_path, keep=1)
     assert not checkpointer.resume_or_load("", resume=False)
-    assert "holds 2 checkpoints of an earlier run, e.g. model_0000005.pth" in caplog.text
+    assert "2 checkpoints" in caplog.text and "model_0000005.pth" in caplog.text
     # It was killed before it saved.
     assert make(tmp_path)[0].newest() is None
     # It saved: nothing but its own counts, and the earlier run's make room first.
@@ -209,20 +183,20 @@ def test_a_run_that_starts_anew_does_not_resume_an_earlier_one(tmp_path, caplog)
     assert [p.name for p in tmp_path.glob("*.pth")] == ["model_0000002.pth"]
 
 
-def test_a_tag_without_any_checkpoint_is_no_fresh_start(tmp_path) -> None:
+def test_resume_or_load_tag_without_checkpoint(tmp_path) -> None:
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    with pytest.raises(ValueError, match=r"names model_0000009\.pth, which is not there"):
+    with pytest.raises(ValueError, match=r"last_checkpoint .* model_0000009\.pth"):
         make(tmp_path)[0].resume_or_load("", resume=True)
 
 
-def test_the_tagged_checkpoint_comes_before_a_newer_file(tmp_path) -> None:
+def test_newest_prefers_the_tagged(tmp_path) -> None:
     save(tmp_path, 1, 2)
     later = time.time() + 100
     os.utime(tmp_path / "model_0000001.pth", (later, later))
     assert resume(tmp_path) == 2
 
 
-def test_weights_to_start_from_must_fit_the_backbone(tmp_path, caplog) -> None:
+def test_resume_or_load_weights_that_fit_in_part(tmp_path, caplog) -> None:
     state = Detector().state_dict()
     path = tmp_path / "start.pth"
     headless = {k: v for k, v in state.items() if k.startswith("backbone")}
@@ -236,15 +210,18 @@ def test_weights_to_start_from_must_fit_the_backbone(tmp_path, caplog) -> None:
         {**state, "backbone.bias": torch.ones(3)},
     ):
         torch.save({"model": wrong}, path)
-        with pytest.raises(ValueError, match=r"MODEL.WEIGHTS does not fit the student's backbone"):
+        with pytest.raises(ValueError, match=r"MODEL.WEIGHTS is .*start.pth.* backbone\.bias"):
             make(tmp_path)[0].resume_or_load(str(path), resume=False)
+        checkpointer, _ = make(tmp_path, partial=True)
+        checkpointer.resume_or_load(str(path), resume=False)
+        assert torch.equal(checkpointer.model.backbone.weight, state["backbone.weight"])
 
 
 @pytest.mark.parametrize(
     ("options", "loaded"),
     [("?matching_heuristics=True", True), ("?matching_heuristics=False", False), ("", False)],
 )
-def test_options_behind_the_name(options, loaded, tmp_path) -> None:
+def test_load_file_options_of_main(options, loaded, tmp_path) -> None:
     """Keys that lack their prefix are matched by heuristics: an option of Detectron2 main."""
     state = {k.removeprefix("backbone."): v + 1 for k, v in Detector().state_dict().items()}
     path = tmp_path / "start.pth"
@@ -258,7 +235,7 @@ def test_options_behind_the_name(options, loaded, tmp_path) -> None:
         assert torch.equal(checkpointer.model.backbone.weight, state["weight"])
 
 
-def test_unknown_options_behind_the_name(tmp_path) -> None:
+def test_load_file_unknown_options(tmp_path) -> None:
     torch.save(Detector().state_dict(), tmp_path / "start.pth")
     checkpointer, _ = make(tmp_path)
     checkpointer._parsed_url_during_load = urlparse(f"{tmp_path}/start.pth?heuristics=True")
@@ -269,7 +246,7 @@ def test_unknown_options_behind_the_name(tmp_path) -> None:
 @pytest.mark.skipif(
     not hasattr(detection_checkpoint, "parse_qs"), reason="an option of Detectron2 main"
 )
-def test_a_start_with_options(tmp_path) -> None:
+def test_resume_or_load_options_of_main(tmp_path) -> None:
     state = {k.removeprefix("backbone."): v + 1 for k, v in Detector().state_dict().items()}
     torch.save(state, tmp_path / "start.pth")
     path = f"{tmp_path}/start.pth?matching_heuristics=True"
@@ -279,3 +256,103 @@ def test_a_start_with_options(tmp_path) -> None:
     checkpointer, _ = make(tmp_path)
     checkpointer.resume_or_load(path, resume=False)
     assert torch.equal(checkpointer.model.backbone.weight, state["weight"])
+
+
+@pytest.mark.parametrize(
+    ("error", "form"),
+    [
+        (ValueError, {"model": {"head.weight": torch.ones(2, 100)}}),
+        (ValueError, {"ema": Detector().state_dict()}),
+        (ValueError, {"model": "text"}),
+    ],
+)
+def test_resume_or_load_names_key_and_file_of_unfit_weights(error, form, tmp_path) -> None:
+    torch.save(form, tmp_path / "start.pth")
+    with pytest.raises(error, match=r"MODEL\.WEIGHTS is .*start\.pth"):
+        make(tmp_path)[0].resume_or_load(str(tmp_path / "start.pth"), resume=False)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_resume_or_load_wrapped_weights(key, prefix, tmp_path, monkeypatch) -> None:
+    """Also where the path begins with the user's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    state = {name: value + 1 for name, value in Detector().state_dict().items()}
+    torch.save({key: {prefix + k: v for k, v in state.items()}, "epoch": 1}, tmp_path / "s.pth")
+    checkpointer, _ = make(tmp_path)
+    checkpointer.resume_or_load("~/s.pth", resume=False)
+    assert torch.equal(checkpointer.model.head.weight, state["head.weight"])
+
+
+class Holder:
+    """A hook that has any state."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"hooks": {"Best": {"best": self.value}}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["hooks"]["Best"]["best"]
+
+
+STATES: dict[str, tuple[Any, Any]] = {
+    "NumPy float": (np.float64(3.5), 3.5),
+    "NumPy integer": (np.int32(3), 3),
+    "NumPy bool": (np.bool_(True), True),
+    "NumPy text": (np.str_("a"), "a"),
+    "in a list": ([np.float32(0.5), (np.int64(1), None)], [0.5, (1, None)]),
+    "as a key": ({np.int64(3): "a"}, {3: "a"}),
+    "counter": (Counter("aab"), Counter("aab")),
+    "ordered": (OrderedDict(b=1, a=2), OrderedDict(b=1, a=2)),
+    "set": ({1, 2}, {1, 2}),
+    "complex, large, bytes": ([1j, 2**80, b"x"], [1j, 2**80, b"x"]),
+    "torch's": (
+        [torch.Size([2]), torch.float16, torch.device("cpu")],
+        [torch.Size([2]), torch.float16, torch.device("cpu")],
+    ),
+}
+
+
+def resumed(value: Any, folder: Path) -> Any:
+    first = StudentCheckpointer(Detector(), str(folder), trainer=Holder(value))
+    first.save("model_0000001", iteration=1)
+    holder = Holder(None)
+    assert StudentCheckpointer(Detector(), str(folder), trainer=holder).resume_or_load("")
+    return holder.value
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_save_state_that_a_resume_reads(kind, tmp_path) -> None:
+    value, expected = STATES[kind]
+    found = resumed(value, tmp_path)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_save_arrays_and_tensors(tmp_path) -> None:
+    array = np.arange(6.0).reshape(2, 3)[:, ::-1]
+    assert np.array_equal(resumed(array, tmp_path), array)
+    tensor = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    assert torch.equal(resumed(tensor, tmp_path), tensor)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Path("x"),
+        range(3),
+        deque([1]),
+        defaultdict(list),
+        np.array([None]),
+        np.dtype("f4"),
+        np.datetime64("2020-01-01"),
+        Detector(),
+        lambda: None,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_save_state_that_a_resume_does_not_read(value, tmp_path) -> None:
+    with pytest.raises(ValueError, match="trainer/hooks/Best/best"):
+        resumed(value, tmp_path)
+    assert not list(tmp_path.iterdir())
