@@ -1,0 +1,256 @@
+"""tools/compare.py on a stand-in for train_net.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tools import compare
+from tools.comparing import measuring, running
+from tools.comparing.records import Records
+from tools.comparing.study import Study, read_study
+
+REAL_EXECUTOR = running.build_executor
+
+# AP is 40, plus the seed, plus 5 with a teacher, less what the weight is off 3.
+STAND_IN = """
+import json, math, os, pathlib, sys
+args = sys.argv[1:]
+opts = dict(zip(args[3::2], args[4::2]))
+assert args[0] == "--config-file" and args[2] == "--resume"
+folder = pathlib.Path(opts["OUTPUT_DIR"])
+data = pathlib.Path(os.environ["STAND_IN_DATA"])
+with open(data / "calls.txt", "a") as file:
+    file.write(str(folder) + "\\n")
+if (data / "broken").exists() and opts["SEED"] == "2":
+    sys.exit("the cause")
+teacher = opts.get("MODEL.DISTILL.TEACHER.WEIGHTS")
+for needed in (teacher, opts.get("MODEL.WEIGHTS")):
+    assert needed is None or pathlib.Path(needed).is_file()
+ap = 40 + int(opts["SEED"])
+if teacher:
+    ap += 5 - abs(math.log10(float(opts["MODEL.DISTILL.LOSS_WEIGHT"]) / 3))
+row = {"bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap}
+rows = [{"iteration": 1, **row, "bbox/AP": ap - 0.5}, {"iteration": 3, **row}]
+(folder / "metrics.json").write_text("\\n".join(map(json.dumps, rows)))
+(folder / "model_final.pth").write_text(str(ap))
+(folder / "config.yaml").write_text(
+    "DATASETS: {TEST: [own], REGISTER_COCO: [[own, %s, x]]}" % (data / "truth.json")
+)
+(folder / "inference").mkdir(exist_ok=True)
+found = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}]
+(folder / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+"""
+# A box of 100 pixels, which is found, and one of 900, which is not.
+TRUTH = {
+    "info": {},
+    "images": [{"id": 1, "width": 64, "height": 64}],
+    "categories": [{"id": 1, "name": "a"}],
+    "annotations": [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "area": 1, "iscrowd": 0}
+        for i, box in enumerate([[0, 0, 10, 10], [30, 30, 30, 30]], start=1)
+    ],
+}
+STUDY: dict[str, Any] = {
+    "small_box": 400,
+    "models": {
+        "start": {"config": "student.yaml", "seed": 7},
+        "t1": {"config": "teacher.yaml", "seed": 1},
+        "t2": {"config": "teacher.yaml", "seed": 2},
+    },
+    "students": {"config": "student.yaml", "start": "start"},
+    "arms": {
+        "none": {"opts": {"MODEL.DISTILL.ENABLED": False}},
+        "ssim": {"weight": "tuned"},
+        "ssim_30": {"weight": 30},
+    },
+    "tuning": {"teacher": "t1", "values": [0.3, 3, 30], "refine": 1, "seeds": [101, 102]},
+    "stages": {
+        "main": {
+            "arms": ["none", "ssim", "ssim_30"],
+            "seeds": [1, 3],
+            "teachers": ["t1", "t2"],
+            "gates": "none",
+            "contrasts": [["ssim", "none"], ["ssim", "ssim_30"]],
+            "primary": [["ssim", "none"], ["ssim", "ssim_30"]],
+        }
+    },
+}
+
+
+class Inline:
+    """An executor that takes no processes of its own, each of which would import torch."""
+
+    def batch(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+class Bench:
+    """A study in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.path = root / "studies" / "own.yaml"
+        self.records = root / "own.json"
+        code = root / "code"
+        for folder in (self.path.parent, code):
+            folder.mkdir()
+        (code / "train_net.py").write_text(STAND_IN)
+        (root / "truth.json").write_text(json.dumps(TRUTH))
+        for name in ("student", "teacher"):
+            (self.path.parent / f"{name}.yaml").write_text("SOLVER: {MAX_ITER: 3}")
+        self.write(STUDY)
+
+    def write(self, content: dict[str, Any]) -> None:
+        self.path.write_text(yaml.safe_dump(content))
+
+    def run(self, *more: str) -> int:
+        folders = ["--output", str(self.root / "output"), "--code", str(self.root / "code")]
+        records = ["--records", str(self.records), "--docs", str(self.root / "own.md")]
+        more = (*records, "--workers", "3", *more)
+        return compare.main([str(self.path), *folders, *more])
+
+    def calls(self) -> list[str]:
+        """The folders of the trainings since the last call."""
+        path = self.root / "calls.txt"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        path.unlink(missing_ok=True)
+        return sorted(str(Path(line).relative_to(self.root / "output")) for line in lines)
+
+    @property
+    def study(self) -> Study:
+        return read_study(self.path)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setenv("STAND_IN_DATA", str(tmp_path))
+    monkeypatch.setattr(running, "build_executor", lambda *args: Inline())
+    monkeypatch.setattr(measuring, "weights_hash", lambda path: path.read_text())
+    return Bench(tmp_path)
+
+
+def test_a_study_is_run_tuned_resumed_and_reported(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bench.root / "broken").touch()  # t2 has the seed 2
+    assert bench.run() == 1
+    (bench.root / "broken").unlink()
+    assert "the cause" in capsys.readouterr().err
+    assert {"models/start", "models/t1", "tuning/ssim/3/t1/101"} <= set(bench.calls())
+    assert "students/ssim/t1/2" not in Records(bench.records).runs
+    (bench.root / "calls.txt").unlink(missing_ok=True)
+
+    assert bench.run() == 0
+    resumed = bench.calls()
+    assert "models/t2" in resumed and "models/t1" not in resumed
+    records = Records(bench.records)
+    # 3 models; 4 weights x 2 seeds; 2 seeds of none and of ssim_30 and of ssim.
+    assert len(records.runs) == 3 + 8 + 6
+    assert records.tuned["ssim"] == pytest.approx(3, rel=0.5)
+    record = records.runs["students/ssim_30/t2/1"]
+    assert record["metrics"] == {
+        "AP": 45.0, "AP50": 45.0, "AP75": 45.0, "small": 100.0, "large": 0.0
+    }  # fmt: skip
+    assert record["curve"] == [[1, 44.5], [3, 45.0]]
+    assert record["teacher_sha256"] == records.runs["models/t2"]["weights_sha256"]
+    assert {"cpu_seconds", "peak_memory_mb", "seconds", "commit", "opts"} <= record.keys()
+    found = records.statistics["main"]["contrasts"][1]
+    assert found["seeds"] == [1, 3]
+    assert found["differences"]["AP"]["p"] == 0.5
+    page = (bench.root / "own.md").read_text()
+    assert "| ssim − none | 2 | +5.0" in page
+    assert (bench.root / "assets" / "own_main.png").is_file()
+
+    # The records alone are enough: a machine that has lost the folders trains nothing anew.
+    before = bench.records.read_text()
+    (bench.root / "output").rename(bench.root / "lost")
+    assert bench.run() == 0
+    assert bench.calls() == []
+    assert bench.records.read_text() == before
+
+    # More seeds: their models are made anew, and nothing else.
+    more = {**STUDY["stages"]["main"], "seeds": [1, 3, 4], "arms": ["none", "ssim_30"]}
+    bench.write({**STUDY, "stages": {"main": more}})
+    assert bench.run() == 0
+    assert bench.calls() == [
+        "models/start", "models/t1", "students/none/4", "students/ssim_30/t1/4"
+    ]  # fmt: skip
+
+
+def test_trainings_go_through_submitit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "build_executor", REAL_EXECUTOR)
+    script = (
+        STAND_IN.replace("write_text(str(ap))", "touch()")
+        + """
+import torch
+torch.save({"model": {"x": torch.tensor([float(ap)])}}, folder / "model_final.pth")
+"""
+    )
+    (bench.root / "code" / "train_net.py").write_text(script)
+    stage = {"arms": ["none"], "seeds": [1], "title": "One"}
+    bench.write({**STUDY, "students": {"config": "student.yaml"}, "stages": {"one": stage}})
+    assert bench.run() == 0
+    record = Records(bench.records).runs["students/none/1"]
+    assert record["metrics"]["AP"] == 41.0
+    assert list((bench.root / "output" / "jobs").glob("*_log.out"))
+
+
+def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
+    def fingerprints() -> list[str]:
+        return [run.fingerprint for run in bench.study.stage("main", {"ssim": 3.0})]
+
+    first = fingerprints()
+    assert len(set(first)) == 6
+    assert fingerprints() == first
+    changed = {**STUDY, "models": {**STUDY["models"], "t2": {"config": "teacher.yaml", "seed": 5}}}
+    bench.write(changed)
+    # none, ssim and ssim_30 of seed 1 and of seed 3: both seeds have t2.
+    same = [a == b for a, b in zip(first, fingerprints(), strict=True)]
+    assert same == [True, False, False] * 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stages": {"main": {**STUDY["stages"]["main"], "arms": ["l9"]}}}, "stages.main.arms"),
+        ({"arms": None}, "arms is missing"),
+    ],
+)
+def test_a_study_that_is_wrong_is_refused(
+    bench: Bench, change: dict[str, Any], message: str
+) -> None:
+    bench.write({**STUDY, **change})
+    with pytest.raises(ValueError, match=message):
+        read_study(bench.path)
+
+
+def test_a_model_that_is_not_there_is_refused(bench: Bench) -> None:
+    bench.write({**STUDY, "students": {**STUDY["students"], "start": "elsewhere"}})
+    with pytest.raises(ValueError, match="start of students/none/1 is 'elsewhere'"):
+        bench.study.stage("main", {})
+
+
+def test_weights_hash_is_that_of_the_student(tmp_path: Path) -> None:
+    def hash_of(value: float, iteration: int) -> str:
+        path = tmp_path / "model_final.pth"
+        torch.save({"model": {"x": torch.tensor([value])}, "iteration": iteration}, path)
+        return measuring.weights_hash(path)
+
+    assert hash_of(1.0, 2) == hash_of(1.0, 3) != hash_of(1.5, 2)

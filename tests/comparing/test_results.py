@@ -1,0 +1,53 @@
+"""The committed results: their statistics follow from their records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tools.comparing.records import METRICS, Records
+from tools.comparing.study import read_study
+
+STUDIES = Path(__file__).resolve().parents[2] / "studies"
+FILES = sorted(STUDIES.glob("results/*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_statistics_follow_from_the_records(path: Path) -> None:
+    study, records = read_study(STUDIES / f"{path.stem}.yaml"), Records(path)
+    assert records.statistics
+    for name, found in records.statistics.items():
+        values: dict[str, dict[int, dict[str, float]]] = {}
+        for run in study.stage(name, records.tuned):
+            record = records.of(run)
+            if record is not None:
+                values.setdefault(run.arm, {})[run.seed] = record["metrics"]
+        assert values.keys() == found["arms"].keys()
+        for arm, by_metric in found["arms"].items():
+            for metric in METRICS:
+                each = [metrics[metric] for metrics in values[arm].values()]
+                assert by_metric[metric]["n"] == len(each)
+                assert by_metric[metric]["mean"] == pytest.approx(np.mean(each), abs=1e-3)
+                if len(each) > 1:
+                    sd = np.std(each, ddof=1)
+                    assert by_metric[metric]["sd"] == pytest.approx(sd, abs=1e-3)
+        for contrast in found["contrasts"]:
+            ours, theirs = values[contrast["arm"]], values[contrast["against"]]
+            assert contrast["seeds"] == sorted(ours.keys() & theirs.keys())
+            each = np.array([ours[s]["AP"] - theirs[s]["AP"] for s in contrast["seeds"]])
+            difference = contrast["differences"]["AP"]
+            assert difference["mean"] == pytest.approx(each.mean(), abs=1e-3)
+            if len(each) > 1:
+                low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+                assert difference["low"] == pytest.approx(low, abs=1e-3)
+                assert difference["high"] == pytest.approx(high, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_records_are_small_and_name_no_machine_path(path: Path) -> None:
+    text = path.read_text()
+    assert len(text) < 1_000_000
+    assert not any(part in text for part in ("/home/", "/tmp/", "/work/"))

@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Compare methods with seeds: trains what a study asks for, and writes its statistics.
+
+    tools/compare.py studies/digits.yaml
+
+What has a record is not trained again: stop it whenever you like, and start it again. Results go
+into studies/results/NAME.json after each training; tables and plots are made from that file alone
+(--report makes them without any training).
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.comparing.records import Records  # noqa: E402
+from tools.comparing.report import write_report  # noqa: E402
+from tools.comparing.study import read_study  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a study; returns the exit status."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    study = read_study(args.study)
+    records = Records(args.records or args.study.parent / "results" / f"{study.name}.json")
+    status = 0
+    if not args.report:
+        # The report alone needs neither submitit nor Optuna.
+        from tools.comparing.running import Place, TrainingError, build_executor, finish
+        from tools.comparing.tuning import tune
+
+        output = args.output.resolve()
+        place = Place(
+            output,
+            args.code.resolve(),
+            build_executor(
+                args.cluster,
+                output / "jobs",
+                args.workers,
+                dict(pair.split("=", 1) for pair in args.submitit),
+            ),
+            0 if args.cluster == "slurm" else args.workers,
+            dict(zip(args.opts[::2], args.opts[1::2], strict=True)),
+            study.content["small_box"],
+        )
+        try:
+            for name in args.stages or study.content["stages"]:
+                tune(study, study.to_be_tuned(name), records, place)
+                logging.info("Stage %s", name)
+                finish(study.stage(name, records.tuned), study.models, records, place)
+        except TrainingError as error:
+            print(f"\n{error}", file=sys.stderr)
+            status = 1
+    write_report(study, records, args.docs)
+    return status
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="a .yaml file: see studies/README.md")
+    parser.add_argument("--stages", nargs="+", help="of the study; default: all, in its order")
+    parser.add_argument("--records", type=Path, help="default: results/NAME.json beside the study")
+    parser.add_argument(
+        "--docs", type=Path, help="page to write; default: none but table and plots"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare")
+    parser.add_argument(
+        "--code", type=Path, default=ROOT, help="the checkout that trains, default: this one"
+    )
+    parser.add_argument(
+        "--cluster", default="local", choices=["local", "slurm"], help="submitit's executor"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="trainings at once")
+    parser.add_argument(
+        "--submitit", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. slurm_partition=gpu"
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="place and speed: MODEL.DEVICE"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # The trainings are then asked to save before this ends, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)

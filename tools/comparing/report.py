@@ -1,0 +1,105 @@
+"""Writes what came out of a study: a page, its tables and its plots, from the records alone."""
+
+import os
+import shlex
+from pathlib import Path
+
+from . import plots, tables
+from .analysis import Stage, analyse, as_dict
+from .records import Records
+from .study import Study
+
+
+def write_report(study: Study, records: Records, page: Path | None) -> None:
+    """Write the statistics into the records, and a page with plots beside it.
+
+    Args:
+        study: what was asked for.
+        records: what came out.
+        page: a Markdown file; None takes ``NAME.md`` beside the records.
+    """
+    if not records.runs:
+        return
+    page = page or records.path.with_suffix(".md")
+    stages = [stage for stage in analyse(study, records) if stage.records]
+    records.statistics = {stage.name: as_dict(stage) for stage in stages}
+    records.save()
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(_page(study, records, stages, page))
+
+
+def _page(study: Study, records: Records, stages: list[Stage], page: Path) -> str:
+    parts = [f"# {study.content.get('title', study.name)}\n", _included(study, "findings")]
+    parts += ["## Models\n", tables.models_table(study, records)]
+    for stage in stages:
+        parts += [f"## {stage.title}\n", _asked(study, stage)]
+        baseline = study.content["stages"][stage.name].get("gates")
+        if baseline in stage.summaries:
+            parts.append(tables.gates(stage, study, records, baseline))
+        parts.append(tables.arms_table(stage, study, records))
+        if stage.contrasts:
+            parts.append(tables.contrasts_table(stage))
+            parts.append(_picture(plots.differences(stage), page, f"{study.name}_{stage.name}"))
+        if any(len(r["curve"]) > 2 for by_seed in stage.records.values() for r in by_seed.values()):
+            parts.append(_picture(plots.curves(stage), page, f"{study.name}_{stage.name}_curves"))
+    if any(key.startswith("tuning/") for key in records.runs):
+        parts += ["## Tuning\n", _included(study, "tuning"), tables.tuning_table(study, records)]
+    missing = [name for name in study.content["stages"] if name not in {s.name for s in stages}]
+    if missing:
+        parts.append("## Not run\n\n" + "".join(f"- {_title(study, n)}\n" for n in missing))
+    parts += [_included(study, "recipe"), _provenance(study, records, page)]
+    return "\n".join(part for part in parts if part)
+
+
+def _asked(study: Study, stage: Stage) -> str:
+    note = study.content["stages"][stage.name].get("note", "")
+    left = stage.planned - stage.finished
+    lines = [note.strip()] if note else []
+    if left:
+        lines.append(f"{stage.finished} of {stage.planned} trainings are finished.")
+    return "\n\n".join(lines) + "\n" if lines else ""
+
+
+def _title(study: Study, name: str) -> str:
+    return str(study.content["stages"][name].get("title", name))
+
+
+def _included(study: Study, name: str) -> str:
+    """The text of a file that the study names under "texts"."""
+    path = study.content.get("texts", {}).get(name)
+    return (study.path.parent / path).read_text() if path else ""
+
+
+def _picture(figure: plots.Figure, page: Path, name: str) -> str:
+    path = page.parent / "assets" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return f"![{name.replace('_', ' ')}](assets/{path.name})\n"
+
+
+def _provenance(study: Study, records: Records, page: Path) -> str:
+    commits = sorted({record["commit"] for record in records.runs.values()})
+    hours = sum(record["cpu_seconds"] for record in records.runs.values()) / 3600
+    where = [
+        f"- {m['gpu'] or m['processor']}, OMP_NUM_THREADS={m['threads'] or 'unset'}, "
+        f"Python {m['python']}, torch {m['torch']}, torchvision {m['torchvision']}"
+        for m in records.machines
+    ]
+    root = study.path.resolve().parent.parent
+    relative = [os.path.relpath(p.resolve(), root) for p in (study.path, page)]
+    command = f"tools/compare.py {shlex.quote(relative[0])} --docs {shlex.quote(relative[1])}"
+    return "\n".join(
+        [
+            "## Where the figures come from\n",
+            f"`{command}` trains what has no record in "
+            f"`{os.path.relpath(records.path.resolve(), root)}` and writes this page from it; with "
+            "`--report` it only writes. Do not edit this page.\n",
+            f"{len(records.runs)} trainings, {hours:.1f} hours of processor time, commit "
+            f"{', '.join(commits)}. CPU s is the processor time of a training with its start and "
+            "its evaluations; MB is the most memory it held. SD is that over seeds. Differences "
+            "are paired by seed, with the 95% t interval of their mean, and p is the exact "
+            "two-sided sign-flip p, of which n pairs give 2 / 2^n at least.\n",
+            *where,
+            "",
+        ]
+    )

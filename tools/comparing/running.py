@@ -1,0 +1,213 @@
+"""Trainings through submitit: several at once here, or an array of SLURM."""
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from .measuring import measure
+from .records import Records
+from .study import Run
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUEST, MEASURED, CONSOLE = "request.json", "measured.json", "console.txt"
+
+
+class TrainingError(RuntimeError):
+    """Trainings failed; the message names their logs."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where trainings run.
+
+    Attributes:
+        output: folder of their folders.
+        code: the checkout whose train_net.py trains.
+        executor: submits them.
+        workers: how many at once; 0 leaves that to the executor.
+        opts: overrides that change nothing but speed or place, e.g. MODEL.DEVICE.
+        small_box: area in pixels below which a box counts as small.
+    """
+
+    output: Path
+    code: Path
+    executor: submitit.Executor
+    workers: int
+    opts: Mapping[str, Any]
+    small_box: float
+
+
+def build_executor(
+    cluster: str, folder: Path, workers: int, parameters: Mapping[str, str]
+) -> submitit.Executor:
+    """An executor whose jobs have time enough, on this machine ("local") or on SLURM."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    numbers = {name: int(text) for name, text in parameters.items() if text.isdigit()}
+    executor.update_parameters(**{"timeout_min": 24 * 60, **parameters, **numbers})
+    if cluster == "slurm" and workers:
+        executor.update_parameters(slurm_array_parallelism=workers)
+    return executor
+
+
+def finish(runs: Sequence[Run], models: Mapping[str, Run], records: Records, place: Place) -> None:
+    """Train those that have no record, after the models that they need.
+
+    Raises:
+        TrainingError: some failed; the others are finished and recorded.
+    """
+    missing = records.missing(runs)
+    needed: list[Run] = []
+
+    def need(run: Run) -> None:
+        for name in (run.start, run.teacher):
+            if name:
+                need(models[name])
+                there = records.of(models[name]) and _weights(models[name], place).is_file()
+                if not there and models[name] not in needed:
+                    needed.append(models[name])
+
+    for run in missing:
+        need(run)
+    # A model may start from another one.
+    for run in needed:
+        _train_all([run], models, records, place)
+    _train_all([run for run in missing if run not in needed], models, records, place)
+
+
+def _train_all(
+    runs: Sequence[Run], models: Mapping[str, Run], records: Records, place: Place
+) -> None:
+    waiting, failed = list(runs), []
+    jobs: dict[str, tuple[Run, submitit.Job[dict[str, Any]]]] = {}
+    try:
+        while waiting or jobs:
+            room = len(waiting) if not place.workers else place.workers - len(jobs)
+            if waiting and room > 0:
+                with place.executor.batch():
+                    for run in waiting[:room]:
+                        jobs[run.key] = (run, _submit(run, models, records, place))
+                waiting = waiting[room:]
+            for key, (run, job) in list(jobs.items()):
+                if not job.done():
+                    continue
+                del jobs[key]
+                error = job.exception()
+                if error is not None:
+                    failed.append(f"{key}: {error}")
+                    logger.error("Failed: %s", failed[-1])
+                    continue
+                _record(run, job.result(), records)
+            time.sleep(0.2)
+    finally:
+        for _, job in jobs.values():
+            job.cancel()
+    if failed:
+        raise TrainingError(f"{len(failed)} trainings failed:\n" + "\n".join(failed))
+
+
+def _record(run: Run, found: Mapping[str, Any], records: Records) -> None:
+    before = records.of(run)
+    if before and before["weights_sha256"] != found["measured"]["weights_sha256"]:
+        # Another processor rounds differently. Who learned from it has its hash in its record.
+        logger.warning("%s was trained anew and is not bit for bit what it was.", run.key)
+    records.add(run, found["measured"], found["machine"])
+    logger.info("%s: AP %.2f", run.key, found["measured"]["metrics"]["AP"])
+
+
+def _weights(run: Run, place: Place) -> Path:
+    return place.output / run.key / "model_final.pth"
+
+
+def _submit(
+    run: Run, models: Mapping[str, Run], records: Records, place: Place
+) -> submitit.Job[dict[str, Any]]:
+    folder = place.output / run.key
+    opts = {**run.opts, "SEED": run.seed, "OUTPUT_DIR": str(folder), **place.opts}
+    if run.start:
+        opts["MODEL.WEIGHTS"] = str(_weights(models[run.start], place))
+    if run.teacher:
+        opts["MODEL.DISTILL.TEACHER.CONFIG_FILE"] = str(models[run.teacher].config)
+        opts["MODEL.DISTILL.TEACHER.WEIGHTS"] = str(_weights(models[run.teacher], place))
+    script = run.config.parent / run.script if run.script else place.code / "train_net.py"
+    command = [sys.executable, str(script), "--config-file", str(run.config)]
+    request = {
+        "key": run.key,
+        "fingerprint": run.fingerprint,
+        "command": command + ["--resume"],
+        "opts": [str(part) for pair in opts.items() for part in pair],
+        "teacher_sha256": _recorded_hash(run.teacher, models, records),
+        "small_box": place.small_box,
+    }
+    return place.executor.submit(train, request, str(folder), str(place.code))
+
+
+def _recorded_hash(name: str, models: Mapping[str, Run], records: Records) -> str:
+    record = records.of(models[name]) if name else None
+    return record["weights_sha256"] if record else ""
+
+
+def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
+    """One training, in a process of its own; it goes on where it was cut off.
+
+    Returns:
+        what :func:`~.measuring.measure` measures of it, and the machine it ran on.
+
+    Raises:
+        TrainingError: it failed.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    asked, done = out / REQUEST, out / MEASURED
+    same = (
+        asked.is_file() and json.loads(asked.read_text())["fingerprint"] == request["fingerprint"]
+    )
+    if not same:
+        for path in (*out.glob("*.pth"), *out.glob("*.json"), out / "last_checkpoint"):
+            path.unlink(missing_ok=True)
+    asked.write_text(json.dumps(dict(request), indent=1))
+    if not done.is_file():
+        measured = _call([*request["command"], *request["opts"]], out, code)
+        done.write_text(json.dumps(measured))
+    return measure(out, code, request, json.loads(done.read_text()))
+
+
+def _call(command: Sequence[str], out: Path, code: str) -> dict[str, float]:
+    started = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": code}
+    with open(out / CONSOLE, "a") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=code, env=environment
+        )
+        # Whoever ends this process ends the training, which then saves.
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the tool was stopped
+            process.terminate()
+            process.wait()
+            raise
+    if status != 0:
+        end = "\n".join((out / CONSOLE).read_text(errors="replace").splitlines()[-20:])
+        raise TrainingError(f"exit status {status}, see {out / CONSOLE}:\n{end}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_memory_mb": round(used.ru_maxrss / 1024),
+    }

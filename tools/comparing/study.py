@@ -1,0 +1,193 @@
+"""A study: the YAML file that describes it, and the trainings that it asks for."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+WEIGHT_KEY = "MODEL.DISTILL.LOSS_WEIGHT"
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        key: names it and its folder, e.g. "main/ssim/t1/3".
+        config: file of its config.
+        opts: overrides of the config, by key.
+        seed: of the training.
+        arm: of which arm, or "" where it makes weights for others.
+        teacher: name of the model that teaches it, or "".
+        start: name of the model whose weights it starts from, or "".
+        script: what trains it; "" is train_net.py.
+        fingerprint: SHA-256 of all that it asks for, down to its teacher's and its start's.
+    """
+
+    key: str
+    config: Path
+    opts: Mapping[str, Any]
+    seed: int
+    arm: str = ""
+    teacher: str = ""
+    start: str = ""
+    script: str = ""
+    fingerprint: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What ``studies/*.yaml`` holds; the format is described in ``studies/README.md``."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self.path.stem
+
+    @property
+    def models(self) -> dict[str, Run]:
+        """The trainings whose weights others start from or learn from, by name."""
+        found: dict[str, Run] = {}
+        for name, asked in self.content.get("models", {}).items():
+            found[name] = self._run(
+                f"models/{name}", asked, found, seed=asked["seed"], opts=asked.get("opts", {})
+            )
+        return found
+
+    def to_be_tuned(self, stage: str) -> list[str]:
+        """The arms of a stage whose weight is tuned."""
+        arms = self.content["arms"]
+        return [a for a in self.content["stages"][stage]["arms"] if arms[a].get("weight") == TUNED]
+
+    def arms(self, stage: str, weights: Mapping[str, float]) -> list[str]:
+        """The arms of a stage whose weight is known."""
+        arms = self.content["arms"]
+        names = self.content["stages"][stage]["arms"]
+        return [name for name in names if arms[name].get("weight") != TUNED or name in weights]
+
+    def stage(self, name: str, weights: Mapping[str, float]) -> list[Run]:
+        """The trainings of a stage: each arm whose weight is known with each seed.
+
+        Two stages share a training where they ask for the same: its key holds the arm, and
+        "variant" where the stage has that (it must, where it changes "opts").
+
+        Args:
+            name: of the stage.
+            weights: tuned weight of each arm that has one.
+        """
+        stage = self.content["stages"][name]
+        teachers = stage.get("teachers", [""])
+        prefix = stage.get("variant", "students")
+        return [
+            # The teacher changes with the seed: all arms of a seed have the same one.
+            self.student(
+                f"{prefix}/{arm}", arm, seed, teachers[seed % len(teachers)], weights, stage
+            )
+            for seed in stage["seeds"]
+            for arm in self.arms(name, weights)
+        ]
+
+    def trials(self, arm: str, weight: float) -> list[Run]:
+        """The trainings that tell what a weight is worth, on the tuning split."""
+        tuning = self.content["tuning"]
+        return [
+            self.student(
+                f"tuning/{arm}/{weight:g}", arm, seed, tuning["teacher"], {arm: weight}, tuning
+            )
+            for seed in tuning["seeds"]
+        ]
+
+    def student(
+        self,
+        prefix: str,
+        arm: str,
+        seed: int,
+        teacher: str,
+        weights: Mapping[str, float],
+        stage: Mapping[str, Any],
+    ) -> Run:
+        """The training of one arm with one seed."""
+        asked = {**self.content["students"], **self.content["arms"][arm]}
+        opts = {**self.content["students"].get("opts", {}), **stage.get("opts", {})}
+        opts |= self.content["arms"][arm].get("opts", {})
+        weight = asked.get("weight")
+        if weight is None:
+            teacher = ""
+        else:
+            opts[WEIGHT_KEY] = float(weights[arm] if weight == TUNED else weight)
+        if teacher:
+            teacher = asked.get("teacher", teacher)
+        key = "/".join([prefix, *([teacher] if teacher else []), str(seed)])
+        asked["teacher"] = teacher
+        return self._run(key, asked, self.models, seed=seed, opts=opts, arm=arm)
+
+    def _run(
+        self,
+        key: str,
+        asked: Mapping[str, Any],
+        models: Mapping[str, Run],
+        *,
+        seed: int,
+        opts: Mapping[str, Any],
+        arm: str = "",
+    ) -> Run:
+        config = self.path.parent / asked["config"]
+        script = asked.get("script", "")
+        opts = {**self.content.get("opts", {}), **opts}
+        needs = {need: asked.get(need, "") for need in ("teacher", "start")}
+        for need, name in needs.items():
+            if name and name not in models:
+                raise ValueError(
+                    f"{self.path}: {need} of {key} is {name!r}: expected one of {sorted(models)}."
+                )
+        whole = {
+            "config": _flattened(config),
+            "opts": opts,
+            "seed": seed,
+            "script": (self.path.parent / script).read_text() if script else "",
+            **{need: models[name].fingerprint for need, name in needs.items() if name},
+        }
+        text = json.dumps(whole, sort_keys=True)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        return Run(key, config, opts, seed, arm, **needs, script=script, fingerprint=fingerprint)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        ValueError: something is missing, or a stage names an arm that is not there.
+    """
+    content = yaml.safe_load(path.read_text())
+    for name in ("students", "arms", "stages"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+            raise ValueError(f"{path}: {name} is missing: expected a mapping.")
+    for place, arms in _named_arms(content):
+        unknown = sorted(set(arms) - set(content["arms"]))
+        if unknown:
+            raise ValueError(
+                f"{path}: {place} names {unknown}: expected arms of {sorted(content['arms'])}."
+            )
+    return Study(path.resolve(), content)
+
+
+def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    for name, stage in content["stages"].items():
+        yield f"stages.{name}.arms", stage["arms"]
+
+
+@functools.cache
+def _flattened(config: Path) -> dict[str, Any]:
+    """The content of a config file and its bases: what it asks for, without any defaults."""
+    found: dict[str, Any] = CfgNode.load_yaml_with_base(str(config))
+    return found

@@ -1,0 +1,140 @@
+"""The tables of a study as Markdown."""
+
+import math
+from collections.abc import Sequence
+
+from .analysis import Stage
+from .records import METRICS, Records
+from .statistics import Difference, summarise
+from .study import TUNED, Study
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def arms_table(stage: Stage, study: Study, records: Records) -> str:
+    """Mean and SD of each metric, with time and memory, one row an arm."""
+    rows = []
+    for arm, by_metric in stage.summaries.items():
+        found = list(stage.records[arm].values())
+        metrics = [f"{by_metric[name].mean:.1f}" for name in METRICS[1:]]
+        seconds = summarise([record["cpu_seconds"] for record in found]).mean
+        memory = summarise([record["peak_memory_mb"] for record in found]).mean
+        rows.append(
+            [
+                arm,
+                _weight(arm, study, records),
+                str(by_metric["AP"].n),
+                f"**{by_metric['AP'].mean:.2f}** ± {_number(by_metric['AP'].sd)}",
+                *metrics,
+                f"{seconds:.0f}",
+                f"{memory:.0f}",
+            ]
+        )
+    head = ["arm", "lambda", "seeds", "AP ± SD", *METRICS[1:], "CPU s", "MB"]
+    return table(head, rows)
+
+
+def contrasts_table(stage: Stage) -> str:
+    """Paired differences, one row a contrast."""
+    primary = any(contrast.p_holm is not None for contrast in stage.contrasts)
+    rows = []
+    for contrast in stage.contrasts:
+        found = contrast.differences
+        row = [
+            f"{contrast.arm} − {contrast.against}",
+            str(len(contrast.seeds)),
+            _interval(found["AP"]),
+            f"{found['AP'].p:.4f}",
+        ]
+        if primary:
+            row.append("" if contrast.p_holm is None else f"{contrast.p_holm:.4f}")
+        rows.append([*row, *(_interval(found[name]) for name in METRICS[1:])])
+    head = ["difference", "pairs", "AP [95%]", "p", *(["p (Holm)"] if primary else [])]
+    return table([*head, *METRICS[1:]], rows)
+
+
+def tuning_table(study: Study, records: Records) -> str:
+    """Mean AP on the tuning split of each arm and weight; the frozen one is bold."""
+    rows = []
+    for arm in study.content["arms"]:
+        by_weight: dict[float, list[float]] = {}
+        for key, record in records.runs.items():
+            parts = key.split("/")
+            if parts[:2] == ["tuning", arm]:
+                by_weight.setdefault(float(parts[2]), []).append(record["metrics"]["AP"])
+        for weight, values in sorted(by_weight.items()):
+            frozen = "**" if records.tuned.get(arm) == weight else ""
+            each = ", ".join(f"{value:.1f}" for value in values)
+            rows.append([arm, f"{weight:g}", f"{frozen}{summarise(values).mean:.2f}{frozen}", each])
+    return table(["arm", "lambda", "mean AP", "each seed"], rows)
+
+
+def models_table(study: Study, records: Records) -> str:
+    """The teachers and the weights that others start from."""
+    rows = []
+    for name, run in study.models.items():
+        record = records.of(run)
+        if record is not None:
+            metrics = [f"{record['metrics'][metric]:.1f}" for metric in METRICS]
+            rows.append(
+                [name, run.config.name, str(run.seed), *metrics, f"{record['cpu_seconds']:.0f}"]
+            )
+    return table(["model", "config", "seed", *METRICS, "CPU s"], rows)
+
+
+def gates(stage: Stage, study: Study, records: Records, baseline: str) -> str:
+    """What has to hold before arms may be compared, and whether it does."""
+    found = stage.summaries[baseline]["AP"]
+    seeds = list(stage.records[baseline].values())
+    last_third = [_last_third(record["curve"]) for record in seeds]
+    moved = summarise([value for value in last_third if value is not None])
+    teachers = [
+        record["metrics"]["AP"]
+        for name in study.content["stages"][stage.name].get("teachers", [])
+        if (record := records.of(study.models[name])) is not None
+    ]
+    gap = min(teachers) - found.mean if teachers else math.nan
+    rows = [
+        ["the worst teacher is at least 5 AP above the plain student", f"{gap:.1f}", _ok(gap >= 5)],
+        [
+            "the plain student's AP moves by less than 1 over the last third",
+            f"{moved.mean:.2f}",
+            _ok(abs(moved.mean) < 1),
+        ],
+        ["its SD over seeds is at most 1.5", _number(found.sd), _ok(found.sd <= 1.5)],
+        ["its AP is from 30 to 75", f"{found.mean:.1f}", _ok(30 <= found.mean <= 75)],
+    ]
+    return table(["gate", "measured", ""], rows)
+
+
+def _last_third(curve: Sequence[Sequence[float]]) -> float | None:
+    """AP at the end less AP at the evaluation nearest to two thirds."""
+    if len(curve) < 2:
+        return None
+    end = curve[-1][0]
+    return curve[-1][1] - min(curve[:-1], key=lambda point: abs(point[0] - end * 2 / 3))[1]
+
+
+def _ok(holds: bool) -> str:
+    return "yes" if holds else "**no**"
+
+
+def _weight(arm: str, study: Study, records: Records) -> str:
+    weight = study.content["arms"][arm].get("weight")
+    if weight is None:
+        return ""
+    return f"{records.tuned[arm]:g} (tuned)" if weight == TUNED else f"{weight:g}"
+
+
+def _interval(found: Difference) -> str:
+    if found.n < 2:
+        return f"{found.mean:+.2f}"
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
