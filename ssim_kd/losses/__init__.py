@@ -4,21 +4,42 @@ from ssim_kd.ops.options import SSIMOptions, check_ssim_options
 from ssim_kd.ops.scaling import minmax_scale
 from ssim_kd.ops.ssim_reference import SSIMComponents
 
+from .attention import (
+    cell_means,
+    channel_attention,
+    masked_log_softmax,
+    masked_softmax,
+    spatial_attention,
+)
+from .boxes import background_weights, box_cells, covered_cells, foreground_weights
 from .lp import LpLoss, lp_loss
-from .masking import masked_mean
+from .masking import masked_mean, masked_sum
+from .reference import ReferenceSize, reference_size
 from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss
 from .ssim_map import ssim_map
 
 __all__ = [
     "LpLoss",
+    "ReferenceSize",
     "SSIMComponents",
     "SSIMLoss",
     "SSIMOptions",
+    "background_weights",
+    "box_cells",
+    "cell_means",
+    "channel_attention",
     "check_ssim_options",
+    "covered_cells",
+    "foreground_weights",
     "lp_loss",
+    "masked_log_softmax",
     "masked_mean",
+    "masked_softmax",
+    "masked_sum",
     "minmax_scale",
     "pyramid_ssim_loss",
+    "reference_size",
+    "spatial_attention",
     "ssim_loss",
     "ssim_map",
 ]

@@ -48,3 +48,22 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     weights = weights[:, None]
     # `where` first: 0 * inf would be NaN.
     return (torch.where(weights > 0, values, 0.0) * weights).sum()
+
+
+def masked_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum over the valid cells of all samples, and over the channels.
+
+    Args:
+        values: (N, C, H, W), floating point. Values of invalid cells have no effect, also if they
+            are not finite.
+        mask: (N, H, W) or (N, 1, H, W) bool, True where a cell is valid; None: all cells are.
+
+    Returns:
+        scalar, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: ``mask`` has the wrong type, shape or device.
+    """
+    mask = check_mask(mask, values)
+    values = values.to(compute_dtype(values))
+    return values.sum() if mask is None else values.masked_fill(~mask[:, None], 0.0).sum()

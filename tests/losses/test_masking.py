@@ -1,9 +1,9 @@
-"""masked_mean: values by hand, masks, empty batches, gradients."""
+"""masked_mean and masked_sum: values by hand, masks, empty batches, gradients."""
 
 import pytest
 import torch
 
-from ssim_kd.losses import masked_mean
+from ssim_kd.losses import masked_mean, masked_sum
 
 VALUES = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 100.0]]], [[[7.0, 7.0]]]])  # 3 maps of 1 x 2 cells
 MASK = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
@@ -65,3 +65,14 @@ def test_masked_mean_bad_input(values, mask, key, value):
     with pytest.raises(ValueError) as error:
         masked_mean(values, mask)
     assert key in str(error.value) and value in str(error.value)
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK[:, None]])
+def test_masked_sum_by_hand(mask):
+    values = VALUES.masked_fill(~MASK[:, None], float("nan")).requires_grad_()
+    total = masked_sum(values, mask)
+    total.backward()
+    assert total == 1 + 3 + 5
+    assert values.grad.flatten().tolist() == [1, 1, 1, 0, 0, 0]
+    assert masked_sum(VALUES) == 123
+    assert masked_sum(VALUES.bfloat16(), MASK).dtype == torch.float32

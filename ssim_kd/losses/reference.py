@@ -1,0 +1,52 @@
+"""Losses that are sums, at a batch and image size other than the one their weights belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class ReferenceSize(NamedTuple):
+    """The batch that the published weights of a summed loss belong to.
+
+    A sum over images, channels or cells grows with their number, and with it the weight that suits.
+    A method multiplies its sum by the reference's number over its own, so that the published weight
+    keeps its meaning.
+
+    Attributes:
+        images: on one GPU.
+        height, width: of the padded images in pixels.
+        channels: of the teacher's maps.
+
+    Example:
+        >>> published = ReferenceSize(2, 800, 1088, 256)
+        >>> published.cells(stride=16)
+        3400
+    """
+
+    images: int
+    height: int
+    width: int
+    channels: int
+
+    def cells(self, stride: int) -> int:
+        """Number of cells of a map."""
+        return math.ceil(self.height / stride) * math.ceil(self.width / stride)
+
+
+def reference_size(key: str, values: Sequence[int]) -> ReferenceSize | None:
+    """The reference of a config key: [images, height, width, channels], or [] for none.
+
+    Raises:
+        ValueError: other than none or four positive numbers.
+    """
+    if not len(values):
+        return None
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    if len(values) != 4 or not whole:
+        raise ValueError(
+            f"{key} is {list(values)}; expected [] or [images, height, width, channels], whole "
+            "numbers > 0, such as [2, 800, 1088, 256]."
+        )
+    return ReferenceSize(*values)

@@ -1,0 +1,95 @@
+"""Ground-truth boxes on a level: cells by hand, by loops, and where the image is padded."""
+
+import math
+
+import pytest
+import torch
+
+from ssim_kd.losses import background_weights, box_cells, covered_cells, foreground_weights
+
+BOXES = torch.tensor(
+    [
+        [0.0, 0.0, 8.0, 16.0],  # columns 0-1, rows 0-2: 6 cells
+        [9.0, 9.0, 15.0, 15.0],  # within cell (1, 1) and to its end: columns and rows 1-2
+        [30.0, 2.0, 99.0, 7.0],  # beyond the map at the right
+        [8.0, 8.0, 8.0, 24.0],  # no width
+        [70.0, 70.0, 90.0, 90.0],  # beyond the map
+    ]
+)
+
+
+def loops(boxes, height, width, stride):
+    """foreground_weights of one image, cell by cell."""
+    found = [[0.0] * width for _ in range(height)]
+    for x0, y0, x1, y1 in boxes.tolist():
+        if x1 <= x0 or y1 <= y0:
+            continue
+        left, top = math.floor(x0 / stride), math.floor(y0 / stride)
+        right, bottom = math.ceil(x1 / stride), math.ceil(y1 / stride)
+        share = 1 / ((bottom - top + 1) * (right - left + 1))
+        for row in range(top, min(bottom, height - 1) + 1):
+            for column in range(left, min(right, width - 1) + 1):
+                found[row][column] = max(found[row][column], share)
+    return torch.tensor(found)
+
+
+def test_box_cells_by_hand():
+    first, last = box_cells(BOXES[:3], 8)
+    assert first.tolist() == [[0, 0], [1, 1], [3, 0]]
+    assert last.tolist() == [[1, 2], [2, 2], [13, 1]]
+
+
+def test_covered_cells_by_hand():
+    found = covered_cells(BOXES, 4, 5, 8)
+    assert found.shape == (5, 4, 5) and found.dtype == torch.bool
+    assert found.sum(dim=(1, 2)).tolist() == [6, 4, 4, 0, 0]
+    assert found[2].nonzero().tolist() == [[0, 3], [0, 4], [1, 3], [1, 4]]
+
+
+@pytest.mark.parametrize("stride", [4, 8, 128])
+@pytest.mark.parametrize("size", [(4, 5), (1, 1), (9, 7)])
+def test_foreground_weights_are_the_formula_by_loops(size, stride):
+    random = torch.rand(20, 4) * 60
+    random = torch.cat([random[:, :2], random[:, :2] + random[:, 2:]], dim=1)
+    images = [BOXES, BOXES[:0], random]
+    found = foreground_weights(images, *size, stride)
+    expected = torch.stack([loops(boxes, *size, stride) for boxes in images])
+    torch.testing.assert_close(found, expected)
+
+
+def test_foreground_weights_by_hand():
+    found = foreground_weights([BOXES[:2]], 4, 4, 8)
+    # The smaller box wins where both are.
+    sixth, fourth = 1 / 6, 1 / 4
+    expected = [[sixth, sixth, 0, 0], [sixth, fourth, fourth, 0], [sixth, fourth, fourth, 0]]
+    torch.testing.assert_close(found, torch.tensor([[*expected, [0, 0, 0, 0]]]))
+
+
+def test_foreground_weights_do_not_depend_on_the_padding():
+    # The image has 32 x 24 pixels, whatever the map it lies in.
+    boxes = [torch.tensor([[4.0, 4.0, 20.0, 15.0]])]
+    small, large = foreground_weights(boxes, 3, 4, 8), foreground_weights(boxes, 12, 16, 8)
+    assert torch.equal(large[:, :3, :4], small)
+    assert float(large.sum()) == float(small.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("boxes", [BOXES[:0], BOXES[3:4], BOXES[4:]], ids=["none", "flat", "off"])
+def test_background_weights_where_there_is_no_box(boxes):
+    foreground = foreground_weights([boxes], 2, 3, 8)
+    assert not foreground.any()
+    torch.testing.assert_close(background_weights(foreground), torch.full((1, 2, 3), 1 / 6))
+
+
+def test_background_weights_in_padding_and_where_boxes_cover_all():
+    mask = torch.ones(2, 2, 3, dtype=torch.bool)
+    mask[0, :, 2] = False
+    boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 99.0, 99.0]])]
+    foreground = foreground_weights(boxes, 2, 3, 64, mask=mask)
+    assert foreground[0].tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0]]
+    # Both images are covered, but for the padding of the first.
+    assert not background_weights(foreground, mask).any()
+    assert background_weights(foreground)[0].tolist() == [[0, 0, 0.5], [0, 0, 0.5]]
+    boxes = [BOXES[:0], BOXES[:0]]
+    found = background_weights(foreground_weights(boxes, 2, 3, 8, mask=mask), mask)
+    assert found[0].tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0]]
+    assert found.sum(dim=(1, 2)).tolist() == [1, pytest.approx(1)]
