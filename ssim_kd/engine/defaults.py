@@ -1,6 +1,7 @@
-"""What train_net.py does: set up, then train or evaluate."""
+"""What train_net.py does: read the config, set up, then train or evaluate."""
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -12,12 +13,15 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_distill_config, write_stock_config
 from ..config_files import merge_file
 from ..data import check_datasets, register_datasets
+from .errors import start_up, with_one_line_errors
 from .evaluation import (
     check_teacher,
     student_for_evaluation,
@@ -26,50 +30,101 @@ from .evaluation import (
 )
 from .launch import launch_processes
 from .output_lock import output_lock
-from .preflight import check_config, check_start, warn_of_same_weights
+from .preflight import (
+    check_config,
+    check_schedule,
+    check_scored,
+    check_start,
+    warn_of_same_weights,
+)
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
 _FLAGS = ("resume", "eval_only", "eval_teacher")
+# Config keys that hold paths, in which "~" is the user's home.
+_PATHS = (
+    *("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DISTILL.TEACHER.CONFIG_FILE"),
+    *("MODEL.DISTILL.TEACHER.WEIGHTS", "DATASETS.PROPOSAL_FILES_TRAIN"),
+    "DATASETS.PROPOSAL_FILES_TEST",
+)
 
 AddConfig = Callable[[CfgNode], None]
 
 
-def run(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
-    """Do what the command line asks for, in as many processes as it asks for.
+def run(
+    args: argparse.Namespace,
+    add_config: AddConfig | None = None,
+    *,
+    trainer: type[DistillTrainer] = DistillTrainer,
+) -> Any:
+    """Train or evaluate, in as many processes as the command line asks for.
+
+    An error before the first step ends the program with status 1 and one line; its traceback is in
+    ``OUTPUT_DIR/log.txt``.
 
     Args:
         args: of :func:`argument_parser`.
         add_config: adds further keys to the config (those of projects); picklable.
+        trainer: a subclass with loaders, evaluators, hooks or a model of its own; picklable.
 
     Returns:
-        the results of the evaluation where they come about in this process, else None.
+        the results of the evaluation if they are computed in this process, else None.
+
+    Example:
+        >>> class Trainer(DistillTrainer):
+        ...     @classmethod
+        ...     def build_train_loader(cls, cfg):
+        ...         return build_train_loader(cfg, mapper=MyMapper(cfg))
+        >>> run(argument_parser().parse_args(), trainer=Trainer)
     """
-    # Read once before any process is started: a wrong key is then told once.
-    cfg = load_config(args, add_config)
-    return launch_processes(main, args, device=cfg.MODEL.DEVICE, main_args=(args, add_config))
+    with with_one_line_errors():
+        # Before any process is started: a wrong key is then reported once.
+        with start_up():
+            cfg = load_config(args, add_config)
+        return launch_processes(
+            _run_process, args, device=cfg.MODEL.DEVICE, main_args=(args, add_config, trainer)
+        )
+
+
+def main(
+    args: argparse.Namespace,
+    add_config: AddConfig | None = None,
+    *,
+    trainer: type[DistillTrainer] = DistillTrainer,
+) -> Any:
+    """Train or evaluate in this process, which is one of one or more. Arguments as in run()."""
+    with contextlib.ExitStack() as stack:
+        return _prepare(stack, args, add_config, trainer)()
+
+
+def _run_process(
+    args: argparse.Namespace, add_config: AddConfig | None, trainer: type[DistillTrainer]
+) -> Any:
+    with contextlib.ExitStack() as stack:
+        with start_up():
+            work = _prepare(stack, args, add_config, trainer)
+        return work()
 
 
 def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
     """Detectron2's defaults, ours, the file, the overrides; frozen.
 
     Raises:
-        ValueError: an unknown key, a file that cannot be read, or what :func:`check_config` raises.
+        ValueError: an unknown key, a file that is not readable, or what :func:`check_config`
+            raises.
     """
     cfg = get_cfg()
     add_distill_config(cfg)
     if add_config is not None:
         add_config(cfg)
-    if args.config_file:
-        _merge_file(cfg, args.config_file)
-    try:
-        cfg.merge_from_list(_with_floats(cfg, args.opts))
-    except (AssertionError, KeyError) as error:
-        raise ValueError(
-            f"{error.args[0]}. Expected KEY VALUE pairs of known keys, not {args.opts}."
-        ) from error
-    _resolve_teacher(cfg, args.config_file)
+    config_file = os.path.expanduser(args.config_file)
+    if config_file:
+        _merge_file(cfg, config_file)
+    _merge_options(cfg, list(args.opts))
+    for key in _PATHS:
+        _expand(cfg, key)
+    _resolve_teacher(cfg, config_file)
     # Arguments of another program's may lack these.
     evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
     check_config(cfg, evaluate=evaluate)
@@ -90,16 +145,43 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         raise ValueError(f"--config-file {path} cannot be read: {error}{advice}") from error
 
 
-def _with_floats(cfg: CfgNode, opts: list[str]) -> list[str]:
-    """Overrides in which a whole number for a key that holds a float is one: 2 becomes 2.0."""
-    found = list(opts)
-    for i in range(0, len(found) - 1, 2):
-        node: Any = cfg
-        for part in found[i].split("."):
-            node = node.get(part) if isinstance(node, CfgNode) else None
-        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(found[i + 1])):
-            found[i + 1] = f"{found[i + 1]}.0"
-    return found
+def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
+    flags = [text for text in opts[::2] if str(text).startswith("--")]
+    if flags:
+        raise ValueError(
+            f"{flags[0]} stands behind KEY VALUE pairs, where it is not read; expected flags "
+            "before the first pair."
+        )
+    if len(opts) % 2:
+        raise ValueError(f"{opts[-1]} has no value; expected KEY VALUE pairs, not {opts}.")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if isinstance(_get(cfg, key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
+            value = f"{value}.0"  # a whole number for a float
+        try:
+            cfg.merge_from_list([key, value])
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{key} {value}: {error.args[0]}. Expected KEY VALUE pairs of known keys, and "
+                "values of the type of the default."
+            ) from error
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return node
+
+
+def _expand(cfg: CfgNode, key: str) -> None:
+    """Replace "~" in a path, or in each of several."""
+    *parents, name = key.split(".")
+    node = _get(cfg, ".".join(parents)) if parents else cfg
+    value = node[name]
+    if isinstance(value, str):
+        node[name] = os.path.expanduser(value)
+    else:
+        node[name] = type(value)(os.path.expanduser(path) for path in value)
 
 
 def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
@@ -110,20 +192,25 @@ def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
         teacher.CONFIG_FILE = beside
 
 
-def main(args: argparse.Namespace, add_config: AddConfig | None = None) -> Any:
-    """Train or evaluate in this process, one of one or more."""
+def _prepare(
+    stack: contextlib.ExitStack,
+    args: argparse.Namespace,
+    add_config: AddConfig | None,
+    trainer: type[DistillTrainer],
+) -> Callable[[], Any]:
+    """All that comes before the first step; returns what is then left to do."""
     cfg = load_config(args, add_config)
-    _same_on_all(cfg, args)
+    _check_same_on_all(cfg, args)
     _make_output_dir(cfg.OUTPUT_DIR)
     if args.eval_only or args.eval_teacher:
-        return _evaluate(cfg, args)
+        return _prepare_evaluation(cfg, args, trainer)
     # Before anything is written there.
-    with output_lock(cfg.OUTPUT_DIR):
-        return _train(cfg, args)
+    stack.enter_context(output_lock(cfg.OUTPUT_DIR))
+    return _prepare_training(cfg, args, trainer)
 
 
 def _make_output_dir(folder: str) -> None:
-    if not folder:  # an evaluation that keeps no log
+    if not folder:  # an evaluation without a log
         return
     try:
         PathManager.mkdirs(folder)
@@ -136,46 +223,64 @@ def _make_output_dir(folder: str) -> None:
         raise ValueError(f"OUTPUT_DIR is {folder!r}, which is a file; expected a folder.")
 
 
-def _set_up(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
+def _prepare_evaluation(
+    cfg: CfgNode, args: argparse.Namespace, trainer: type[DistillTrainer]
+) -> Callable[[], Any]:
+    _set_up_evaluation(cfg, args)
     register_datasets(cfg)
-    if training:
-        _once(lambda: check_start(cfg, resume=args.resume))
-    _once(lambda: _check_data(cfg, train=training))
-
-
-def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    _set_up(cfg, args, training=False)
+    _once(lambda: _check_data(cfg, train=False))
     if args.eval_teacher:
         cfg, model = teacher_for_evaluation(cfg)
     else:
         cfg, model = student_for_evaluation(cfg, resume=args.resume)
-    results = DistillTrainer.test(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(test_time_augmentation(cfg, model, DistillTrainer))
-    if comm.is_main_process():
-        verify_results(cfg, results)
-    return results
+
+    def evaluate() -> Any:
+        results = trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(test_time_augmentation(cfg, model, trainer))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    return evaluate
 
 
-def _train(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    _set_up(cfg, args, training=True)
+def _set_up_evaluation(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """As default_setup, which would overwrite the config.yaml of the training in OUTPUT_DIR."""
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "ssim_kd"):
+        setup_logger(cfg.OUTPUT_DIR or None, distributed_rank=rank, name=name)
+    logger.info("Environment info:\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    logger.info("Running with full config:\n%s", cfg.dump())
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+
+
+def _prepare_training(
+    cfg: CfgNode, args: argparse.Namespace, trainer_class: type[DistillTrainer]
+) -> Callable[[], Any]:
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
+    check_schedule(cfg, trainer_class)
+    register_datasets(cfg)
+    _once(lambda: check_start(cfg, resume=args.resume))
+    _once(lambda: _check_data(cfg, train=True))
     if comm.is_main_process():
         # What deploys the student: a config that stock Detectron2 reads.
         write_stock_config(cfg, os.path.join(cfg.OUTPUT_DIR, "student.yaml"))
-    trainer = DistillTrainer(cfg)
+    trainer = trainer_class(cfg)
+    _once(trainer.check_evaluation)
     trainer.resume_or_load(resume=args.resume)
     if trainer.teacher_sha256 and not trainer.start_iter:
         if comm.is_main_process():
             warn_of_same_weights(cfg)
         expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
         if expected:
-            check_teacher(cfg, DistillTrainer, expected)
-    return trainer.train()
+            check_teacher(cfg, trainer_class, expected)
+    return trainer.train
 
 
-def _same_on_all(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _check_same_on_all(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Stop if the processes were given different configs or flags."""
     flags = {f"--{k.replace('_', '-')}": getattr(args, k) for k in _FLAGS}
     texts = comm.all_gather(f"{cfg.dump()}{flags}")
@@ -194,7 +299,7 @@ def _once(check: Callable[[], None]) -> None:
     if comm.is_main_process():
         try:
             check()
-        except (ValueError, OSError) as found:
+        except Exception as found:
             error = found
     error = comm.all_gather(error)[0]
     if error is not None:
@@ -202,5 +307,8 @@ def _once(check: Callable[[], None]) -> None:
 
 
 def _check_data(cfg: CfgNode, *, train: bool) -> None:
-    for summary in check_datasets(cfg, train=train):
+    summaries = check_datasets(cfg, train=train)
+    for summary in summaries:
         logger.info("%s", summary)
+    if train:
+        check_scored(cfg, summaries)

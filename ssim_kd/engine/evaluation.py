@@ -1,6 +1,8 @@
 """Evaluation: of the student as it will be deployed, and of the teacher by itself."""
 
+import inspect
 import logging
+import math
 import os
 from collections import OrderedDict
 from typing import Any
@@ -145,8 +147,14 @@ def check_teacher(cfg: CfgNode, trainer: Any, expected: float) -> None:
     results = trainer.test(teacher, model)
     if len(cfg.DATASETS.TEST) > 1:
         results = results[cfg.DATASETS.TEST[0]]
-    reached = comm.all_gather(float(results["bbox"]["AP"]) if results else None)[0]
-    if not reached >= expected:  # NaN falls short as well
+    reached = comm.all_gather((results or {}).get("bbox", {}).get("AP"))[0]
+    if reached is None or math.isnan(reached):
+        raise ValueError(
+            f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}, but the evaluation of the teacher "
+            f"on {cfg.DATASETS.TEST[0]} has the box AP {reached}: the set has no ground truth that "
+            "counts, or the teacher detects no boxes. Expected a set with both, or EXPECTED_AP 0."
+        )
+    if reached < expected:
         raise ValueError(
             f"The teacher reaches {reached:.2f} AP on {cfg.DATASETS.TEST[0]}, but "
             f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}: check its weights and config."
@@ -154,11 +162,42 @@ def check_teacher(cfg: CfgNode, trainer: Any, expected: float) -> None:
     logger.info("The teacher reaches %.2f AP, as expected (%.2f).", reached, expected)
 
 
+def build_tta_model(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """Detectron2's wrapper for test-time augmentation.
+
+    Raises:
+        ValueError: the student is of a kind that it does not serve.
+    """
+    try:
+        return GeneralizedRCNNWithTTA(cfg, model)
+    except AssertionError as error:
+        raise ValueError(
+            f"TEST.AUG.ENABLED is True, but test-time augmentation is not available for this "
+            f"student: {error}. Expected TEST.AUG.ENABLED False, or a GeneralizedRCNN without "
+            "keypoints or precomputed proposals."
+        ) from error
+
+
 def test_time_augmentation(cfg: CfgNode, model: nn.Module, trainer: Any) -> OrderedDict:
-    """Evaluate with ``TEST.AUG``, as Detectron2's train_net.py does; keys get the suffix _TTA."""
+    """Evaluate with ``TEST.AUG``, as Detectron2's train_net.py does; keys get the suffix _TTA.
+
+    Args:
+        cfg: of the student.
+        model: the student.
+        trainer: whose ``build_evaluator`` and ``test`` evaluate. One that takes no
+            ``output_folder`` gets a config whose OUTPUT_DIR is the folder.
+    """
     logger.info("Running inference with test-time augmentation ...")
-    model = GeneralizedRCNNWithTTA(cfg, model)
+    model = build_tta_model(cfg, model)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-    evaluators = [build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    if "output_folder" in inspect.signature(trainer.build_evaluator).parameters:
+        evaluators = [
+            trainer.build_evaluator(cfg, n, output_folder=folder) for n in cfg.DATASETS.TEST
+        ]
+    else:
+        own = cfg.clone()
+        own.defrost()
+        own.OUTPUT_DIR = folder
+        evaluators = [trainer.build_evaluator(own, name) for name in cfg.DATASETS.TEST]
     results = trainer.test(cfg, model, evaluators)
     return OrderedDict({f"{key}_TTA": value for key, value in results.items()})

@@ -1,7 +1,10 @@
-"""Hooks of the trainer."""
+"""Hooks of the trainer, and its writers."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import itertools
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -9,10 +12,14 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from fvcore.nn.precise_bn import update_bn_stats
+from torch import nn
 
 from ..visualization import loss_map_images
 from .signals import StopOnSignal
+
+logger = logging.getLogger(__name__)
 
 
 class Reseed(HookBase):
@@ -28,11 +35,121 @@ class Reseed(HookBase):
         seed_all_rng(int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little"))
 
 
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's PreciseBN, whose images depend on the seed and the iteration alone.
+
+    Detectron2's own continues with one iterator, which a resumed run cannot take up. The teacher
+    and the distillers, whose outputs it would discard, are not run.
+    """
+
+    @classmethod
+    def replacing(cls, hook: hooks.PreciseBN, student: nn.Module) -> "PreciseBN":
+        """One with the period and the loader (a :class:`TrainLoader`) of Detectron2's hook."""
+        return cls(hook._period, student, hook._data_loader, hook._num_iter)
+
+    def update_stats(self) -> None:
+        """Replace the running statistics by those over ``num_iter`` batches."""
+        if self._disabled:
+            return
+        self._data_loader.seed = self.trainer.seed
+        self._data_loader.start_iter = self.trainer.iter + 1
+        logger.info("Precise statistics of batch norms: %d iterations.", self._num_iter)
+        # A storage of its own discards what the model logs.
+        with EventStorage(), contextlib.closing(iter(self._data_loader)) as batches:
+            update_bn_stats(self._model, itertools.islice(batches, self._num_iter), self._num_iter)
+
+
+class RankStates(HookBase):
+    """Gathers, before a checkpoint, the state that each process has of its own.
+
+    RetinaNet and FCOS keep the running mean of the number of positive anchors in a plain attribute,
+    ``loss_normalizer``: a resumed run needs that of each process.
+    """
+
+    def __init__(self, student: nn.Module, is_due: Callable[[], bool]) -> None:
+        """
+        Args:
+            student: the detector.
+            is_due: whether a checkpoint follows the step; the same on every process.
+        """
+        self._student = student
+        self._is_due = is_due
+        self._normalizers: list[float] = []
+        self._iteration = -1
+
+    def after_step(self) -> None:
+        """Gather, before the hooks that save."""
+        normalizer: Any = getattr(self._student, "loss_normalizer", None)
+        if normalizer is not None and self._is_due():
+            self._normalizers = comm.all_gather(float(normalizer))
+            self._iteration = self.trainer.iter
+
+    def state_dict(self) -> dict[str, Any]:
+        """One value a process, by rank."""
+        # Not gathered where it is the user's code that saves.
+        gathered = self._iteration == self.trainer.iter
+        return {"loss_normalizer": self._normalizers} if gathered else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up this process's value; with more processes than before, the first one's."""
+        values = state_dict["loss_normalizer"]
+        rank = comm.get_rank()
+        self._student.loss_normalizer = values[rank if rank < len(values) else 0]
+
+
+class Accessory:
+    """What a training goes on without: an error is reported once, and nothing is tried again."""
+
+    def __init__(self, name: str) -> None:
+        """
+        Args:
+            name: for the warning.
+        """
+        self.name = name
+        self.failed = False
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside, an error is a warning."""
+        try:
+            yield
+        except Exception as error:
+            self.failed = True
+            logger.warning(
+                "%s failed and is left out from here on; the training goes on. %s: %s",
+                *(self.name, type(error).__name__, error),
+            )
+
+
+class GuardedWriter(EventWriter):
+    """A writer of metrics whose failure (a full disk, a tracker that is offline) stops no run."""
+
+    def __init__(self, writer: EventWriter) -> None:
+        """
+        Args:
+            writer: of Detectron2's or the user's.
+        """
+        self.writer = writer
+        self._accessory = Accessory(f"The writer {type(writer).__name__}")
+
+    def write(self) -> None:
+        """Write the latest metrics."""
+        if not self._accessory.failed:
+            with self._accessory.guard():
+                self.writer.write()
+
+    def close(self) -> None:
+        """Close the writer."""
+        with self._accessory.guard():
+            self.writer.close()
+
+
 class VisualizeDistillation(HookBase):
     """Puts the SSIM loss maps of a few fixed images into TensorBoard, level by level.
 
     The images are the first of ``DATASETS.TEST`` (of ``DATASETS.TRAIN`` where there is none), the
-    same every time, so that the pictures show how the student approaches its teacher.
+    same every time, so that the pictures show how the student approaches its teacher. An error
+    ends the pictures, not the training.
     """
 
     def __init__(self, cfg: CfgNode, *, num_images: int = 3) -> None:
@@ -44,15 +161,24 @@ class VisualizeDistillation(HookBase):
         self._cfg = cfg
         self._num_images = num_images
         self._inputs: list[dict[str, Any]] = []
+        self._accessory = Accessory(f"Drawing loss maps every VIS_PERIOD {cfg.VIS_PERIOD}")
 
     def after_step(self) -> None:
         """Draw, every ``VIS_PERIOD`` iterations."""
-        if (self.trainer.iter + 1) % self._cfg.VIS_PERIOD:
+        if (self.trainer.iter + 1) % self._cfg.VIS_PERIOD or self._accessory.failed:
             return
+        with self._accessory.guard():
+            self._draw()
+
+    def _draw(self) -> None:
         if not self._inputs:
             self._inputs = self._load()
         model = getattr(self.trainer.model, "module", self.trainer.model)
-        images = loss_map_images(model, self._inputs, input_format=self._cfg.INPUT.FORMAT)
+        training = model.training
+        try:
+            images = loss_map_images(model, self._inputs, input_format=self._cfg.INPUT.FORMAT)
+        finally:
+            model.train(training)
         for level, image in images.items():
             get_event_storage().put_image(f"distill/{level}", image.transpose(2, 0, 1))
 
@@ -63,9 +189,10 @@ class VisualizeDistillation(HookBase):
 
 
 class SavedEvaluation(hooks.EvalHook):
-    """Detectron2's EvalHook; what was trained is saved before, so that it may be cut anywhere.
+    """Detectron2's EvalHook; a checkpoint is saved before, so that SIGTERM may cut it anywhere.
 
     A run that is resumed from a checkpoint behind which an evaluation was due begins with that.
+    What is evaluated on every process is what is saved: the norms' statistics of the main one.
     """
 
     def __init__(self, period: int, function: Callable[[], Any], stop: StopOnSignal) -> None:
@@ -73,14 +200,14 @@ class SavedEvaluation(hooks.EvalHook):
         Args:
             period: in iterations; 0 for after the last alone.
             function: evaluates.
-            stop: the hook that answers to SIGTERM; runs before this one.
+            stop: the hook that handles SIGTERM; runs before this one.
         """
         super().__init__(period, function)
         self._every = period
         self._stop = stop
 
     def before_train(self) -> None:
-        """Make up for an evaluation that was cut."""
+        """Make an evaluation that was cut again."""
         first = self.trainer.start_iter
         if first and self._due(first):
             self.trainer.iter = self.trainer.storage.iter = first - 1
@@ -96,7 +223,8 @@ class SavedEvaluation(hooks.EvalHook):
             self._evaluate()
 
     def after_train(self) -> None:
-        """Evaluate; the final checkpoint is there."""
+        """Evaluate; the final checkpoint exists."""
+        self.trainer.share_buffers()
         with self._stop.saved():
             super().after_train()
 
@@ -104,5 +232,6 @@ class SavedEvaluation(hooks.EvalHook):
         return self._every > 0 and done % self._every == 0 and done < self.trainer.max_iter
 
     def _evaluate(self) -> None:
+        self.trainer.share_buffers()
         with self._stop.saved():
             super().after_step()

@@ -1,15 +1,24 @@
-"""What is checked before anything is built: the config's values and the weights to start from."""
+"""What is checked before the first step, so that no run finds it out later.
+
+:func:`check_config`: values, before anything is read; :func:`check_schedule`: the learning rate's;
+:func:`check_start`: the weights to start from; :func:`check_evaluation`: all that the evaluations
+of a training need, which may lie hours ahead.
+"""
 
 import filecmp
 import glob
+import importlib.util
 import logging
 import os
 import threading
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import detection_checkpoint
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..checkpoint import local_file, read_file
 from ..modeling.teacher_config import teacher_config
@@ -18,10 +27,19 @@ from .evaluation import check_teachers_classes
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "MODEL.WEIGHTS"
+# Packages that Detectron2's evaluators import when an evaluation ends, by evaluator_type.
+_PACKAGES = {
+    "cityscapes_instance": "cityscapesscripts",
+    "cityscapes_sem_seg": "cityscapesscripts",
+    "coco_panoptic_seg": "panopticapi",
+    "lvis": "lvis",
+}
+# Keys of a record that name files.
+_FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
 
 
 def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
-    """Check the values whose errors would come late or would not say which key is meant.
+    """Check the values whose errors would come late or would not name the key.
 
     Args:
         cfg: the whole config.
@@ -34,26 +52,26 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
     if distill.ENABLED and distill.TEACHER.CONFIG_FILE and name != "DistilledDetector":
         raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {name!r}, which learns from no teacher, but "
+            f"MODEL.META_ARCHITECTURE is {name!r}, which has no teacher, but "
             "MODEL.DISTILL.TEACHER.CONFIG_FILE names one. Expected 'DistilledDetector', and "
             f"{name!r} as MODEL.DISTILL.STUDENT_META_ARCHITECTURE; or MODEL.DISTILL.ENABLED False."
         )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU can be used here; expected a "
-            "machine with one, or MODEL.DEVICE cpu."
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU is available; expected a machine "
+            "with one, or MODEL.DEVICE cpu."
         )
     expected = distill.TEACHER.EXPECTED_AP
     if not 0 <= expected <= 100:
         raise ValueError(
-            f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}; expected an AP in [0, 100], where 0 "
-            "asks for none."
+            f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}; expected an AP in [0, 100]; 0 "
+            "checks nothing."
         )
     if evaluate:
         if not cfg.DATASETS.TEST:
             raise ValueError(
-                "DATASETS.TEST is (), so that there is nothing to evaluate on; expected at least "
-                "one data set name."
+                "DATASETS.TEST is (): there is nothing to evaluate on; expected at least one data "
+                "set name."
             )
         return
     _check_training(cfg)
@@ -63,12 +81,14 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
 
 def _check_training(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; expected 1 or more iterations.")
     if solver.CHECKPOINT_PERIOD < 1:
         raise ValueError(
             f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; expected 1 or more steps. "
             "More than SOLVER.MAX_ITER saves the final checkpoint alone."
         )
-    # Longer waits no clock takes; NaN fails as well.
+    # The clock takes no longer waits; NaN fails as well.
     if not 0 <= solver.GRACE_PERIOD <= threading.TIMEOUT_MAX:
         raise ValueError(
             f"SOLVER.GRACE_PERIOD is {solver.GRACE_PERIOD}; expected seconds, 0 or more."
@@ -94,6 +114,29 @@ def _check_expected_ap(cfg: CfgNode) -> None:
     check_teachers_classes(cfg, teacher_config(cfg))
 
 
+def check_schedule(cfg: CfgNode, trainer: Any) -> None:
+    """Build the schedule of the learning rate for a parameter of no model.
+
+    Args:
+        cfg: of a training.
+        trainer: the class whose ``build_lr_scheduler`` builds it.
+
+    Raises:
+        ValueError: it cannot be built from these values.
+    """
+    solver = cfg.SOLVER
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=solver.BASE_LR)
+    try:
+        trainer.build_lr_scheduler(cfg, optimizer)
+    except Exception as error:
+        keys = ("LR_SCHEDULER_NAME", "STEPS", "MAX_ITER", "GAMMA", "WARMUP_ITERS", "WARMUP_METHOD")
+        values = ", ".join(f"SOLVER.{key} {solver[key]!r}" for key in keys)
+        raise ValueError(
+            f"The schedule of the learning rate cannot be built: {error}. It has {values}. "
+            "Expected WarmupMultiStepLR with STEPS in ascending order, or WarmupCosineLR."
+        ) from error
+
+
 def check_start(cfg: CfgNode, *, resume: bool) -> None:
     """Fetch and read what the student starts from: nothing has been built yet.
 
@@ -108,6 +151,90 @@ def check_start(cfg: CfgNode, *, resume: bool) -> None:
     resumes = resume and glob.glob(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
     if cfg.MODEL.WEIGHTS and not resumes:
         read_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
+
+
+def check_evaluation(cfg: CfgNode, trainer: Any, *, own_loader: bool) -> None:
+    """Build every evaluator, and look for every file that the evaluations will read.
+
+    Args:
+        cfg: of a training.
+        trainer: whose ``build_evaluator`` builds the evaluators.
+        own_loader: whether images are read by Detectron2's mapper, so that "file_name" of a record
+            is a path.
+
+    Raises:
+        ValueError: an evaluator that cannot be built, or a package that it will import is missing;
+            results of a task that is not evaluated are expected.
+        FileNotFoundError: a file is missing; names the set and how many are.
+    """
+    for name in cfg.DATASETS.TEST:
+        where = f"DATASETS.TEST: data set {name!r}"
+        kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+        package = _PACKAGES.get(kind)
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{where} is scored by the package {package!r} (evaluator_type {kind!r}), which is "
+                "not installed; expected it, or another data set."
+            )
+        try:
+            trainer.build_evaluator(cfg, name)
+        except NotImplementedError:
+            logger.warning("%s has no evaluator: it is not scored.", where)
+        except Exception as error:
+            raise ValueError(f"{where}: its evaluator cannot be built: {error}") from error
+        if own_loader:
+            _check_files(where, DatasetCatalog.get(name))
+    _check_expected_results(cfg)
+
+
+def _check_files(where: str, records: Sequence[dict[str, Any]]) -> None:
+    paths = [r[key] for r in records for key in _FILES if "://" not in str(r.get(key, "://"))]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"{where}: {len(missing)} of {len(paths)} files are missing, e.g. {missing[0]}. "
+            "Expected every file of the set; the evaluation would stop at the first of them."
+        )
+
+
+def _check_expected_results(cfg: CfgNode) -> None:
+    expected = cfg.TEST.EXPECTED_RESULTS
+    kinds = {MetadataCatalog.get(name).get("evaluator_type", "coco") for name in cfg.DATASETS.TEST}
+    if not expected or kinds != {"coco"}:
+        return
+    tasks = {"bbox"}
+    tasks |= {"segm"} if cfg.MODEL.MASK_ON else set()
+    tasks |= {"keypoints"} if cfg.MODEL.KEYPOINT_ON else set()
+    tasks |= {f"{task}_TTA" for task in tasks} if cfg.TEST.AUG.ENABLED else set()
+    unknown = [entry[0] for entry in expected if entry[0] not in tasks]
+    if unknown or len(cfg.DATASETS.TEST) > 1:
+        raise ValueError(
+            f"TEST.EXPECTED_RESULTS is {expected}, for DATASETS.TEST {cfg.DATASETS.TEST}; expected "
+            f"[task, metric, value, tolerance] of one data set, with a task of {sorted(tasks)}."
+        )
+
+
+def check_scored(cfg: CfgNode, summaries: Sequence[Any]) -> None:
+    """Check that the teacher's AP, where one is expected, can be computed.
+
+    Args:
+        cfg: of a training.
+        summaries: of its data sets, from :func:`ssim_kd.data.check_datasets`.
+
+    Raises:
+        ValueError: the first of DATASETS.TEST has no ground truth.
+    """
+    expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
+    if not expected or not cfg.MODEL.DISTILL.ENABLED:
+        return
+    first = cfg.DATASETS.TEST[0]
+    for summary in summaries:
+        if summary.name == first and summary.findings and not summary.findings.scored:
+            raise ValueError(
+                f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}, but DATASETS.TEST: data set "
+                f"{first!r} has no annotations to score it on; expected a set with ground truth as "
+                "the first, or EXPECTED_AP 0."
+            )
 
 
 def warn_of_same_weights(cfg: CfgNode) -> None:

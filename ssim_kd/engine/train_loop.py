@@ -167,6 +167,7 @@ class DistillStep(TrainerBase):
         self.device = next(model.parameters()).device
         self._data: Iterator | None = None
         self._pending: list[StepReport] = []
+        self._gradients_checked = False
         self._dtype: torch.dtype | None = None
         if amp:
             self._dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
@@ -214,6 +215,8 @@ class DistillStep(TrainerBase):
                 self._raise_for_features(batch, error)
             total = sum(losses.values())
         self.grad_scaler.scale(total).backward()
+        if isinstance(self.model, DistributedDataParallel) and not self._gradients_checked:
+            self._check_gradients()
         self._pending.append(self._report(losses, batch, data_time))
         # Where nothing is gained by waiting, or something by not waiting, it is read at once.
         at_once = (
@@ -226,6 +229,23 @@ class DistillStep(TrainerBase):
             # A step or two that overflow are the scaler's business; these are NaN at any scale.
             wrong = f"gradients (float16, down to a loss scale of {LEAST_SCALE:g})"
             self._raise([wrong], self.iter, _image_ids(batch), {}, fatal=True)
+
+    def _check_gradients(self) -> None:
+        """Stop before DDP does, which names no parameter, and where it would wait for ever."""
+        unused = [
+            n for n, p in self._detector.named_parameters() if p.requires_grad and p.grad is None
+        ]
+        found = comm.all_gather(unused)
+        if any(found):
+            names = sorted({name for part in found for name in part})
+            raise ValueError(
+                f"{len(names)} trained parameters have no gradient in the first step: "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Several processes "
+                "(DistributedDataParallel) need one for each. Expected every level of the backbone "
+                "to be used by a loss: leave out the others (MODEL.FPN.IN_FEATURES, or "
+                "IN_FEATURES of RPN, ROI_HEADS and DISTILL), or train in one process."
+            )
+        self._gradients_checked = True
 
     def close(self) -> None:
         """End the iteration over the data, and with it the loader's workers."""
@@ -319,11 +339,14 @@ class DistillStep(TrainerBase):
             "loss_scale": self.grad_scaler.get_scale(),
             "random_seed": torch.initial_seed(),
         }
-        with open(path, "w") as file:
-            json.dump(state, file, indent=1)
+        report = f"The batch and the state are in {path}."
+        try:
+            with open(path, "w") as file:
+                json.dump(state, file, indent=1)
+        except OSError as error:
+            report = f"Images {images}; the report on the step was not written ({error})."
         raise NonFiniteError(
-            f"Not finite at iteration {iteration}: {', '.join(wrong)}. The batch and the state "
-            f"are in {path}.",
+            f"Not finite at iteration {iteration}: {', '.join(wrong)}. {report}",
             # A teacher never changes: no later step can be better.
             fatal=fatal or any(name.startswith("teacher ") for name in wrong),
         )

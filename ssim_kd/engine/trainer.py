@@ -1,4 +1,4 @@
-"""The trainer: Detectron2's DefaultTrainer, with a student to save and a teacher to hide."""
+"""The trainer: Detectron2's DefaultTrainer, with exact resume, an orderly end and late metrics."""
 
 import logging
 import os
@@ -14,13 +14,22 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import ResumeError, StudentCheckpointer
 from ..data import CheckedMapper, EvaluationLoader, TrainLoader, build_train_loader
 from ..modeling import DistilledDetector
-from .evaluation import build_evaluator, test_time_augmentation
-from .hooks import Reseed, SavedEvaluation, VisualizeDistillation
+from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
+from .hooks import (
+    GuardedWriter,
+    PreciseBN,
+    RankStates,
+    Reseed,
+    SavedEvaluation,
+    VisualizeDistillation,
+)
+from .preflight import check_evaluation
 from .resume import differences, settings_of
 from .signals import StopOnSignal
 from .train_loop import DistillStep
@@ -31,8 +40,15 @@ logger = logging.getLogger(__name__)
 class DistillTrainer(DefaultTrainer):
     """Trains what ``cfg`` describes: a :class:`DistilledDetector` or any stock detector.
 
-    What differs from DefaultTrainer: checkpoints hold the plain student under "model"; they hold
-    all that an exact resume needs; processes may run on CPUs; metrics are read late.
+    Differences from DefaultTrainer: checkpoints hold the plain student under "model", and all that
+    an exact resume needs; processes may run on CPUs; metrics are read one step late; an evaluation
+    scores on every process what is saved.
+
+    Subclass it as you would DefaultTrainer: ``build_model``, ``build_optimizer``,
+    ``build_lr_scheduler``, ``build_train_loader``, ``build_test_loader``, ``build_evaluator``,
+    ``build_hooks``, ``build_writers`` and ``test`` are used as there. A training loader that is no
+    :class:`ssim_kd.data.TrainLoader` (Detectron2's own, for example) costs the exact resume: a
+    warning says so.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -42,6 +58,7 @@ class DistillTrainer(DefaultTrainer):
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._started_with = settings_of(cfg)
+        self._stop = StopOnSignal(cfg.SOLVER.GRACE_PERIOD)
 
         model = self.build_model(cfg)
         self.student = model.student if isinstance(model, DistilledDetector) else model
@@ -77,34 +94,82 @@ class DistillTrainer(DefaultTrainer):
         )
         self.register_hooks(self.build_hooks())
 
-    def _train_loader(self, cfg: CfgNode) -> TrainLoader:
+    def _train_loader(self, cfg: CfgNode) -> Any:
         loader = self.build_train_loader(cfg)
-        if not isinstance(loader, TrainLoader):
-            raise TypeError(
-                f"{type(self).__name__}.build_train_loader returned a {type(loader).__name__}; "
-                "expected what ssim_kd.data.build_train_loader(cfg, mapper=..., dataset=...) "
-                "returns, in the place of detectron2's build_detection_train_loader: an exact "
-                "resume has to take up the order of images and their augmentation."
+        if isinstance(loader, TrainLoader):
+            self.seed = int(loader.seed)
+        else:
+            self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+            logger.warning(
+                "%s.build_train_loader returns a %s, whose order of images a resume cannot take "
+                "up: all else is restored. Exact is ssim_kd.data.build_train_loader(cfg, "
+                "mapper=..., dataset=...).",
+                *(type(self).__name__, type(loader).__name__),
             )
         return loader
 
     def build_hooks(self) -> list[Any]:
-        """DefaultTrainer's hooks, behind those that make a resumed run like any other."""
-        found = [Reseed(), *super().build_hooks()]
-        # Behind the scheduler, whose state a checkpoint must hold as it is after the step.
-        place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.LRScheduler)) + 1
-        self._stop = StopOnSignal(self.cfg.SOLVER.GRACE_PERIOD)
-        found.insert(place, self._stop)
-        place = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
-        found[place] = SavedEvaluation(self.cfg.TEST.EVAL_PERIOD, self._test, self._stop)
-        if self.cfg.TEST.AUG.ENABLED:
-            found.insert(-1, SavedEvaluation(0, self._test_with_augmentation, self._stop))
+        """DefaultTrainer's hooks, and those of an exact resume and of an orderly end.
+
+        The order of hooks with collective operations is the same on every process.
+        """
+        cfg = self.cfg
+        found = [hook for hook in super().build_hooks() if hook is not None]
+        for i, hook in enumerate(found):
+            if isinstance(hook, hooks.EvalHook):
+                found[i] = SavedEvaluation(cfg.TEST.EVAL_PERIOD, self._test, self._stop)
+            if isinstance(hook, hooks.PreciseBN) and isinstance(self.data_loader, TrainLoader):
+                found[i] = PreciseBN.replacing(hook, self.student)
+        # Behind all that changes the model or the learning rate, whose state after the step a
+        # checkpoint holds; before all that saves.
+        changes = (hooks.LRScheduler, hooks.PreciseBN)
+        place = 1 + max(i for i, hook in enumerate(found) if isinstance(hook, changes))
+        found[place:place] = [RankStates(self.student, self._checkpoint_is_due), self._stop]
+        # Pictures and TTA before the writers, which the main process alone has.
+        place = 1 + max(i for i, hook in enumerate(found) if isinstance(hook, SavedEvaluation))
+        if cfg.TEST.AUG.ENABLED:
+            found.insert(place, SavedEvaluation(0, self._test_with_augmentation, self._stop))
         model = getattr(self.model, "module", self.model)
         distills = isinstance(model, DistilledDetector) and model.teacher is not None
-        if distills and self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
-            # Before the writers, which come last.
-            found.insert(-1, VisualizeDistillation(self.cfg))
-        return found
+        if distills and cfg.VIS_PERIOD > 0 and comm.is_main_process():
+            found.insert(place, VisualizeDistillation(cfg))
+        return [Reseed(), *found]
+
+    def build_writers(self) -> list[EventWriter]:
+        """DefaultTrainer's writers, of which none can stop the training."""
+        self._writers: list[EventWriter] = [GuardedWriter(w) for w in super().build_writers()]
+        return self._writers
+
+    def _checkpoint_is_due(self) -> bool:
+        done, period = self.iter + 1, self.cfg.TEST.EVAL_PERIOD
+        return (
+            done % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0
+            or done >= self.max_iter
+            or (period > 0 and done % period == 0)
+            or self.should_stop
+        )
+
+    def share_buffers(self) -> None:
+        """Give every process the main one's buffers, which checkpoints hold.
+
+        Batch norms that train have other running statistics on each process. Nothing but an
+        evaluation reads those of the others.
+        """
+        if comm.get_world_size() > 1:
+            for buffer in self.student.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def check_evaluation(self) -> None:
+        """See :func:`ssim_kd.engine.preflight.check_evaluation`; builds the TTA wrapper as well.
+
+        A subclass with a ``test`` of its own is not checked.
+        """
+        if _is_overridden(self, DefaultTrainer, "test"):
+            return
+        own_loader = not _is_overridden(self, DistillTrainer, "build_test_loader")
+        check_evaluation(self.cfg, self, own_loader=own_loader)
+        if self.cfg.TEST.AUG.ENABLED:
+            build_tta_model(self.cfg, self.student)
 
     def _test(self) -> OrderedDict:
         # What train() returns.
@@ -112,7 +177,13 @@ class DistillTrainer(DefaultTrainer):
         return self._last_eval_results
 
     def _test_with_augmentation(self) -> OrderedDict:
-        return test_time_augmentation(self.cfg, self.student, self)
+        try:
+            return test_time_augmentation(self.cfg, self.student, self)
+        except BaseException:
+            # The writers' turn comes no more, and the results of the plain evaluation wait there.
+            for writer in getattr(self, "_writers", ()):
+                writer.write()
+            raise
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint of OUTPUT_DIR, or start from ``MODEL.WEIGHTS``.
@@ -166,7 +237,8 @@ class DistillTrainer(DefaultTrainer):
             super().after_train()
         finally:
             self._stop.give_back()
-        self.data_loader.log_skipped()
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.log_skipped()
 
     def request_stop(self) -> None:
         """Ask for an orderly end after the current step."""
@@ -182,11 +254,6 @@ class DistillTrainer(DefaultTrainer):
         """Whether any process asked for an end; the same on all after each step."""
         return self._trainer.should_stop
 
-    @property
-    def seed(self) -> int:
-        """Of the run: SEED, or what was drawn where that is negative."""
-        return int(self.data_loader.seed)
-
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs beside the weights."""
         # Nothing that is not finite gets saved.
@@ -195,7 +262,8 @@ class DistillTrainer(DefaultTrainer):
         state["teacher_sha256"] = self.teacher_sha256
         state["config"] = self._started_with
         state["skipped_steps"] = self._trainer.skipped
-        state["data"] = self.data_loader.state_dict()
+        exact = isinstance(self.data_loader, TrainLoader)
+        state["data"] = self.data_loader.state_dict() if exact else {"seed": self.seed}
         state["optimizer"] = self.optimizer.state_dict()
         state["grad_scaler"] = self._trainer.grad_scaler.state_dict()
         # RetinaNet and FCOS keep a running mean in a plain attribute.
@@ -222,17 +290,25 @@ class DistillTrainer(DefaultTrainer):
                 f"{self.teacher_sha256 or '(none)'}. Resume with the former, or start anew in "
                 "another OUTPUT_DIR."
             )
-        self._tell_of_changes(state_dict["config"])
+        self._warn_of_changes(state_dict["config"])
+        if "loss_normalizer" in state_dict:
+            self.student.loss_normalizer = state_dict["loss_normalizer"]
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.skipped = state_dict["skipped_steps"]
-        self.data_loader.resume(self.iter + 1, state_dict["data"])
+        self.seed = int(state_dict["data"]["seed"])
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.resume(self.iter + 1, state_dict["data"])
+        else:
+            logger.warning(
+                "--resume: the training loader, a %s, begins anew: from here on the order of "
+                "images is not that of an uninterrupted run.",
+                type(self.data_loader).__name__,
+            )
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict["grad_scaler"]:  # else the run began without a scaler
             self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        if "loss_normalizer" in state_dict:
-            self.student.loss_normalizer = state_dict["loss_normalizer"]
 
-    def _tell_of_changes(self, started_with: str) -> None:
+    def _warn_of_changes(self, started_with: str) -> None:
         changes = differences(settings_of(self.cfg), started_with)
         if changes:
             logger.warning(
@@ -241,25 +317,32 @@ class DistillTrainer(DefaultTrainer):
                 "follows the config of now. To change those, start anew in another OUTPUT_DIR.",
                 "; ".join(changes),
             )
-        # At the next resume it is told again.
+        # The next resume warns again.
         self._started_with = started_with
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
         """A loader whose batches depend on the seed and the iteration alone.
 
-        A subclass returns :func:`ssim_kd.data.build_train_loader` with a mapper or dataset of its
-        own: other loaders are refused, for they cannot be resumed exactly.
+        A subclass may return :func:`ssim_kd.data.build_train_loader` with a mapper or dataset of
+        its own, or any other iterable of batches without end, which costs the exact resume.
         """
         return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
-        """Detectron2's own, with errors that name the image and workers that SIGTERM leaves."""
+        """Detectron2's own; errors name the image, and no SIGTERM ends its workers."""
         mapper = CheckedMapper(DatasetMapper(cfg, False), [dataset_name])
         return EvaluationLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """See :func:`ssim_kd.engine.evaluation.build_evaluator`."""
-        return build_evaluator(cfg, dataset_name)
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+
+def _is_overridden(trainer: Any, base: type, name: str) -> bool:
+    method, original = getattr(trainer, name), getattr(base, name)
+    return getattr(method, "__func__", method) is not original.__func__

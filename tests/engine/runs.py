@@ -106,10 +106,10 @@ class World:
         arguments = self.arguments(folder, *options, config=config)
         return load_config(argument_parser().parse_args(arguments), add_project_configs)
 
-    def main(self, folder: Path, *options: Any, config: Path | None = None) -> Any:
-        """Run in this process."""
+    def main(self, folder: Path, *options: Any, config: Path | None = None, **keywords: Any) -> Any:
+        """Run in this process; keywords are main()'s."""
         arguments = self.arguments(folder, *options, config=config)
-        return main(argument_parser().parse_args(arguments), add_project_configs)
+        return main(argument_parser().parse_args(arguments), add_project_configs, **keywords)
 
 
 def save_random_detector(config: Path, path: Path, *, seed: int = 5) -> None:

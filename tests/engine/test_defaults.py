@@ -1,7 +1,9 @@
-"""The command line: what is wrong is said before anything is built."""
+"""The command line, and the checks before anything is built."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from detectron2 import model_zoo
 
+from projects import add_project_configs
+from ssim_kd.engine import argument_parser, load_config, run
 from ssim_kd.engine import main as main_function
 from ssim_kd.engine.preflight import check_start
 from ssim_kd.modeling.teacher_config import teacher_config
@@ -17,10 +21,10 @@ from tests.engine.runs import World
 main_module = sys.modules[main_function.__module__]
 
 
-def test_an_unknown_key(world: World, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"DISTIL\.LOSS.*Expected KEY VALUE pairs of known keys"):
+def test_load_config_unknown_key(world: World, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.DISTIL\.LOSS ssim"):
         world.cfg(tmp_path, "MODEL.DISTIL.LOSS", "ssim")
-    with pytest.raises(ValueError, match="KEY VALUE pairs"):
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.LOSS has no value"):
         world.cfg(tmp_path, "MODEL.DISTILL.LOSS")
     config = tmp_path / "unknown.yaml"
     config.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTIL: {{LOSS: ssim}}}}\n")
@@ -28,7 +32,7 @@ def test_an_unknown_key(world: World, tmp_path) -> None:
         world.cfg(tmp_path, config=config)
 
 
-def test_a_whole_number_for_a_float(world: World, tmp_path) -> None:
+def test_load_config_whole_number_for_a_float(world: World, tmp_path) -> None:
     cfg = world.cfg(tmp_path, "MODEL.DISTILL.LOSS_WEIGHT", "2", "SOLVER.MAX_ITER", "7")
     assert cfg.MODEL.DISTILL.LOSS_WEIGHT == 2.0
     assert cfg.SOLVER.MAX_ITER == 7
@@ -38,7 +42,7 @@ def test_a_whole_number_for_a_float(world: World, tmp_path) -> None:
         world.cfg(tmp_path, config=config)
 
 
-def test_a_device_that_is_not_there(world: World, tmp_path, monkeypatch) -> None:
+def test_check_config_device(world: World, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"MODEL.DEVICE is 'cuda', but no GPU.* MODEL.DEVICE cpu"):
         world.cfg(tmp_path, "MODEL.DEVICE", "cuda")
@@ -53,7 +57,7 @@ def test_a_device_that_is_not_there(world: World, tmp_path, monkeypatch) -> None
         "!!python/module:os",
     ],
 )
-def test_a_config_cannot_run_code(value, world: World, tmp_path) -> None:
+def test_load_config_code(value, world: World, tmp_path) -> None:
     config = tmp_path / "evil.yaml"
     value = value.format(folder=tmp_path)
     config.write_text(f"_BASE_: {world.config}\nOUTPUT_DIR: {value}\n")
@@ -66,7 +70,7 @@ def test_a_config_cannot_run_code(value, world: World, tmp_path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_teachers_config_cannot_run_code(world: World, tmp_path) -> None:
+def test_main_teacher_config_with_code(world: World, tmp_path) -> None:
     config = tmp_path / "evil.yaml"
     config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
     with pytest.raises(ValueError, match="The teacher's config cannot be read"):
@@ -74,18 +78,18 @@ def test_a_teachers_config_cannot_run_code(world: World, tmp_path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_teachers_config_may_lie_beside_the_students(world: World, tmp_path, monkeypatch) -> None:
+def test_load_config_teacher_beside_the_student(world: World, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.CONFIG_FILE", "teacher.yaml")
     assert Path(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE) == world.teacher_config
 
 
-def test_a_config_file_that_is_not_there(world: World, tmp_path) -> None:
+def test_load_config_no_file(world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
         world.cfg(tmp_path, config=tmp_path / "nowhere.yaml")
 
 
-def test_a_config_file_that_is_no_yaml(world: World, tmp_path) -> None:
+def test_load_config_no_yaml(world: World, tmp_path) -> None:
     config = tmp_path / "broken.yaml"
     config.write_text("MODEL: {DEVICE: cpu\n")
     with pytest.raises(ValueError, match=r"(?s)broken\.yaml cannot be read: .*line 2"):
@@ -108,7 +112,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_config_files_that_hold_no_config(kind, world: World, tmp_path) -> None:
+def test_load_config_no_keys(kind, world: World, tmp_path) -> None:
     text, expected = BROKEN[kind]
     config = tmp_path / "broken.yaml"
     config.write_text(text.replace("{file}", config.name))
@@ -121,7 +125,7 @@ def test_config_files_that_hold_no_config(kind, world: World, tmp_path) -> None:
         teacher_config(cfg)
 
 
-def test_two_bases_may_share_one(world: World, tmp_path) -> None:
+def test_load_config_shared_base(world: World, tmp_path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text(f"_BASE_: {world.config}\nVERSION: 2\n")
     config = tmp_path / "both.yaml"
@@ -129,7 +133,7 @@ def test_two_bases_may_share_one(world: World, tmp_path) -> None:
     assert world.cfg(tmp_path, config=config).SEED == 7
 
 
-def test_detectron2s_own_configs_may_compute_their_anchors(world: World, tmp_path) -> None:
+def test_load_config_zoo_anchors(world: World, tmp_path) -> None:
     zoo = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     mine = tmp_path / "mine.yaml"
     mine.write_text(f"_BASE_: {zoo}\nMODEL: {{DEVICE: cpu}}\n")
@@ -141,7 +145,7 @@ def test_detectron2s_own_configs_may_compute_their_anchors(world: World, tmp_pat
         world.cfg(tmp_path, config=mine)
 
 
-def test_a_teacher_that_nothing_learns_from(world: World, tmp_path) -> None:
+def test_check_config_teacher_without_student(world: World, tmp_path) -> None:
     plain = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
     with pytest.raises(ValueError, match=r"META_ARCHITECTURE is 'GeneralizedRCNN'.*'DistilledDet"):
         world.cfg(tmp_path, *plain)
@@ -151,6 +155,7 @@ def test_a_teacher_that_nothing_learns_from(world: World, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
+        ("SOLVER.MAX_ITER", 0, "is 0; expected 1 or more"),
         ("SOLVER.CHECKPOINT_PERIOD", 0, "is 0; expected 1 or more"),
         ("SOLVER.CHECKPOINT_PERIOD", -1, "is -1; expected 1 or more"),
         ("SOLVER.MAX_SKIPPED_STEPS", -1, "is -1; expected 0"),
@@ -159,19 +164,19 @@ def test_a_teacher_that_nothing_learns_from(world: World, tmp_path) -> None:
         ("MODEL.DISTILL.TEACHER.EXPECTED_AP", 200, r"is 200\.0; expected an AP"),
     ],
 )
-def test_values_that_cannot_work(key, value, expected, world: World, tmp_path) -> None:
+def test_check_config_values(key, value, expected, world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=f"{key} {expected}"):
         world.cfg(tmp_path, key, value)
 
 
-def test_an_expected_ap_of_no_data_set(world: World, tmp_path) -> None:
+def test_check_config_expected_ap_of_no_set(world: World, tmp_path) -> None:
     options = ("MODEL.DISTILL.TEACHER.EXPECTED_AP", 20, "DATASETS.TEST", "()")
     with pytest.raises(ValueError, match=r"EXPECTED_AP is 20\.0, but DATASETS\.TEST is \(\)"):
         world.cfg(tmp_path, *options)
     world.cfg(tmp_path, *options, "MODEL.DISTILL.ENABLED", "False")
 
 
-def test_an_expected_ap_of_a_teacher_of_other_classes(world: World, tmp_path) -> None:
+def test_main_expected_ap_of_other_classes(world: World, tmp_path) -> None:
     classes = ("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.ROI_HEADS.NUM_CLASSES", 80])
     with pytest.raises(ValueError, match=r"80 classes .*have 10: .*EXPECTED_AP to 0"):
         world.cfg(tmp_path, *classes, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20)
@@ -181,7 +186,7 @@ def test_an_expected_ap_of_a_teacher_of_other_classes(world: World, tmp_path) ->
 
 
 @pytest.mark.parametrize("flag", ["--eval-only", "--eval-teacher"])
-def test_an_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
+def test_check_config_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"DATASETS\.TEST is \(\).*nothing to evaluate on"):
         world.cfg(tmp_path, flag, "DATASETS.TEST", "()")
 
@@ -195,7 +200,7 @@ def test_an_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
         ("https://192.0.2.1/weights.pkl", None, "is not available"),
     ],
 )
-def test_a_students_weights_that_cannot_be_read(
+def test_main_unreadable_weights(
     name, content, expected, world: World, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(main_module, "check_datasets", None)  # not yet
@@ -206,7 +211,7 @@ def test_a_students_weights_that_cannot_be_read(
         world.main(tmp_path / "out", "MODEL.WEIGHTS", path)
 
 
-def test_a_resumed_run_needs_no_start(world: World, tmp_path, monkeypatch) -> None:
+def test_check_start_resumed(world: World, tmp_path, monkeypatch) -> None:
     cfg = world.cfg(tmp_path, "MODEL.WEIGHTS", "/nowhere.pth")
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is '/nowhere\.pth': no such file"):
         check_start(cfg, resume=True)
@@ -217,7 +222,7 @@ def test_a_resumed_run_needs_no_start(world: World, tmp_path, monkeypatch) -> No
 
 
 @pytest.mark.parametrize("flags", [(), ("--eval-teacher",)])
-def test_an_output_dir_that_is_none(flags, world: World, tmp_path) -> None:
+def test_main_output_dir_that_is_no_folder(flags, world: World, tmp_path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match=r"OUTPUT_DIR is '\S*/file', which is a file"):
@@ -227,9 +232,97 @@ def test_an_output_dir_that_is_none(flags, world: World, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", ["-1.0", ".nan", ".inf", "1.0e+300"])
-def test_a_grace_period_that_is_none(value, world: World, tmp_path) -> None:
+def test_check_config_grace_period(value, world: World, tmp_path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"_BASE_: {world.config}\nSOLVER: {{GRACE_PERIOD: {value}}}\n")
     with pytest.raises(ValueError, match=r"SOLVER\.GRACE_PERIOD is .*; expected seconds, 0 or mo"):
         world.cfg(tmp_path, config=config)
     assert world.cfg(tmp_path, "SOLVER.GRACE_PERIOD", "0").SOLVER.GRACE_PERIOD == 0
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
+def test_load_config_flag_behind_pairs(flag, world: World) -> None:
+    line = ["--config-file", str(world.config), "SOLVER.MAX_ITER", "3", flag]
+    with pytest.raises(ValueError, match=f"{flag} stands behind KEY VALUE pairs"):
+        load_config(argument_parser().parse_args(line), add_project_configs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("MODEL.DISTILL.ENABLED", "yes"), ("SOLVER.MAX_ITER", "1e3")]
+)
+def test_load_config_value_of_another_type(key, value, world: World, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"{key} {value}: "):
+        world.cfg(tmp_path, key, value)
+
+
+def test_load_config_home(world: World, tmp_path, monkeypatch) -> None:
+    """ "~" is the user's home in every path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(world.config, tmp_path / "student.yaml")
+    shutil.copy(world.teacher_config, tmp_path / "teacher.yaml")
+    paths = {
+        "OUTPUT_DIR": "~/out",
+        "MODEL.WEIGHTS": "~/start.pth",
+        "MODEL.DISTILL.TEACHER.CONFIG_FILE": "~/teacher.yaml",
+        "MODEL.DISTILL.TEACHER.WEIGHTS": "~/teacher.pth",
+        "DATASETS.PROPOSAL_FILES_TRAIN": "('~/p.pkl',)",
+    }
+    line = ["--config-file", "~/student.yaml", *(text for pair in paths.items() for text in pair)]
+    cfg = load_config(argument_parser().parse_args(line), add_project_configs)
+    home = str(tmp_path)
+    assert f"{home}/out" == cfg.OUTPUT_DIR and f"{home}/start.pth" == cfg.MODEL.WEIGHTS
+    assert f"{home}/teacher.yaml" == cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    assert f"{home}/teacher.pth" == cfg.MODEL.DISTILL.TEACHER.WEIGHTS
+    assert (f"{home}/p.pkl",) == cfg.DATASETS.PROPOSAL_FILES_TRAIN
+
+
+@pytest.mark.parametrize("flag", ["--eval-only", "--eval-teacher"])
+def test_main_evaluation_keeps_the_config_of_the_training(flag, world: World, tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("of the training")
+    weights = ("MODEL.WEIGHTS", world.teacher, "MODEL.FPN.OUT_CHANNELS", 48)
+    results = world.main(tmp_path, flag, *weights)
+    assert "bbox" in results and "log.txt" in os.listdir(tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "of the training"
+
+
+def test_run_prints_one_line_of_an_error_before_the_first_step(
+    world: World, tmp_path, capfd
+) -> None:
+    line = world.arguments(tmp_path, "MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere.pth")
+    with pytest.raises(SystemExit) as stopped:
+        run(argument_parser().parse_args(line), add_project_configs)
+    output = capfd.readouterr()
+    assert stopped.value.code == 1
+    last = output.err.rstrip().splitlines()[-1]
+    assert last.startswith("ERROR: MODEL.DISTILL.TEACHER.WEIGHTS is '/nowhere.pth'")
+    assert "Traceback" not in output.err + output.out
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_run_prints_one_line_of_an_error_before_there_is_a_log(capfd) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(argument_parser().parse_args(["NO.KEY", "3"]), add_project_configs)
+    assert stopped.value.code == 1
+    assert capfd.readouterr().err.startswith("ERROR: NO.KEY 3: ")
+
+
+def test_run_keeps_the_traceback_of_an_unexpected_error(capfd) -> None:
+    def add(cfg: object) -> None:
+        raise KeyError("a mistake of the user's code")
+
+    with pytest.raises(KeyError, match="mistake"):
+        run(argument_parser().parse_args([]), add)
+
+
+def test_run_prints_one_line_of_an_error_of_spawned_processes(
+    world: World, tmp_path, capfd
+) -> None:
+    options = ("--num-gpus", "MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere.pth")
+    line = world.arguments(tmp_path, "--dist-url=auto", *options)
+    with pytest.raises(SystemExit) as stopped:
+        run(argument_parser().parse_args(line), add_project_configs)
+    output = capfd.readouterr()
+    assert stopped.value.code == 1
+    last = output.err.rstrip().splitlines()[-1]
+    assert last.startswith("ERROR: MODEL.DISTILL.TEACHER.WEIGHTS is '/nowhere.pth'")
+    assert "Traceback" not in output.err + output.out
