@@ -1,8 +1,8 @@
 """Distillation losses over feature maps: functions of tensors, with thin modules around them."""
 
-from ssim_kd.ops.options import SSIMOptions, check_ssim_options
-from ssim_kd.ops.scaling import minmax_scale
-from ssim_kd.ops.ssim_reference import SSIMComponents
+from ssim_kd.ops.options import SSIMOptions
+from ssim_kd.ops.reference import SSIMComponents
+from ssim_kd.ops.select import check_ssim_options
 
 from .attention import (
     cell_means,
@@ -15,8 +15,8 @@ from .boxes import background_weights, box_cells, covered_cells, foreground_weig
 from .lp import LpLoss, lp_loss
 from .masking import masked_mean, masked_sum
 from .reference import ReferenceSize, reference_size
-from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss
-from .ssim_map import ssim_map
+from .scaling import minmax_scale
+from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 
 __all__ = [
     "LpLoss",

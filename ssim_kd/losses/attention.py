@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssim_kd.ops.cells import check_mask, compute_dtype
+from ssim_kd.ops.options import check_mask, compute_dtype
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:

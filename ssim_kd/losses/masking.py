@@ -1,11 +1,14 @@
-"""The mean over the valid cells of a batch of padded maps."""
+"""The mean over the valid cells of a batch of padded maps.
+
+Shapes: N images, C channels, H x W cells.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ssim_kd.ops.cells import cell_weights, check_mask, compute_dtype
+from ssim_kd.ops.options import check_map, check_mask, compute_dtype
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -33,16 +36,12 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> masked_mean(values, torch.tensor([[[True, True]], [[True, False]]]))  # (2 + 5) / 2
         tensor(3.5000)
     """
-    if values.dim() != 4 or not values.is_floating_point():
-        raise ValueError(
-            "values must be a floating point tensor (N, C, H, W); "
-            f"got {tuple(values.shape)} {values.dtype}"
-        )
+    check_map("values", values)
     mask = check_mask(mask, values)
     values = values.to(compute_dtype(values))
     if values.numel() == 0:
         return values.sum()
-    weights = cell_weights(values.shape, values, mask, crop=0)
+    weights = cell_weights(values, mask)
     if weights is None:
         return values.mean()
     weights = weights[:, None]
@@ -67,3 +66,28 @@ def masked_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:
     mask = check_mask(mask, values)
     values = values.to(compute_dtype(values))
     return values.sum() if mask is None else values.masked_fill(~mask[:, None], 0.0).sum()
+
+
+def cell_weights(x: Tensor, mask: Tensor | None, crop: int = 0) -> Tensor | None:
+    """Weight of each cell in the mean over samples of the mean over valid cells and channels.
+
+    Args:
+        x: (N, C, H, W) maps.
+        mask: (N, H, W) bool, True where a cell is valid, or None.
+        crop: cells to leave out along each side.
+
+    Returns:
+        (N, H, W) float32 (float64 for float64 ``x``), the same for all channels. The sum over
+        cells and channels is 1, or 0 without a valid cell. None if all N C H W elements weigh the
+        same.
+    """
+    if mask is None and crop == 0:
+        return None
+    n, c, h, w = x.shape
+    counted = torch.zeros(n, h, w, dtype=torch.bool, device=x.device)
+    inside = (slice(None), slice(crop, h - crop), slice(crop, w - crop))
+    counted[inside] = True if mask is None else mask[inside]
+    cells = counted.sum(dim=(1, 2), keepdim=True)
+    samples = (cells > 0).sum()
+    dtype = compute_dtype(x)
+    return counted.to(dtype) / (c * cells.clamp(min=1) * samples.clamp(min=1)).to(dtype)

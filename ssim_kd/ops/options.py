@@ -1,9 +1,15 @@
-"""The options of the SSIM loss, checked once, so that a bad value fails when a model is built."""
+"""What the losses accept: options and tensors, checked.
+
+Options are checked once, so that a bad value raises when a model is built.
+Shapes: N images, C channels, H x W cells.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+import torch
+from torch import Tensor
 
 PADDINGS = ("same", "valid")
 SCOPES = ("channel", "sample", "batch")
@@ -11,7 +17,7 @@ IMPLS = ("auto", "reference", "eager", "native", "triton")
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ``ValueError`` naming ``allowed`` and ``value`` unless the one holds the other."""
+    """Raise ``ValueError`` with ``allowed`` and ``value`` unless ``value`` is one of them."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
@@ -83,28 +89,50 @@ class SSIMOptions:
     def crop(self, height: int, width: int) -> int:
         """Cells cut from each side of an H x W map: 0, or the window's radius for "valid".
 
-        A map smaller than the window has no "valid" cell; it is treated as "same" instead, so
-        that a small pyramid level keeps its gradient.
+        A map smaller than the window has no "valid" cell. It is treated as "same", so that a small
+        pyramid level keeps its gradient.
         """
         fits = min(height, width) >= self.window_size
         return self.window_size // 2 if self.padding == "valid" and fits else 0
 
 
-def check_ssim_options(**options: Any) -> SSIMOptions:
-    """Check the keyword options of ``ssim_loss`` without any tensor, to be called at build time.
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 maps, else float32: half precision is too coarse for a variance."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    Returns:
-        the options with the defaults filled in.
 
-    Raises:
-        ValueError: a value outside its range, an unknown choice or an unknown option.
-        RuntimeError: ``impl`` names an implementation that cannot be had here.
-    """
-    known = SSIMOptions.__dataclass_fields__
-    for name in options:
-        check_choice("an option of ssim_loss", name, tuple(known))
-    checked = SSIMOptions(**options)
-    from .dispatch import require_impl
+def check_maps(input: Tensor, target: Tensor) -> None:
+    """Raise ``ValueError`` unless both are floating (N, C, H, W) maps of one shape and device."""
+    for name, x in (("input", input), ("target", target)):
+        check_map(name, x)
+    if input.shape != target.shape:
+        raise ValueError(
+            "input and target must have the same shape; "
+            f"got {tuple(input.shape)} and {tuple(target.shape)}"
+        )
+    if input.device != target.device:
+        raise ValueError(
+            f"input and target must be on the same device; got {input.device} and {target.device}"
+        )
 
-    require_impl(checked)
-    return checked
+
+def check_map(name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is a floating point tensor (N, C, H, W)."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a floating point tensor (N, C, H, W); got {got}")
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return ``mask`` as (N, H, W) bool on the device of ``x``, or raise ``ValueError``."""
+    if mask is None:
+        return None
+    n, _, h, w = x.shape
+    if mask.dtype != torch.bool or tuple(mask.shape) not in ((n, h, w), (n, 1, h, w)):
+        raise ValueError(
+            f"mask must be bool of shape {(n, h, w)} or {(n, 1, h, w)}; "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on {x.device}, where the map is; got {mask.device}")
+    return mask.reshape(n, h, w)

@@ -1,15 +1,20 @@
-"""The Gaussian window along one axis, and the rule for what it sees beyond the border.
+"""The Gaussian window and the windowed mean, with a reflected border.
 
-The border is reflected without repeating the edge cell (... 2 1 | 0 1 2 ...). Where the map is
-narrower than the window the reflection is folded again and again, so any length from 1 up works.
+The border is reflected without repeating the edge cell (... 2 1 | 0 1 2 ...). If the map is
+narrower than the window, the reflection is folded repeatedly, so any length from 1 up works.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Cells of an axis that one matrix product computes. Longer blocks multiply more zeros of the band
+# matrix, shorter ones are slower products.
+BLOCK = 32
 
 
 @lru_cache(maxsize=32)
@@ -38,8 +43,8 @@ def reflected_index(length: int, radius: int) -> Tensor:
 def band_matrix(length: int, size: int, sigma: float) -> Tensor:
     """The windowed mean along an axis as a matrix (length, length) float64: mean = G @ values.
 
-    Borders are folded into the matrix, hence its transpose is the exact adjoint and a map never
-    has to be padded. Do not write to it.
+    Borders are folded into the matrix. Hence its transpose is the exact adjoint, and maps need no
+    padding. Read-only.
     """
     radius = size // 2
     source = reflected_index(length, radius).unfold(0, length, 1)  # (size, length): cell seen
@@ -49,7 +54,7 @@ def band_matrix(length: int, size: int, sigma: float) -> Tensor:
     return matrix.index_put_((output, source), weight, accumulate=True)
 
 
-@lru_cache(maxsize=1024)  # training at many scales meets some hundred lengths
+@lru_cache(maxsize=1024)  # multi-scale training has some hundred lengths
 @torch.inference_mode(False)
 def band_weights(
     length: int, size: int, sigma: float, device: torch.device | str = "cpu"
@@ -57,8 +62,9 @@ def band_weights(
     """The band of ``band_matrix`` in two tables (length, size) float32, read-only.
 
     Returns:
-        row i of the first holds the weights of cells i - r ... i + r in the mean of cell i, of the
-        second the weights of cell i in their means; 0 for cells outside.
+        two tables. Row i of the first has the weights of cells i - r ... i + r in the mean of cell
+        i, with r = size // 2; row i of the second has the weights of cell i in their means. The
+        weights of cells outside are 0.
     """
     matrix, radius = band_matrix(length, size, sigma), size // 2
     near = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
@@ -67,3 +73,52 @@ def band_weights(
     rows = torch.arange(length)[:, None].expand_as(near)
     outward, inward = matrix[rows, near] * exists, matrix[near, rows] * exists
     return outward.float().to(device), inward.float().to(device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _matrix(
+    length: int, size: int, sigma: float, adjoint: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    matrix = band_matrix(length, size, sigma)
+    return (matrix.t() if adjoint else matrix).to(device, dtype)
+
+
+def _product(matrix: Tensor, x: Tensor, radius: int) -> Tensor:
+    """``matrix`` @ ``x`` along the last but one axis, without the zeros far from the band."""
+    length = len(matrix)
+    if length <= 2 * BLOCK:
+        return matrix @ x
+    blocks = [
+        (slice(start, start + BLOCK), slice(max(0, start - radius), start + BLOCK + radius))
+        for start in range(0, length, BLOCK)
+    ]
+    return torch.cat([matrix[out, near] @ x[..., near, :] for out, near in blocks], dim=-2)
+
+
+class _WindowedMean(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, size: int, sigma: float, adjoint: bool) -> Tensor:  # type: ignore[override]
+        rows, columns = (
+            _matrix(length, size, sigma, adjoint, x.dtype, x.device) for length in x.shape[-2:]
+        )
+        with torch.autocast(x.device.type, enabled=False):  # also for a backward under autocast
+            return _product(rows, _product(columns, x.mT, size // 2).mT, size // 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.size, ctx.sigma, ctx.adjoint = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _WindowedMean.apply(grad, ctx.size, ctx.sigma, not ctx.adjoint), None, None, None
+
+
+def windowed_mean(x: Tensor, size: int, sigma: float, *, adjoint: bool = False) -> Tensor:
+    """Gaussian mean around every cell of (..., H, W) maps: G_H @ x @ G_W^T, of the same shape.
+
+    G is ``band_matrix``, transposed for the ``adjoint``. Differentiable any number of times.
+    """
+    return _WindowedMean.apply(x, size, sigma, adjoint)

@@ -64,8 +64,7 @@ def test_a_value_or_a_message(maps, loss, scaling, window, padding) -> None:
     value.backward()
     assert x.grad is not None and x.grad.shape == x.shape
     usable = x.numel() and x.isfinite().all() and y.isfinite().all()
-    # Squares of 1e30 are beyond float32.
-    if usable and (
-        scaling or loss == "ssim" or max(m.double().abs().max() for m in (x, y) if m.numel()) < 1e15
-    ):
+    # Unscaled, SSIM needs fourth powers and l2 squares.
+    largest = 1e6 if loss == "ssim" else 1e15
+    if usable and (scaling or max(m.double().abs().max() for m in (x, y)) <= largest):
         assert value.isfinite() and x.grad.isfinite().all()

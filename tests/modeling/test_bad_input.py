@@ -212,9 +212,7 @@ def test_a_config_of_ones_own_needs_weights(tmp_path) -> None:
 def test_a_triton_that_cannot_be_had_is_told_with_its_key(weights_of, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     opts = (D + "SSIM.IMPL", "triton")
-    with pytest.raises(
-        ValueError, match=r"DISTILL\.SSIM: impl='triton' cannot be had: there is no"
-    ):
+    with pytest.raises(ValueError, match=r"DISTILL\.SSIM: impl='triton' .*CUDA"):
         build(distilled_config("faster", "faster", weights_of("faster"), *opts))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ssim_kd.losses import SSIMLoss, pyramid_ssim_loss, ssim_loss
-from ssim_kd.ops import dispatch, native_build, ssim_native
+from ssim_kd.ops import select
+from ssim_kd.ops.cpu import build, launch
 from tests.native import needs_compiler
 
 X, Y = (torch.rand(2, 3, 9, 10, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -17,10 +18,10 @@ X, Y = (torch.rand(2, 3, 9, 10, generator=torch.Generator().manual_seed(i)) for 
 @pytest.fixture
 def fresh(monkeypatch):
     """As in a new process, where nothing was built or said."""
-    ssim_native._library.cache_clear()
-    monkeypatch.setattr(dispatch, "_said", set())
+    launch._library.cache_clear()
+    monkeypatch.setattr(select, "_logged", set())
     yield
-    ssim_native._library.cache_clear()
+    launch._library.cache_clear()
 
 
 def value_and_grad(x, y, **options):
@@ -41,7 +42,7 @@ def test_threads_and_copies_do_not_change_a_bit(monkeypatch, scaling, masked):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for budget in (1, 4 << 20):  # bytes: one plane at a time, all at once
-                monkeypatch.setattr(ssim_native, "STAGED_BYTES", budget)
+                monkeypatch.setattr(launch, "STAGED_BYTES", budget)
                 for x, y in ((X, Y), (X.to(memory_format=torch.channels_last), Y)):
                     loss, grad = value_and_grad(x, y, **options)
                     assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
@@ -73,26 +74,29 @@ def test_a_level_weight_of_zero_and_levels_without_gradient():
 
 def test_without_a_compiler_auto_goes_on_with_eager_and_says_why(fresh, caplog, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.INFO, logger="ssim_kd"):
         loss = ssim_loss(X, Y)
-    assert "'eager' on cpu, 'native' cannot be had: no C compiler: CC is not set" in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("'eager' on cpu", "'native'", "no C compiler", "CC"):
+        assert part in record.message
     assert loss == ssim_loss(X, Y, impl="eager")
-    with pytest.raises(RuntimeError, match=r"impl='native' cannot be had: no C compiler"):
+    with pytest.raises(RuntimeError, match=r"impl='native'.* no C compiler"):
         SSIMLoss(impl="native")
 
 
 @pytest.mark.parametrize(
     "compiler,why",
     [
-        ("false", "'false .*' ended with status 1 and said nothing"),
-        ("/no/such/cc -m64", "the C compiler gave no library: .*/no/such/cc"),
-        ("gcc 'x", "the C compiler gave no library: No closing quotation"),
+        ("false", "'false .*' .* status 1"),
+        ("/no/such/cc -m64", "/no/such/cc"),
+        ("gcc 'x", "No closing quotation"),
     ],
 )
 def test_a_broken_compiler_is_named(fresh, monkeypatch, compiler, why):
     monkeypatch.setenv("CC", compiler)
-    with pytest.raises(RuntimeError, match=rf"impl='native' cannot be had: {why}"):
+    with pytest.raises(RuntimeError, match=rf"impl='native'.*{why}"):
         ssim_loss(X, Y, impl="native")
 
 
@@ -126,7 +130,7 @@ def test_wide_flat_maps():
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_maps_without_memory_are_refused():
-    with FakeTensorMode(), pytest.raises(RuntimeError, match="these maps have none"):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"impl='native'.* memory"):
         ssim_loss(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4), impl="native")
 
 
@@ -140,15 +144,15 @@ def test_without_a_temporary_folder_auto_goes_on(fresh, monkeypatch, tmp_path, w
     (tmp_path / "a file").touch()
     monkeypatch.setattr(tempfile, "tempdir", where if where[0] == "/" else str(tmp_path / where))
     assert ssim_loss(X, Y) == ssim_loss(X, Y, impl="eager")
-    with pytest.raises(RuntimeError, match="the C compiler gave no library"):
+    with pytest.raises(RuntimeError, match=r"impl='native'.* C compiler"):
         ssim_loss(X, Y, impl="native")
 
 
 @needs_compiler
 def test_what_it_cannot_serve():
-    with pytest.raises(RuntimeError, match="a window larger than 25"):
+    with pytest.raises(RuntimeError, match=r"window_size.* 25; got 27"):
         ssim_loss(X, Y, window_size=27, impl="native")
-    with pytest.raises(RuntimeError, match="impl='native' cannot be had: float64 maps"):
+    with pytest.raises(RuntimeError, match=r"impl='native'.* float64"):
         ssim_loss(X.double(), Y.double(), impl="native")
-    with pytest.raises(RuntimeError, match=r"maps are on meta, and it is for a CPU"):
+    with pytest.raises(RuntimeError, match=r"impl='native'.* CPU.* meta"):
         ssim_loss(X.to("meta"), Y.to("meta"), impl="native")

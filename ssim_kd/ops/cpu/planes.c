@@ -5,14 +5,14 @@
 
 #include "vectors.h"
 
-/* Of one plane, into out[0], out[stride], ... */
+/* The range of one plane, into out[0], out[stride], ... */
 static void range_of(size_t cells, const float *x, const float *padding, float *out,
                      ptrdiff_t stride) {
     vec low = {0}, high = {0}, peak = {0};
     low += INFINITY, high -= INFINITY;
     float rest[V], rest_padding[V]; /* the last few cells, the very last one repeated */
     double mean = 0;
-    float share = 1.0f / cells; /* each cell's, at once: huge values shall not overflow */
+    float share = 1.0f / cells; /* before the sum, which then cannot overflow */
     vec means = filled(0);
     for (size_t j = 0; j < cells; j += V) {
         const float *cell = x + j, *pad = padding + j;

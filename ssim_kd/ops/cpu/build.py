@@ -1,4 +1,4 @@
-"""Compiles C files of ours for the processor at hand, when they are first needed."""
+"""Compiles the C kernels for this processor on first use."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
 class BuildError(RuntimeError):
-    """There is no usable C compiler; the message says what happened."""
+    """There is no usable C compiler; the message has the reason."""
 
 
 def build(sources: Sequence[Path], **macros: int) -> ctypes.CDLL:
-    """The shared library of some C files, by the compiler that CC names or the first on the path.
+    """Compile C files with the compiler in CC, or the first on the path, and load the library.
 
-    It is made anew in each process, in about a second: a library kept for later could meet another
-    processor on the next node of a cluster, and half a file where two processes write it.
+    Each process compiles anew, which takes about a second. A cached library could be for another
+    processor on the next node of a cluster, or incomplete if two processes write it.
+
+    Args:
+        sources: the C files.
+        macros: integers to define.
 
     Raises:
-        BuildError: no compiler was found, it failed (it needs OpenMP), or what it made cannot be
+        BuildError: there is no compiler, it failed (it needs OpenMP), or the library cannot be
             loaded.
     """
     try:
-        # The folder goes while the library is loaded, which a network file system may refuse.
+        # The folder is removed while the library is loaded, which a network file system may refuse.
         with tempfile.TemporaryDirectory(prefix="ssim_kd_", ignore_cleanup_errors=True) as folder:
             return _build_in(folder, sources, macros)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the C compiler gave no library: {error}") from error
+        raise BuildError(f"no library from the C compiler: {error}") from error
 
 
 def _build_in(folder: str, sources: Sequence[Path], macros: dict[str, int]) -> ctypes.CDLL:
@@ -49,7 +53,7 @@ def _build_in(folder: str, sources: Sequence[Path], macros: dict[str, int]) -> c
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     if run.returncode != 0:
         raise BuildError(
-            f"'{shlex.join(command)}' ended with status {run.returncode} and said "
-            f"{run.stderr.strip()[-500:] or 'nothing'}"
+            f"'{shlex.join(command)}' ended with status {run.returncode}: "
+            f"{run.stderr.strip()[-500:] or 'no message'}"
         )
     return ctypes.CDLL(library)

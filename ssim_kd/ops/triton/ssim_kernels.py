@@ -1,14 +1,14 @@
-"""Triton kernels of the SSIM loss; ``ssim_triton`` launches them, ``ssim_pointwise`` has algebra.
+"""Triton kernels of the SSIM loss; ``launch.py`` calls them, ``ops/autograd.py`` has the algebra.
 
-A lane is one column of one plane; neighbouring lanes are neighbours in memory. A lane marches down
-its rows. In each row it takes the horizontal mean of four products from the 2 r + 1 columns around
-it, and feeds them into a vertical filter kept in registers: a tuple of partial sums, one for every
-output row that the window touches. ``K`` is the window's size, ``R`` = K // 2 its radius, and all
-loops over K are unrolled. Rows beyond the border are folded into the tables of weights, so that no
-map is padded. There are no atomics: the same input gives the same bits.
+A lane is one column of one plane; neighbouring lanes are neighbours in memory. A lane goes down its
+rows. In each row it computes the horizontal means of four products over the 2 R + 1 columns around
+it, and adds them to a vertical filter in registers: a tuple of partial sums, one for each output
+row that the window covers. ``K`` is the window's size, ``R`` = K // 2 its radius; all loops over K
+are unrolled. The tables of weights include the reflected border, so that no map is padded. There
+are no atomics: the same input gives the same bits.
 """
 
-# Triton types its arguments at each launch: annotations would say nothing to it.
+# Triton types its arguments at each launch and has no use for annotations.
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def zeros(K: tl.constexpr, BLOCK: tl.constexpr):
-    """K partial sums, 0."""
+    """K partial sums of 0."""
     out = ()
     for _ in tl.static_range(K):
         out = out + (tl.zeros((BLOCK,), tl.float32),)
@@ -28,9 +28,9 @@ def zeros(K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def push(sums, value, weights, valid, K: tl.constexpr):
-    """Move the filter on by one row: ``value`` of row i enters, sums[0] leaves complete.
+    """Advance the filter by one row: add ``value`` of row i, after which sums[0] is complete.
 
-    sums[k] belongs to row i - R + k; ``weights`` points at the K weights of row i in those.
+    sums[k] belongs to row i - R + k; ``weights`` points to the K weights of row i in those rows.
     """
     out = ()
     for k in tl.static_range(K - 1):
@@ -42,8 +42,8 @@ def push(sums, value, weights, valid, K: tl.constexpr):
 def lane_place(start, CN, C0, H, W, LANES, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Sample, channel and column of a block of lanes, and the distance to the next column's lane.
 
-    The launch covers channels C0 ... C0 + CN of all samples. The axis that is dense in memory runs
-    fastest: columns, or channels in channels-last maps.
+    The launch covers channels C0 ... C0 + CN - 1 of all samples. The axis that is dense in memory
+    varies fastest: columns, or channels in channels-last maps.
     """
     lane = start + tl.arange(0, BLOCK)
     alive = lane < LANES
@@ -58,20 +58,20 @@ def lane_place(start, CN, C0, H, W, LANES, BLOCK: tl.constexpr, CHANNELS_LAST: t
 
 @triton.jit
 def load_scaled(pointers, half_low, scale, shift, mask):
-    """The cells' values on their scale, minus the plane's shift."""
+    """The scaled values of cells, minus the shift of the plane."""
     value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     return (0.5 * value - half_low) * scale - shift
 
 
-# Sizes are not specialised (no variant for a size of 1 or a multiple of 16): one compilation serves
-# every level of a pyramid and every image size.
+# Sizes are not specialised (no variants for 1 or multiples of 16): one compilation serves all
+# levels of a pyramid and all image sizes.
 SIZES = ["C", "H", "W", "CN", "C0", "LANES", "PLANES"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x, y, weights, planes, row_in, row_out, column_in, scratch, partial,
-    C, H, W, CN, C0, LANES, PLANES, uniform_weight,
+    C, H, W, CN, C0, LANES, PLANES, uniform_weight, c1, c2, eps,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
     K: tl.constexpr, BLOCK: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -80,13 +80,14 @@ def moments_kernel(
 
     Args:
         x, y: maps (N, C, H, W), with their strides x_n ... y_w in elements.
-        weights: (N, H, W) of the cells, if WEIGHTED; else every one weighs ``uniform_weight``.
-        planes: (9, PLANES): half_low, scale, shift of x; of y; C1, C2, eps.
+        weights: (N, H, W) of the cells, if WEIGHTED; else each has ``uniform_weight``.
+        planes: (6, PLANES): half_low, scale, shift of x; the same of y.
         row_in: (H, K), row i's weights in the means of rows i - R ... i + R.
         row_out: (H, K), weights of rows i - R ... i + R in the mean of row i.
         column_in: (W, K), weights of columns j - R ... j + R in the mean of column j.
         scratch: (3, H, LANES), written if GRAD: gradients for the moments a, q, r.
         partial: (programs,), written: each program's part of the loss.
+        c1, c2, eps: the constants of SSIM.
     """
     R: tl.constexpr = K // 2
     lane, alive, sample, channel, column, _ = lane_place(
@@ -99,9 +100,6 @@ def moments_kernel(
     half_low_y = tl.load(plane + 3 * PLANES, mask=alive, other=0.0)
     scale_y = tl.load(plane + 4 * PLANES, mask=alive, other=0.0)
     shift_y = tl.load(plane + 5 * PLANES, mask=alive, other=0.0)
-    c1 = tl.load(plane + 6 * PLANES, mask=alive, other=1.0)
-    c2 = tl.load(plane + 7 * PLANES, mask=alive, other=1.0)
-    eps = tl.load(plane + 8 * PLANES, mask=alive, other=0.0)
     x_base = x + sample.to(tl.int64) * x_n + channel.to(tl.int64) * x_c
     y_base = y + sample.to(tl.int64) * y_n + channel.to(tl.int64) * y_c
     cells = weights + (sample.to(tl.int64) * H) * W + column
@@ -111,7 +109,7 @@ def moments_kernel(
     sum_a, sum_b, sum_q, sum_r = zeros(K, BLOCK), zeros(K, BLOCK), zeros(K, BLOCK), zeros(K, BLOCK)
     back_a, back_q, back_r = zeros(K, BLOCK), zeros(K, BLOCK), zeros(K, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    # A mean of row o is complete R rows further down, an adjoint mean another R rows later.
+    # The mean of row o is complete R rows further down, the adjoint mean another R rows later.
     for i in range(H + (2 * R if GRAD else R)):
         inside = i < H
         a = tl.zeros((BLOCK,), tl.float32)

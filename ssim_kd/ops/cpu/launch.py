@@ -1,8 +1,8 @@
-"""The SSIM loss and its gradient by the C kernels in ``native``: the fast path on a CPU.
+"""The SSIM loss and its gradient by the C kernels, on a CPU.
 
-A level takes three steps: the ranges of all planes, from them the constants of each, and then loss
-and gradient, plane by plane.
-Shapes: N images, C channels, H x W cells; P = N C planes.
+A level takes three steps: the ranges of all planes, the constants of each plane from its range, and
+loss and gradient plane by plane.
+Shapes: N images, C channels, H x W cells.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cells import cell_weights, loss_of_sum
-from .closed_form import LevelInputs, LevelResult, empty_result, grad_dtype
-from .extrema_gradient import ExtremaGradient
-from .native_build import BuildError, build
-from .options import SSIMOptions
-from .plane_affine import PlaneRange, minmax_affine, plane_constants, scope_range, unit_affine
-from .window import band_weights, gaussian_window
+from ssim_kd.ops.autograd import LevelInputs, LevelResult, empty_result, grad_dtype
+from ssim_kd.ops.min_max import PlaneRange, add_extrema_gradient, half_low_and_scale, scope_range
+from ssim_kd.ops.options import SSIMOptions
+from ssim_kd.ops.window import band_weights, gaussian_window
 
-SOURCES = sorted(Path(__file__).with_name("native").glob("*.c"))
+from .build import BuildError, build
+
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 MAX_WINDOW = 25  # the kernels keep 7 window_size rows of 8 or 16 planes in cache
-# Planes that are not dense float32 are copied into that form a few at a time: as many as have this
-# size, but for each thread as many as go through the kernels together.
+# Planes that are not dense float32 are copied, this many bytes at a time, or one vector of planes
+# for each thread.
 STAGED_BYTES, STAGED_PLANES = 4 << 20, 16
 
 
 @lru_cache(maxsize=16)
 def _library(window_size: int) -> ctypes.CDLL | str:
-    """The kernels for a window, or why they cannot be had."""
+    """The kernels for a window, or why they are not available."""
     try:
         library = build(SOURCES, K=window_size)
         _ = library.plane_ranges, library.ssim_planes
@@ -42,13 +41,14 @@ def _library(window_size: int) -> ctypes.CDLL | str:
     library.plane_ranges.argtypes = [c_int, c_int, c_size_t, *3 * [c_void_p], c_ssize_t]
     library.plane_ranges.restype = None
     library.ssim_planes.argtypes = [
-        *4 * [c_int], *4 * [c_void_p], c_ssize_t, *3 * [c_void_p], c_float, *3 * [c_void_p],
+        *4 * [c_int], *4 * [c_void_p], c_ssize_t, *3 * [c_float], *3 * [c_void_p], c_float,
+        *3 * [c_void_p],
     ]  # fmt: skip
     return library
 
 
 def why_not_built(window_size: int) -> str | None:
-    """Why there are no kernels for a window, or None if there are. The first call compiles them."""
+    """Why there are no kernels for a window, or None. The first call compiles them."""
     library = _library(window_size)
     return library if isinstance(library, str) else None
 
@@ -58,10 +58,10 @@ def _is_plain(x: Tensor) -> bool:
 
 
 class _Level:
-    """One level: its table of planes and the calls over it."""
+    """One level: its buffers and the calls of the kernels."""
 
     def __init__(self, level: LevelInputs, options: SSIMOptions):
-        x, y, mask, need_grad = level
+        x, y, mask, self.weights, need_grad = level
         self.x, self.y, self.mask, self.options = x, y, mask, options
         n, c, h, w = x.shape
         library = _library(options.window_size)
@@ -69,7 +69,6 @@ class _Level:
         self.library, self.threads = library, torch.get_num_threads()
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         self.like = torch.empty(0, dtype=torch.float32)
-        self.weights = cell_weights(x.shape, self.like, mask, options.crop(h, w))
         self.gain = -2.0 / (1 if self.weights is not None else x.numel())
         self.padding = self.like.new_zeros(1, h, w).expand(n, h, w)
         if mask is not None:
@@ -96,33 +95,30 @@ class _Level:
         for i, at in self._chunks():
             self._ssim(i, at, table, extrema, sums)
         if scope in ("sample", "batch") and self.grad is not None:
-            planes = PlaneRange(*ranges[:3])
             slope = 0.5 * self.gain * table[1]
-            wider = ExtremaGradient(planes, scope_range(planes, scope), slope, scope, self.mask)
-            wider.sum_g, wider.sum_gx = sums[1:].float()
-            wider.finish(self.x, self.grad)
-        value = loss_of_sum(4.0 * sums[0].sum(), self.x.shape, self.weights)
+            planes = PlaneRange(*ranges[:3])
+            add_extrema_gradient(
+                self.grad, self.x, self.mask, planes, scope, slope, *sums[1:].float()
+            )
+        total = 4.0 * sums[0].sum()  # of the weighted S
+        if self.weights is None:
+            return LevelResult((0.5 - 0.5 * total / self.x.numel()).float(), self.grad)
+        value = 0.5 * (c * self.weights.double().sum() - total)
         return LevelResult(value.float(), self.grad)
 
     def _table(self, ranges: Tensor) -> Tensor:
-        """The kernels' constants of every plane, (9, N, C), from the ranges of x and y."""
-        in_x, in_y = PlaneRange(*ranges[:3]), PlaneRange(*ranges[4:7])
-        scope = self.options.scaling
-        if scope is None:
-            affine_x, constants = unit_affine(torch.maximum(in_x.peak, in_y.peak), self.options)
-            affine_y = affine_x
-        else:
-            affine_x = minmax_affine(scope_range(in_x, scope))
-            affine_y = minmax_affine(scope_range(in_y, scope))
-            constants = plane_constants(torch.ones_like(in_x.peak), self.options)
+        """The kernels' constants of every plane, (6, N, C), from the ranges of x and y."""
         rows = []
-        for mean, affine in ((ranges[3], affine_x), (ranges[7], affine_y)):
-            half_mean = 0.5 * mean
-            rows += [half_mean, affine.scale, (half_mean - affine.half_low) * affine.scale]
-        return torch.stack([*rows, *constants])
+        for low, high, peak, mean in (ranges[:4], ranges[4:]):
+            half_low, scale = torch.zeros_like(low), torch.full_like(low, 2.0)
+            if self.options.scaling is not None:
+                planes = scope_range(PlaneRange(low, high, peak), self.options.scaling)
+                half_low, scale = half_low_and_scale(*planes)
+            rows += [0.5 * mean, scale, (0.5 * mean - half_low) * scale]
+        return torch.stack(rows)
 
     def _chunks(self) -> Iterator[tuple[int, slice]]:
-        """Sample and channels of what is taken at a time."""
+        """Sample and channels of each chunk."""
         n, c, _, _ = self.x.shape
         for i in range(n):
             for c0 in range(0, c, self.step):
@@ -133,7 +129,7 @@ class _Level:
         return planes.float().resolve_neg().contiguous()
 
     def _ranges(self, out: Tensor, planes: Tensor, sample: int) -> None:
-        """Ranges of (n, H, W) planes into the first four rows of ``out``, from its start."""
+        """Write the ranges of (n, H, W) planes into the first four rows of ``out``."""
         self.library.plane_ranges(
             self.threads, len(planes), planes[0].numel(), planes.data_ptr(),
             self.padding[sample].data_ptr(), out.data_ptr(), out.stride(0),
@@ -154,28 +150,29 @@ class _Level:
         enough = self.library.ssim_planes(
             self.threads, len(x), h, w, x.data_ptr(), y.data_ptr(),
             None if grad is None else grad.data_ptr(), table[here].data_ptr(), table.stride(0),
+            self.options.c1, self.options.c2, self.options.eps,
             self.window.data_ptr(), self.row_in.data_ptr(), weights.data_ptr(), self.gain,
             sums[here].data_ptr(), None if extrema is None else extrema[here].data_ptr(),
             self.padding[sample].data_ptr(),
         )  # fmt: skip
         if not enough:
-            raise MemoryError(f"no memory for some rows of a map of {h} x {w} cells")
+            raise MemoryError(f"no memory for the rows of maps of {h} x {w} cells")
         if target is not None and grad is not None and grad is not target:
             target.copy_(grad)
 
 
 def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[LevelResult]:
-    """Losses and gradients of the levels; see ``closed_form.RunLevels``."""
+    """Losses and gradients of the levels; see ``autograd.RunLevels``."""
     return [_run_level(v, options) if v.x.numel() else empty_result(v) for v in levels]
 
 
 def _run_level(level: LevelInputs, options: SSIMOptions) -> LevelResult:
     shape = level.x.shape
     if level.x.data_ptr() == 0 or level.y.data_ptr() == 0:
-        raise RuntimeError("impl='native' reads memory, and these maps have none (FakeTensor?)")
-    apart = level.mask is not None or options.scaling in ("sample", "batch")
-    if not apart and level.x.is_contiguous() and level.y.is_contiguous():
-        # Where a plane's sample makes no difference, one call takes all planes.
+        raise RuntimeError("impl='native' needs maps with memory; got maps without (FakeTensor?)")
+    by_sample = level.weights is not None or options.scaling in ("sample", "batch")
+    if not by_sample and level.x.is_contiguous() and level.y.is_contiguous():
+        # One call for all planes.
         x, y = (m.view(1, -1, *shape[2:]) for m in (level.x, level.y))
         level = level._replace(x=x, y=y)
     value, grad = _Level(level, options).run()

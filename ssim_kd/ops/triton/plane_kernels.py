@@ -1,10 +1,10 @@
-"""Triton kernels that go over whole planes: their ranges, and the gradient through their extrema.
+"""Triton kernels over whole planes: their ranges, and the gradient through their extrema.
 
-A program takes CB channels of one sample (1, or several in channels-last maps, where they are the
-neighbours in memory) and walks over their cells.
+A program processes CB channels of one sample: 1, or several in channels-last maps, where they are
+neighbours in memory.
 """
 
-# Triton types its arguments at each launch: annotations would say nothing to it.
+# Triton types its arguments at each launch and has no use for annotations.
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
@@ -57,18 +57,10 @@ def minmax_of(low, high, peak, min_range, noise):
     return 0.5 * tl.where(varies, low, 0.0), scale
 
 
-@triton.jit
-def power_of_two(peak, huge):
-    """2^-e with peak <= 2^e, through the exponent's bits; 1 up to ``huge``."""
-    exponent = tl.minimum((peak.to(tl.int32, bitcast=True) >> 23) - 126, 126)
-    unit = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    return tl.where(peak > huge, unit, 1.0)
-
-
 @triton.jit(do_not_specialize=["C", "H", "W", "PLANES"])
 def range_kernel(
     x, y, valid_cells, planes, ranges,
-    C, H, W, PLANES, c1, c2, eps, min_range, noise, huge, smallest,
+    C, H, W, PLANES, min_range, noise,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
     CB: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -76,11 +68,10 @@ def range_kernel(
 
     Args:
         valid_cells: (N, H, W) uint8, if MASKED.
-        planes: (9, PLANES), written: half_low, scale, shift of x; of y; C1, C2, eps. With SCALED
-            the min-max scaling of each plane by itself, else the power of two for huge planes.
-        ranges: (8, PLANES), written: low, high, peak, mean of x; of y.
+        planes: (6, PLANES), written: half_low, scale, shift of x; the same of y. SCALED: min-max
+            scaling of each plane; else none.
+        ranges: (8, PLANES), written: low, high, peak, mean of x; the same of y.
         min_range, noise: floors of a range, absolute and relative to the peak.
-        huge, smallest: see ``ssim_reference``.
     """
     n, channel, alive = tile_place(C, CB)
     low_x, high_x, peak_x, mean_x = range_of(
@@ -92,23 +83,16 @@ def range_kernel(
     if SCALED:
         half_low_x, scale_x = minmax_of(low_x, high_x, peak_x, min_range, noise)
         half_low_y, scale_y = minmax_of(low_y, high_y, peak_y, min_range, noise)
-        c1_here, c2_here = tl.zeros_like(low_x) + c1, tl.zeros_like(low_x) + c2
-        eps_here = tl.zeros_like(low_x) + eps
     else:
-        unit = power_of_two(tl.maximum(peak_x, peak_y), huge)
-        half_low_x, half_low_y = tl.zeros_like(unit), tl.zeros_like(unit)
-        scale_x, scale_y = 2.0 * unit, 2.0 * unit
-        floor = tl.where(unit < 1.0, smallest, 0.0)
-        c1_here, c2_here = tl.maximum(c1 * unit * unit, floor), tl.maximum(c2 * unit * unit, floor)
-        eps_here = eps * unit * unit * unit * unit
+        half_low_x, half_low_y = tl.zeros_like(low_x), tl.zeros_like(low_y)
+        scale_x, scale_y = half_low_x + 2.0, half_low_y + 2.0
     channel, alive = tl.reshape(channel, (CB,)), tl.reshape(alive, (CB,))
     at = n * C + channel
     columns = (
         half_low_x, scale_x, (0.5 * mean_x - half_low_x) * scale_x,
         half_low_y, scale_y, (0.5 * mean_y - half_low_y) * scale_y,
-        c1_here, c2_here, eps_here,
     )  # fmt: skip
-    for i in tl.static_range(9):
+    for i in tl.static_range(6):
         tl.store(planes + i * PLANES + at, columns[i], mask=alive)
     found = (low_x, high_x, peak_x, mean_x, low_y, high_y, peak_y, mean_y)
     for i in tl.static_range(8):
@@ -121,7 +105,7 @@ def extrema_kernel(
     C, H, W, PLANES, x_n, x_c, x_h, x_w, g_n, g_c, g_h, g_w,
     CB: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the extrema of each plane receive, shared between ties (``extrema_gradient``).
+    """Add the gradient through the extrema of each plane (``min_max.add_extrema_gradient``).
 
     Args:
         sums: (2, PLANES, W) of ``gradient_kernel``.
@@ -144,10 +128,10 @@ def extrema_kernel(
     x_plane = x + n.to(tl.int64) * x_n + channel.to(tl.int64) * x_c
     g_plane = grad + n.to(tl.int64) * g_n + channel.to(tl.int64) * g_c
     lows, highs = tl.zeros((CB, BLOCK), tl.float32), tl.zeros((CB, BLOCK), tl.float32)
-    for sweep in tl.static_range(2):  # count the ties, then pay them
+    for sweep in tl.static_range(2):  # count the ties, then add
         if sweep == 1:
-            pay_low = (total_gx - total_g) * slope / tl.maximum(tl.sum(lows, 1)[:, None], 1.0)
-            pay_high = -total_gx * slope / tl.maximum(tl.sum(highs, 1)[:, None], 1.0)
+            share_low = (total_gx - total_g) * slope / tl.maximum(tl.sum(lows, 1)[:, None], 1.0)
+            share_high = -total_gx * slope / tl.maximum(tl.sum(highs, 1)[:, None], 1.0)
         for start in range(0, H * W, BLOCK):
             cell = start + tl.arange(0, BLOCK)[None, :]
             here = alive & (cell < H * W)
@@ -166,5 +150,5 @@ def extrema_kernel(
                 to = g_plane + (cell // W) * g_h + (cell % W) * g_w
                 hit = is_low | is_high
                 g = tl.load(to, mask=hit, other=0.0).to(tl.float32)
-                g += tl.where(is_low, pay_low, 0.0) + tl.where(is_high, pay_high, 0.0)
+                g += tl.where(is_low, share_low, 0.0) + tl.where(is_high, share_high, 0.0)
                 tl.store(to, g.to(grad.dtype.element_ty), mask=hit)

@@ -8,14 +8,12 @@ Ranges of n planes of ``cells`` cells each, by ``threads`` threads.
 
 padding: (cells,), 0 where a cell is valid and infinity where it is not. ranges: (4, stride),
 written: lowest and highest valid value (infinity and -infinity if there is none), largest magnitude
-of all cells, and their mean. Values that are not a number are passed over by the first three; they
-show in the sums of ssim_planes.
+of all cells, and their mean. The first three ignore NaN, which shows in the sums of ssim_planes.
 */
 void plane_ranges(int threads, int n, size_t cells, const float *x, const float *padding,
                   float *ranges, ptrdiff_t stride);
 
-/* Adds to a plane's gradient what its extrema receive, each share split between the cells that tie.
-   The rest of the plane's cells is left as it is. */
+/* Adds the gradients for the extrema of a plane to its gradient, shared between cells that tie. */
 void spread_extrema(size_t cells, const float *x, const float *padding, float low, float high,
                     float to_low, float to_high, float *grad);
 

@@ -1,11 +1,11 @@
 /*
-SSIM and its gradient for planes of H x W float32 cells, compiled by ops/native_build.py on first use.
+SSIM and its gradient for planes of H x W float32 cells, compiled by build.py on first use.
 
-The notation and the algebra are those of ops/ssim_pointwise.py. V planes go through together, one
-in each lane of a vector, so that every cell is a whole vector whatever the width. They are taken
-row by row, and all that lies between reading a row and writing its gradient stays in a cache: the
-last K rows of x', y' and their products, and of the gradients for the three moments. When row i
-comes in, the moments of row i - R can be had, and with them the gradient of row i - 2 R.
+ops/autograd.py has the notation and the algebra. V planes are processed together, one in each lane
+of a vector, so that every cell is a full vector whatever the width. Everything between reading a
+row and writing its gradient stays in a cache: the last K rows of x', y' and their products, and of
+the gradients for the three moments. After row i is read, the moments of row i - R are complete, and
+with them the gradient of row i - 2 R.
 
 K, the window's size, is defined on the command line, so that the filters unroll.
 */
@@ -17,18 +17,17 @@ K, the window's size, is defined on the command line, so that the filters unroll
 
 #define R (K / 2)
 
-/* The cell that position i of an axis of n cells folds back to: see window.reflected_index. */
+/* The cell to which position i of an axis of n cells folds back: see window.reflected_index. */
 static int reflected(int i, int n) {
-    if (i >= 0 && i < n) return i; /* as a rule, and divisions are slow */
+    if (i >= 0 && i < n) return i; /* the usual case; divisions are slow */
     if (n == 1) return 0;
     int period = 2 * (n - 1);
     i = (i % period + period) % period;
     return i < n ? i : period - i;
 }
 
-/* out[j] = sum_k weight[k] * in[at[k] + j] for j < n, and one cell more if n is odd: two cells at a
-   time, since one alone waits for its last sum. Not inlined, so that taps and weights have the
-   registers for themselves. */
+/* out[j] = sum_k weight[k] * in[at[k] + j] for j < n, and for one cell more if n is odd. Two cells
+   at a time hide the latency of the sums. Not inlined, to leave all registers to taps and weights. */
 static __attribute__((noinline)) void filter(const vec *in, const ptrdiff_t *at,
                                              const float *weight, int n, vec *out) {
     const vec *tap[K];
@@ -44,9 +43,10 @@ static __attribute__((noinline)) void filter(const vec *in, const ptrdiff_t *at,
     }
 }
 
-/* Constants of the planes. A value is x' = (cell / 2 - half_mean) * scale, and x = x' + shift. */
+/* Constants of SSIM, and of the planes: x' = (cell / 2 - half_mean) * scale, and x = x' + shift. */
 typedef struct {
-    vec half_mean_x, scale_x, shift_x, half_mean_y, scale_y, shift_y, c1, c2, eps;
+    vec half_mean_x, scale_x, shift_x, half_mean_y, scale_y, shift_y;
+    float c1, c2, eps;
 } Constants;
 
 typedef struct {
@@ -59,7 +59,7 @@ typedef struct {
     int left[R + 1], right[R + 1]; /* the cells seen k cells beyond either end of a row */
 } Work;
 
-/* Lays out the buffers; returns the memory to free, or NULL if there is none. */
+/* Allocates the buffers; returns the memory to free, or NULL if the allocation failed. */
 static void *begin(Work *s, int h, int w) {
     s->h = h, s->w = w, s->row = (size_t)w + 4 * R + 2;
     size_t size = (7 * K + 8) * s->row * sizeof(vec);
@@ -80,10 +80,10 @@ static void *begin(Work *s, int h, int w) {
 
 static vec *ring(const Work *s, vec *rows, int i) { return rows + i % K * s->row; }
 
-/* Row i of the planes, which start at x[l] and y[l], into the ring of values. */
-static void take_row(Work *s, const Constants *constants, const float *const *x,
+/* Reads row i of the planes, which start at x[l] and y[l], into the ring of values. */
+static void read_row(Work *s, const Constants *constants, const float *const *x,
                      const float *const *y, int i) {
-    const Constants c = *constants; /* a copy that no store can touch */
+    const Constants c = *constants; /* a copy that no store can alias */
     vec *value[4];
     for (int q = 0; q < 4; q++) value[q] = ring(s, s->value[q], i);
     size_t start = (size_t)i * s->w;
@@ -97,8 +97,8 @@ static void take_row(Work *s, const Constants *constants, const float *const *x,
     }
 }
 
-/* Row o: returns the sums of the weighted S / 4, and puts the gradients of that for the moments
-   into their ring. */
+/* Returns the sums of the weighted S / 4 of row o, and writes their gradients for the moments into
+   the ring. */
 static vec score_row(Work *s, const Constants *constants, int o, const float *window,
                      const float *weights) {
     const Constants c = *constants;
@@ -129,8 +129,8 @@ static vec score_row(Work *s, const Constants *constants, int o, const float *wi
     return sum - lost;
 }
 
-/* The adjoint, along a row, of the reflected filter: outside of ``wide``, from cell 2 R on, the
-   gradients are 0, and what arrives there is folded back. Returns the row. */
+/* The adjoint of the reflected filter along a row, which starts at cell 2 R of ``wide``. Gradients
+   outside of the row are 0; results outside of it are folded back. Returns the row. */
 static vec *back_along(const Work *s, vec *wide, vec *line, const float *window) {
     memset(wide, 0, 2 * R * sizeof(vec));
     memset(wide + 2 * R + s->w, 0, 2 * R * sizeof(vec));
@@ -175,23 +175,23 @@ typedef struct {
     float *grad;
     const float *constants;
     ptrdiff_t stride;
+    float c1, c2, eps;
     const float *window, *row_in, *weights;
     float gain;
     double *sums;
     const float *extrema, *padding;
 } Planes;
 
-/* Planes first ... first + V - 1, or as many as there are: then the last one fills all lanes that
-   are left. */
+/* Planes first ... first + V - 1. If there are fewer, the last one fills the remaining lanes. */
 static void ssim_lanes(Work *s, const Planes *p, int first) {
     int planes = p->n - first < V ? p->n - first : V;
     size_t cells = (size_t)p->h * p->w;
-    Constants c;
+    Constants c = {.c1 = p->c1, .c2 = p->c2, .eps = p->eps};
     const float *x[V], *y[V];
     float *grad[V];
     for (int l = 0; l < V; l++) {
         int plane = first + (l < planes ? l : planes - 1);
-        for (int i = 0; i < 9; i++) ((vec *)&c)[i][l] = p->constants[i * p->stride + plane];
+        for (int i = 0; i < 6; i++) ((vec *)&c)[i][l] = p->constants[i * p->stride + plane];
         x[l] = p->x + plane * cells, y[l] = p->y + plane * cells;
         grad[l] = p->grad ? p->grad + plane * cells : NULL;
     }
@@ -199,7 +199,7 @@ static void ssim_lanes(Work *s, const Planes *p, int first) {
     double total[V] = {0}, sum_g[V] = {0}, sum_gx[V] = {0};
     for (int i = 0; i < p->h + 2 * R; i++) {
         vec row = filled(0), row_g = filled(0), row_gx = filled(0);
-        if (i < p->h) take_row(s, &c, x, y, i);
+        if (i < p->h) read_row(s, &c, x, y, i);
         if (i >= R && i - R < p->h) row = score_row(s, &c, i - R, p->window, p->weights);
         if (p->grad && i >= 2 * R)
             gradient_row(s, &c, i - 2 * R, p->window, p->row_in, slope, grad, planes, &row_g,
@@ -219,22 +219,23 @@ static void ssim_lanes(Work *s, const Planes *p, int first) {
 }
 
 /*
-The sum of S / 4 over each of n planes, and its gradient, by ``threads`` threads. A plane is one
-thread's, so that results do not depend on their number.
+The sum of S / 4 over each of n planes, and its gradient, by ``threads`` threads. Each plane belongs
+to one thread, so that results do not depend on their number.
 
-x, y, grad: (n, H, W), grad or NULL. constants: (9, stride), the fields of Constants, a column a
-plane. window: (K,). row_in: (H, K), weights of rows i - R ... i + R where row i enters. weights:
-(H, W) of the cells. gain: the gradient is for gain * sum(weights S / 4). sums: (3, stride),
-written: the sum of weights S / 4, and of g, the gradient of that for x, sum(g) and sum(g x).
-extrema: (2, stride), the lowest and the highest valid value, if cells are scaled by them and the
-gradient goes through them; else NULL. padding: as in plane_ranges. Returns 0 if memory has run out.
+x, y, grad: (n, H, W); grad may be NULL. constants: (6, stride), the vectors of Constants, a column
+for each plane. c1, c2, eps: the constants of SSIM. window: (K,). row_in: (H, K), the weights of row
+i in the means of rows i - R ... i + R. weights: (H, W) of the cells. gain: the gradient is that of
+gain * sum(weights S / 4). sums: (3, stride), written: the sum of weights S / 4, sum(g) and
+sum(g x), where g is the gradient of the first for x. extrema: (2, stride), the lowest and the
+highest valid value, if the gradient goes through the min-max scaling; else NULL. padding: as in
+plane_ranges. Returns 0 if an allocation failed.
 */
 int ssim_planes(int threads, int n, int h, int w, const float *x, const float *y, float *grad,
-                const float *constants, ptrdiff_t stride, const float *window, const float *row_in,
-                const float *weights, float gain, double *sums, const float *extrema,
-                const float *padding) {
-    Planes p = {n, h, w, x, y, grad, constants, stride, window, row_in, weights, gain, sums,
-                extrema, padding};
+                const float *constants, ptrdiff_t stride, float c1, float c2, float eps,
+                const float *window, const float *row_in, const float *weights, float gain,
+                double *sums, const float *extrema, const float *padding) {
+    Planes p = {n, h, w, x, y, grad, constants, stride, c1, c2, eps, window, row_in, weights,
+                gain, sums, extrema, padding};
     int enough = 1, groups = (n + V - 1) / V;
     if (threads > groups) threads = groups;
 #pragma omp parallel num_threads(threads)

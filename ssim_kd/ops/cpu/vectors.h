@@ -1,5 +1,5 @@
-/* Vectors of V floats, as wide as the processor's registers or twice that, by the extension that gcc
-   and clang share. Loads and stores need no alignment. */
+/* Vectors of V floats, as wide as the processor's registers or twice that, by an extension of gcc and
+   clang. Loads and stores need no alignment. */
 #ifndef SSIM_KD_VECTORS_H
 #define SSIM_KD_VECTORS_H
 
@@ -19,7 +19,7 @@ static inline vec choose(ivec where, vec a, vec b) {
     return (vec)(((ivec)a & where) | ((ivec)b & ~where));
 }
 
-/* Adds v to ``sum``, and what rounding loses of it to ``lost`` (Kahan): sum - lost is the result. */
+/* Adds v to ``sum`` and the rounding error to ``lost`` (Kahan): sum - lost is the result. */
 static inline void add(vec *sum, vec *lost, vec v) {
     vec kept = v - *lost, next = *sum + kept;
     *lost = (next - *sum) - kept;

@@ -1,8 +1,8 @@
 """The SSIM loss and its gradient by Triton kernels, for CUDA and ROCm.
 
-A level takes: one launch over planes for their ranges and means; then, for a group of channels at a
-time, one for the loss and the vertical filters and one for the gradient; and one more where the
-gradient goes through the extrema. Shapes: N images, C channels, H x W cells, L levels.
+A level takes one launch for the ranges and means of its planes, two for each group of channels (one
+for loss and vertical filters, one for the gradient), and one more with scaling="channel".
+Shapes: N images, C channels, H x W cells, L levels.
 """
 
 from __future__ import annotations
@@ -15,37 +15,40 @@ import torch
 import triton
 from torch import Tensor
 
-from .cells import cell_weights
-from .closed_form import LevelInputs, LevelResult, empty_result, grad_dtype
-from .extrema_gradient import ExtremaGradient
-from .options import SSIMOptions
-from .plane_affine import PlaneRange, minmax_affine, scope_range
-from .plane_kernels import extrema_kernel, range_kernel
-from .scaling import MIN_RANGE, relative_floor
-from .ssim_kernels import gradient_kernel, moments_kernel
-from .ssim_reference import HUGE, MIN_CONSTANT
-from .window import band_weights
+from ssim_kd.ops.autograd import LevelInputs, LevelResult, empty_result, grad_dtype
+from ssim_kd.ops.min_max import (
+    MIN_RANGE,
+    PlaneRange,
+    add_extrema_gradient,
+    half_low_and_scale,
+    relative_floor,
+    scope_range,
+)
+from ssim_kd.ops.options import SSIMOptions
+from ssim_kd.ops.window import band_weights
 
-LANES = 128  # columns a program works on, one a thread
-TILE = 1024  # cells of a plane a program reads at a time
-# Scratch is three maps of a group of channels. One group where that is small, else three groups, so
-# that scratch is one map's worth.
+from .plane_kernels import extrema_kernel, range_kernel
+from .ssim_kernels import gradient_kernel, moments_kernel
+
+LANES = 128  # columns of a program, one for each thread
+TILE = 1024  # cells of a plane that a program reads at a time
+# Scratch is three maps of a group of channels: one group if that is small, else three groups, which
+# make scratch as large as one map.
 SMALL_SCRATCH = 16 << 20
-MAX_WINDOW = 15  # filters live in registers: 7 window_size numbers a lane
+MAX_WINDOW = 15  # filters live in registers: 7 window_size numbers for each lane
 
 
 class _Level:
-    """One level: its table of planes and the launches over it."""
+    """One level: its table of planes and its launches."""
 
     def __init__(self, level: LevelInputs, options: SSIMOptions):
-        x, y, mask, need_grad = level
+        x, y, mask, self.weights, need_grad = level
         n, c, h, w = x.shape
         self.x, self.y, self.options = x, y, options
         self.grad = torch.empty_like(x, dtype=grad_dtype(x)) if need_grad else None
         dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
         self.channels_last = not dense
-        self.like = like = torch.empty(0, dtype=torch.float32, device=x.device)
-        self.weights = cell_weights(x.shape, like, mask, options.crop(h, w))
+        self.like = torch.empty(0, dtype=torch.float32, device=x.device)
         self.mask, self.valid = mask, x if mask is None else mask.contiguous().view(torch.uint8)
         self.tile: dict[str, Any] = {"CB": 32 if self.channels_last else 1}
         self.tile.update(BLOCK=TILE // self.tile["CB"], MASKED=mask is not None)
@@ -63,19 +66,19 @@ class _Level:
     def _fill_planes(self) -> None:
         n, c, h, w = self.x.shape
         options = self.options
-        self.planes, self.ranges = self.like.new_empty(9, n, c), self.like.new_empty(8, n, c)
+        self.planes, self.ranges = self.like.new_empty(6, n, c), self.like.new_empty(8, n, c)
         range_kernel[self.tile_grid](
             self.x, self.y, self.valid, self.planes, self.ranges,
-            c, h, w, n * c, options.c1, options.c2, options.eps,
-            MIN_RANGE, relative_floor(torch.float32), HUGE, MIN_CONSTANT,
+            c, h, w, n * c, MIN_RANGE, relative_floor(torch.float32),
             *self.x.stride(), *self.y.stride(), SCALED=options.scaling is not None, **self.tile,
         )  # fmt: skip
         if options.scaling in ("sample", "batch"):  # join the planes of a scope
             for i in (0, 1):
                 found = self.ranges[4 * i : 4 * i + 4]
-                affine = minmax_affine(scope_range(PlaneRange(*found[:3]), options.scaling))
-                self.planes[3 * i], self.planes[3 * i + 1] = affine.half_low, affine.scale
-                self.planes[3 * i + 2] = (0.5 * found[3] - affine.half_low) * affine.scale
+                scoped = scope_range(PlaneRange(*found[:3]), options.scaling)
+                half_low, scale = half_low_and_scale(*scoped)
+                self.planes[3 * i], self.planes[3 * i + 1] = half_low, scale
+                self.planes[3 * i + 2] = (0.5 * found[3] - half_low) * scale
 
     def run(self, partial: Tensor) -> Tensor | None:
         """Write ``programs`` parts of the loss into ``partial``; return the gradient."""
@@ -98,7 +101,8 @@ class _Level:
             sizes = (c, h, w, here, c0, lanes, n * c)
             moments_kernel[(programs,)](
                 self.x, self.y, weights, self.planes, row_in, row_out, column_out, scratch,
-                partial[done:], *sizes, 1.0 / self.x.numel(), *self.x.stride(), *self.y.stride(),
+                partial[done:], *sizes, 1.0 / self.x.numel(), options.c1, options.c2, options.eps,
+                *self.x.stride(), *self.y.stride(),
                 GRAD=self.grad is not None, WEIGHTED=self.weights is not None, num_warps=4, **build,
             )  # fmt: skip
             done += programs
@@ -122,21 +126,18 @@ class _Level:
             )  # fmt: skip
             return
         planes = PlaneRange(*self.ranges[:3])
-        scoped = scope_range(planes, self.options.scaling)
-        slope = 0.5 * self.planes[1]
-        extrema = ExtremaGradient(planes, scoped, slope, self.options.scaling, self.mask)
-        extrema.sum_g, extrema.sum_gx = sums.sum(-1)
-        extrema.finish(self.x, self.grad)
+        scope, slope = self.options.scaling, 0.5 * self.planes[1]
+        add_extrema_gradient(self.grad, self.x, self.mask, planes, scope, slope, *sums.sum(-1))
 
 
 def run_levels(levels: Sequence[LevelInputs], options: SSIMOptions) -> list[LevelResult]:
-    """Losses and gradients of the levels; see ``closed_form.RunLevels``."""
+    """Losses and gradients of the levels; see ``autograd.RunLevels``."""
     device = levels[0].x.device
     # Triton launches on the current device, which need not be that of the maps.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         runs = [_Level(v, options) if v.x.numel() else None for v in levels]
         programs = [0 if run is None else run.programs for run in runs]
-        # One table for all levels, so that one sum finishes the whole pyramid.
+        # One table for all levels needs one sum for the whole pyramid.
         partial = torch.zeros(len(runs), max([1, *programs]), dtype=torch.float32, device=device)
         grads = [
             empty_result(level).grad if run is None else run.run(row)

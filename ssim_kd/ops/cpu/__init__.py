@@ -1,0 +1,1 @@
+"""The SSIM loss in C, for a CPU."""

@@ -1,0 +1,1 @@
+"""The SSIM loss in Triton, for CUDA and ROCm."""
