@@ -1,6 +1,6 @@
 """Arguments of any kind: the losses give a value, or refuse with a message of their own.
 
-That finite maps give finite values and gradients: tests/ops/test_implementations_agree.py.
+That finite maps give finite values and gradients: tests/ops/test_implementations.py.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def value_and_grad(x, y, **options):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_constant_maps_by_hand(impl):
+def test_ssim_loss_of_constant_maps_by_hand(impl):
     # No variance: contrast and structure are 1, and luminance is (2 a b + C1) / (a^2 + b^2 + C1).
     x, y = maps((2, 3, 12, 13), "constant")
     luminance = (2 * 0.3 * 0.7 + 1e-4) / (0.3**2 + 0.7**2 + 1e-4)
@@ -40,7 +40,7 @@ def test_constant_maps_by_hand(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_two_cells_by_hand(impl):
+def test_ssim_loss_of_two_cells_by_hand(impl):
     # Two cells in a row see each other with weight p, and themselves with 1 - p.
     tap = [math.exp(-(k**2) / (2 * 1.5**2)) for k in range(-1, 2)]
     p = (tap[0] + tap[2]) / sum(tap)  # both neighbours fold to the one other cell
@@ -56,7 +56,7 @@ def test_two_cells_by_hand(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("scaling", [None, "channel", "sample", "batch"])
-def test_equal_maps_give_zero(impl, scaling):
+def test_ssim_loss_of_equal_maps(impl, scaling):
     x, _ = maps((2, 3, 13, 21), dtype=torch.float32)
     loss, grad = value_and_grad(x, x, scaling=scaling, impl=impl)
     assert loss.item() == pytest.approx(0, abs=1e-6)
@@ -64,7 +64,7 @@ def test_equal_maps_give_zero(impl, scaling):
 
 
 @pytest.mark.parametrize("exponents", [(0.5, 0.5, 0.5), (1, 0.3, 0.7), (0, 0, 1), (0, 0, 0)])
-def test_equal_maps_give_zero_with_exponents(exponents):
+def test_ssim_loss_of_equal_maps_with_exponents(exponents):
     x, _ = maps((1, 2, 9, 9))
     options = dict(zip(("alpha", "beta", "gamma"), exponents, strict=True))
     assert ssim_loss(x, x, **options).item() == pytest.approx(0, abs=1e-6)
@@ -73,7 +73,7 @@ def test_equal_maps_give_zero_with_exponents(exponents):
 @pytest.mark.parametrize("kind", ["random", "structured", "constant", "zero"])
 @pytest.mark.parametrize("shape", [(2, 3, 32, 40), (1, 2, 6, 6), (2, 1, 13, 21), (1, 2, 7, 50)])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_equals_kornia(kind, shape, impl):
+def test_ssim_loss_equals_kornia(kind, shape, impl):
     kornia = pytest.importorskip("kornia", reason="kornia is a test dependency")
     x, y = maps(shape, kind)
     reference = x.clone().requires_grad_()
@@ -86,7 +86,7 @@ def test_equals_kornia(kind, shape, impl):
         torch.testing.assert_close(grad.double(), reference.grad, atol=tolerance, rtol=0)
 
 
-def test_valid_padding_equals_kornia():
+def test_ssim_loss_valid_padding_equals_kornia():
     kornia = pytest.importorskip("kornia", reason="kornia is a test dependency")
     x, y = maps((1, 2, 14, 17))
     expected = kornia.losses.ssim_loss(x, y, window_size=11, padding="valid")
@@ -97,7 +97,7 @@ def test_valid_padding_equals_kornia():
 
 @pytest.mark.parametrize("scaling", [None, "channel", "sample", "batch"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_gradcheck(scaling, impl):
+def test_ssim_loss_gradcheck(scaling, impl):
     x, y = maps((2, 1, 4, 5))
     mask = torch.ones(2, 4, 5, dtype=torch.bool)
     mask[0, :, 3:] = False
@@ -109,13 +109,13 @@ def test_gradcheck(scaling, impl):
 
 
 @pytest.mark.parametrize("exponents", [(0.5, 1, 1), (1, 0.5, 2), (2, 3, 3), (1, 0, 0.3), (0, 2, 0)])
-def test_gradcheck_with_exponents(exponents):
+def test_ssim_loss_gradcheck_with_exponents(exponents):
     x, y = maps((1, 2, 4, 5))
     options = dict(zip(("alpha", "beta", "gamma"), exponents, strict=True))
     assert torch.autograd.gradcheck(lambda t: ssim_loss(t, -y, **options), x.requires_grad_())
 
 
-def test_fractional_exponents_stay_finite_on_flat_and_opposite_maps():
+def test_ssim_loss_with_fractional_exponents_is_finite():
     zero, (x, _) = torch.zeros(1, 1, 8, 8), maps((1, 1, 8, 8), dtype=torch.float32)
     for a, b in ((zero, zero), (zero, x), (x, zero), (x, -x), (x, 1 - x)):
         for exponent in (0.3, 1.7):
@@ -123,7 +123,7 @@ def test_fractional_exponents_stay_finite_on_flat_and_opposite_maps():
             assert loss.isfinite() and grad.isfinite().all()
 
 
-def test_components_multiply_to_ssim():
+def test_ssim_map_components_multiply_to_ssim():
     x, y = maps((1, 2, 12, 12))
     parts = ssim_map(x, y, components=True, padding="valid")
     whole = ssim_map(x, y, padding="valid")
@@ -134,7 +134,7 @@ def test_components_multiply_to_ssim():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_mask_is_the_mean_of_samples(impl):
+def test_ssim_loss_with_mask_is_the_mean_of_samples(impl):
     x, y = maps((3, 2, 12, 14))
     mask = torch.zeros(3, 12, 14, dtype=torch.bool)
     mask[0, :6, :9] = True
@@ -152,7 +152,7 @@ def test_mask_is_the_mean_of_samples(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("scaling", [None, "channel", "batch"])
-def test_nothing_to_compare_gives_zero(impl, scaling):
+def test_ssim_loss_of_nothing(impl, scaling):
     x, y = maps((2, 3, 5, 4), dtype=torch.float32)
     mask = torch.zeros(2, 5, 4, dtype=torch.bool)
     for a, b, m in ((x, y, mask), (x[:0], y[:0], None), (x[..., :0], y[..., :0], None)):
@@ -161,7 +161,7 @@ def test_nothing_to_compare_gives_zero(impl, scaling):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_pyramid_is_the_weighted_sum(impl):
+def test_pyramid_ssim_loss_is_the_weighted_sum(impl):
     levels = [maps((2, 2, s, s + 3), seed=s) for s in (16, 8, 4, 1)]
     inputs = [x.requires_grad_() for x, _ in levels]
     targets = [y for _, y in levels]
@@ -180,7 +180,7 @@ def test_pyramid_is_the_weighted_sum(impl):
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_retained_graph_and_accumulation(impl):
+def test_ssim_loss_with_retained_graph_and_accumulation(impl):
     x, y = maps((1, 2, 9, 9), dtype=torch.float32)
     _, once = value_and_grad(x, y)
     x.requires_grad_()
@@ -195,7 +195,7 @@ def test_retained_graph_and_accumulation(impl):
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_batched_gradients(impl):
+def test_ssim_loss_batched_gradients(impl):
     x, y = maps((1, 2, 9, 9), dtype=torch.float32)
     _, once = value_and_grad(x, y)
     loss = ssim_loss(x.requires_grad_(), y, impl=impl)
@@ -205,7 +205,7 @@ def test_batched_gradients(impl):
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_second_derivative(impl):
+def test_ssim_loss_second_derivative(impl):
     x, y = maps((1, 1, 4, 4))
     t = x.float().requires_grad_()
     with pytest.raises(RuntimeError, match=r"second derivative.*impl='reference'"):
@@ -214,7 +214,7 @@ def test_second_derivative(impl):
     assert torch.autograd.gradgradcheck(lambda t: ssim_loss(t, y, impl="reference"), x)
 
 
-def test_no_gradient_is_made_when_none_is_needed():
+def test_ssim_loss_without_gradient():
     x, y = maps((1, 2, 9, 9))
     assert not ssim_loss(x, y).requires_grad
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_no_gradient_is_made_when_none_is_needed():
     assert y.grad is None, "the teacher's map is a constant"
 
 
-def test_function_equals_module_and_is_deterministic():
+def test_ssim_loss_module_equals_function():
     x, y = maps((2, 3, 20, 11), dtype=torch.float32)
     options = {"sigma": 2.0, "scaling": "sample", "window_size": 7}
     module = SSIMLoss(**options)
@@ -235,7 +235,7 @@ def test_function_equals_module_and_is_deterministic():
 
 
 @pytest.mark.parametrize("impl", (*IMPLS, NATIVE))
-def test_half_precision_and_autocast_use_float32_moments(impl):
+def test_ssim_loss_in_half_precision_and_autocast(impl):
     x, y = maps((1, 2, 16, 16), dtype=torch.bfloat16)
     expected, grad = value_and_grad(x.float(), y.float(), impl=impl)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -247,7 +247,7 @@ def test_half_precision_and_autocast_use_float32_moments(impl):
 
 
 @pytest.mark.parametrize("impl", (*IMPLS, NATIVE))
-def test_training_after_inference_mode(impl):
+def test_ssim_loss_after_inference_mode(impl):
     # What is kept of the window must not be an inference tensor.
     x, y = torch.rand(1, 1, 37, 17), torch.rand(1, 1, 37, 17)
     options = {"impl": impl, "window_size": 7, "sigma": 1.25}
@@ -259,7 +259,7 @@ def test_training_after_inference_mode(impl):
     torch.testing.assert_close(loss.detach(), expected.clone())
 
 
-def test_inside_a_compiled_function():
+def test_ssim_loss_in_a_compiled_function():
     x, y = torch.rand(1, 2, 12, 12, requires_grad=True), torch.rand(1, 2, 12, 12)
     compiled = torch.compile(lambda a, b: 2 * ssim_loss(a, b), backend="eager")
     loss = compiled(x, y)

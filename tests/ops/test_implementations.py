@@ -1,4 +1,4 @@
-"""The fast implementations give the reference's values and gradients; accuracy; fuzzing."""
+"""All implementations have the reference's values and gradients; accuracy; fuzzing."""
 
 import itertools
 import os
@@ -26,7 +26,7 @@ TOLERANCE = {
 }
 
 EAGER_TYPES = [("eager", dtype) for dtype in TOLERANCE]
-NATIVE_TYPES = [  # that float64 is refused: test_native.py
+NATIVE_TYPES = [  # float64 raises: test_select.py
     pytest.param("native", dtype, marks=needs_compiler)
     for dtype in TOLERANCE
     if dtype != torch.float64
@@ -66,7 +66,7 @@ def check(impl, shape, dtype, scaling, scaling_grad, masked):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 40, 19)])
 @pytest.mark.parametrize("impl,dtype", [*EAGER_TYPES, *NATIVE_TYPES])
-def test_eager_and_native(impl, shape, dtype):
+def test_implementations_equal_reference(impl, shape, dtype):
     for (scaling, scaling_grad), masked in itertools.product(SCALINGS, (False, True)):
         check(impl, shape, dtype, scaling, scaling_grad, masked)
 
@@ -74,7 +74,7 @@ def test_eager_and_native(impl, shape, dtype):
 @pytest.mark.parametrize("scaling", [None, "channel", "sample", "batch"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("planes", [1, 2, 6])
-def test_eager_in_chunks(monkeypatch, planes, scaling, masked):
+def test_eager_in_chunks_equals_reference(monkeypatch, planes, scaling, masked):
     g = torch.Generator().manual_seed(0)
     x, y = (torch.rand(3, 3, 6, 40, generator=g).double() for _ in range(2))
     mask = torch.rand(3, 6, 40, generator=g) > 0.3 if masked else None
@@ -88,7 +88,7 @@ def test_eager_in_chunks(monkeypatch, planes, scaling, masked):
 
 @pytest.mark.parametrize("impl", ["reference", "eager", NATIVE])
 @pytest.mark.parametrize("offset,spread", [(0.5, 1.0), (0.5, 1e-3), (10.0, 1e-2)])
-def test_accuracy_in_float32(impl, offset, spread):
+def test_float32_gradient_is_within_1e_6_of_float64(impl, offset, spread):
     g = torch.Generator().manual_seed(0)
     x, y = (offset + spread * torch.rand(2, 4, 40, 50, generator=g) for _ in range(2))
     exact, exact_grad = value_and_grad(x.double(), y.double(), impl="reference")
@@ -108,7 +108,7 @@ def test_accuracy_in_float32(impl, offset, spread):
     k=st.sampled_from([0.0, 0.01]),
     seed=st.integers(0, 99),
 )
-def test_finite_input_gives_finite_output(impl, shape, dtype, magnitude, flat, scaling, k, seed):
+def test_ssim_loss_of_finite_maps_is_finite(impl, shape, dtype, magnitude, flat, scaling, k, seed):
     g = torch.Generator().manual_seed(seed)
     x, y = (torch.rand(shape, generator=g).double() - 0.5 for _ in range(2))
     if flat:
@@ -126,7 +126,7 @@ def test_finite_input_gives_finite_output(impl, shape, dtype, magnitude, flat, s
 
 @pytest.mark.parametrize("impl", ["reference", "eager", NATIVE])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_input_is_seen_in_the_loss(impl, bad):
+def test_ssim_loss_of_non_finite_maps_is_not_finite(impl, bad):
     x, y = torch.rand(1, 1, 6, 6), torch.rand(1, 1, 6, 6)
     x[0, 0, 2, 2] = bad
     assert not ssim_loss(x, y, impl=impl).isfinite()
@@ -143,7 +143,7 @@ TRITON_CASES = [
 ]
 
 
-def test_triton_under_the_interpreter():
+def test_triton_in_the_interpreter_equals_reference():
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton", reason="Triton is not installed")
     root = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_triton_under_the_interpreter():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_on_a_device(shape):
+def test_triton_on_a_device_equals_reference(shape):
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(shape, generator=g).cuda() for _ in range(2))
     for scaling, scaling_grad in SCALINGS:
@@ -169,7 +169,7 @@ def test_triton_on_a_device(shape):
 
 
 @pytest.mark.parametrize("impl", ["eager", NATIVE])
-def test_level_weights(impl):
+def test_pyramid_ssim_loss_level_weights(impl):
     check_level_weights(impl)
 
 
