@@ -1,0 +1,202 @@
+"""Exported students detect what PyTorch's do; and what cannot be exported says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from tests.helpers import build, full_config, save_weights, small_opts, stock_config
+from tools import benchmark_student, export_student
+from tools.exporting import (
+    ExportedDetector,
+    ExportError,
+    agreement,
+    export_onnx,
+    export_torchscript,
+    output_names,
+    quantize,
+    raw_detections,
+    tracing_adapter,
+)
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+
+# None of which the model was traced with; the second is no multiple of its stride.
+SIZES = ((96, 128), (70, 90), (128, 64))
+
+
+def detector(kind: str) -> nn.Module:
+    """A random detector with scores far enough apart that rounding does not reorder them."""
+    model = build(stock_config(kind))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None  # what one batch shows is what they keep
+    with torch.no_grad():
+        model.backbone(model.preprocess_image(noise(*SIZES)).tensor)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cls_score.weight", "objectness_logits.weight")):
+            parameter.data *= 10
+    return model.eval()
+
+
+def noise(*sizes: tuple[int, int]) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"image": torch.rand(3, *size, generator=generator) * 255} for size in sizes]
+
+
+def check(exported: ExportedDetector, model: nn.Module, batch: list[dict], pixels: float) -> None:
+    """The exported detector finds the same on a batch, up to rounding."""
+    with torch.no_grad():
+        expected = raw_detections(model, batch)
+    found = exported.raw(batch)
+    assert [f.image_size for f in found] == [tuple(x["image"].shape[-2:]) for x in batch]
+    row = agreement(found, expected, score=0.0)
+    assert row["expected"] >= 20 * len(batch)
+    assert row["matched"] >= 0.98 * row["expected"] and row["beside"] <= 0.02 * row["expected"]
+    assert row["pixels"] <= pixels and row["score"] <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mask", "retinanet"])
+def test_export_detects_the_same_at_any_size(kind, tmp_path: Path) -> None:
+    model = detector(kind)
+    adapter = tracing_adapter(model, [(96, 96)])
+    names = output_names(adapter)
+    masks = ["masks"] if kind == "mask" else []
+    assert names == ["boxes", "classes", *masks, "scores", "size"]
+    export_torchscript(adapter, tmp_path / "model.ts")
+    export_onnx(adapter, tmp_path / "model.onnx")
+    script = ExportedDetector.torchscript(tmp_path / "model.ts", names)
+    onnx = ExportedDetector.onnx(tmp_path / "model.onnx", threads=1)
+    for size in SIZES:
+        check(script, model, noise(size), pixels=1e-4)
+        check(onnx, model, noise(size), pixels=0.05)
+    (found,) = onnx([{**noise((64, 96))[0], "height": 128, "width": 192}])
+    assert found["instances"].image_size == (128, 192)
+    if masks:
+        assert found["instances"].pred_masks.shape[1:] == (128, 192)
+
+
+def test_export_of_a_batch_takes_images_of_unlike_sizes(tmp_path: Path) -> None:
+    model = detector("faster")
+    adapter = tracing_adapter(model, [(96, 96), (64, 128)])
+    assert output_names(adapter)[4:] == ["boxes1", "classes1", "scores1", "size1"]
+    export_onnx(adapter, tmp_path / "model.onnx")
+    onnx = ExportedDetector.onnx(tmp_path / "model.onnx", threads=1)
+    for sizes in ((SIZES[0], SIZES[1]), (SIZES[2], SIZES[2])):
+        check(onnx, model, noise(*sizes), pixels=0.05)
+
+
+def test_quantize_calibrates_what_it_writes(tmp_path: Path) -> None:
+    model = detector("retinanet")
+    path, target = tmp_path / "model.onnx", tmp_path / "model_int8.onnx"
+    export_onnx(tracing_adapter(model, [(96, 96)]), path)
+    given = noise(*[(96, 128)] * 4)
+    quantize(path, target, (x["image"].numpy() for x in given))
+    assert target.stat().st_size < 0.5 * path.stat().st_size
+    with torch.no_grad():
+        (expected,) = raw_detections(model, given[:1])
+    (found,) = ExportedDetector.onnx(target, threads=1).raw(given[:1])
+    # Not the same, but near it.
+    ratio = float(found.scores.mean() / expected.scores.mean())
+    assert ratio == pytest.approx(1, abs=0.25) and ratio != 1
+
+
+def test_export_names_what_cannot_be_exported(tmp_path: Path) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_file(
+        model_zoo.get_config_file("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")
+    )
+    cfg.merge_from_list(small_opts())
+    with pytest.raises(ExportError, match="PanopticFPN"):
+        tracing_adapter(build(cfg).eval(), [(64, 64)])
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"))
+    cfg.merge_from_list([*small_opts(), "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8]])
+    adapter = tracing_adapter(build(cfg).eval(), [(64, 64)])
+    with pytest.raises(ExportError, match=r"ONNX.*Keypoint"):
+        export_onnx(adapter, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def boxes(*rows: tuple[float, float, float, float, int, float]) -> Instances:
+    table = torch.tensor(rows).view(-1, 6)
+    found = Instances((100, 100), scores=table[:, 5])
+    found.pred_boxes, found.pred_classes = Boxes(table[:, :4]), table[:, 4].long()
+    return found
+
+
+def test_agreement_pairs_by_class_and_place() -> None:
+    expected = boxes((0, 0, 40, 40, 1, 0.9), (50, 50, 90, 90, 2, 0.8), (0, 0, 40, 40, 3, 0.01))
+    same = boxes((50, 50, 90, 90.5, 2, 0.7), (0, 0, 40, 40, 1, 0.9))
+    row = agreement([same], [expected])
+    assert (row["expected"], row["matched"], row["beside"]) == (2, 2, 0)
+    assert row["pixels"] == pytest.approx(0.5) and row["score"] == pytest.approx(0.1)
+    other = boxes((0, 0, 40, 40, 2, 0.9), (50, 50, 90, 60, 2, 0.8))
+    row = agreement([other], [expected])
+    assert (row["matched"], row["beside"]) == (0, 2)
+    assert agreement([boxes()], [expected])["matched"] == 0
+
+
+def digits_config(tmp_path: Path) -> Path:
+    """The config of a training on a few digits, with random weights beside it."""
+    cfg = full_config()
+    cfg.merge_from_file("configs/Digits-Detection/plain_faster_rcnn_R_50_w4_demo.yaml")
+    cfg.DATASETS.DIGITS.ROOT = str(tmp_path / "digits")
+    cfg.DATASETS.DIGITS.NUM_IMAGES = (4, 2, 4)
+    cfg.DATASETS.DIGITS.IMAGE_SIZE = 64
+    cfg.DATASETS.DIGITS.DIGITS_PER_IMAGE = (1, 2)
+    cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 64
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.MODEL.DEVICE = "cpu"
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    save_weights(cfg, tmp_path / "wrapped.pth")
+    state = torch.load(tmp_path / "wrapped.pth", weights_only=True)["model"]
+    state = {name.removeprefix("student."): value for name, value in state.items()}
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    return tmp_path / "config.yaml"
+
+
+def test_export_student_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) -> None:
+    config, output = digits_config(tmp_path), tmp_path / "export"
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
+    formats = ["--formats", *export_student.FORMATS, "--compare", "2", "--calibrate", "2"]
+    arguments = ["--config-file", str(config), *formats, "--evaluate", "--output", str(output)]
+    export_student.main([*arguments, *weights])
+    found = json.loads((output / "export.json").read_text())
+    assert set(found["agreement"]) == {"torchscript", "onnx", "int8"}
+    assert set(found["AP"]) == {"pytorch", "torchscript", "onnx", "int8"}
+    assert found["AP"]["torchscript"] == pytest.approx(found["AP"]["pytorch"], abs=0.5)
+    assert found["agreement"]["torchscript"]["beside"] == 0
+
+    stock = get_cfg()
+    stock.merge_from_file(str(output / "student.yaml"))
+    assert stock.MODEL.DEVICE == "cpu" and str(output / "model.pth") == stock.MODEL.WEIGHTS
+    assert DetectionCheckpointer(build_model(stock)).load(stock.MODEL.WEIGHTS) == {}
+
+    benchmark = ["--images", "2", "--warmup", "1", "--output", str(tmp_path / "benchmark.json")]
+    arguments = ["--config-file", str(config), "--exported", str(output), *benchmark, *weights]
+    benchmark_student.main(arguments)
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert set(rows) == {f"student{k}" for k in ("", ", torchscript", ", onnx", ", int8")}
+    model = build_model(stock)
+    assert rows["student"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert rows["student"]["flops"] > 1e6
+    assert all(np.isfinite(row["images_per_s"]) for row in rows.values())
+    assert "GFLOPs" in capsys.readouterr().out
+
+
+def test_export_student_refuses_a_batch_that_is_not_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        export_student.main(
+            ["--config-file", "x", "--output", str(tmp_path), "--batch", "2", "--evaluate"]
+        )
