@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -207,14 +207,15 @@ class DistillStep(TrainerBase):
     def _backward(self, batch: list[dict[str, Any]], data_time: float) -> None:
         """Make the gradients, and take in reports."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
-            try:
-                losses = self.model(batch)
-            except FloatingPointError as error:
-                # Detectron2's own check of the proposals.
-                self._raise_for_features(batch, error)
-            total = sum(losses.values())
-        self.grad_scaler.scale(total).backward()
+        with self._exact_jit():
+            with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
+                try:
+                    losses = self.model(batch)
+                except FloatingPointError as error:
+                    # Detectron2's own check of the proposals.
+                    self._raise_for_features(batch, error)
+                total = sum(losses.values())
+            self.grad_scaler.scale(total).backward()
         if isinstance(self.model, DistributedDataParallel) and not self._gradients_checked:
             self._check_gradients()
         self._pending.append(self._report(losses, batch, data_time))
@@ -229,6 +230,16 @@ class DistillStep(TrainerBase):
             # A step or two that overflow are the scaler's business; these are NaN at any scale.
             wrong = f"gradients (float16, down to a loss scale of {LEAST_SCALE:g})"
             self._raise([wrong], self.iter, _image_ids(batch), {}, fatal=True)
+
+    def _exact_jit(self) -> AbstractContextManager[None]:
+        """TorchScript rounds differently from its second call on, which a resumed run makes later.
+
+        RetinaNet's focal loss is such a function. On a GPU its fused form saves too much to give
+        up.
+        """
+        if self.device.type == "cpu":
+            return torch.jit.optimized_execution(False)
+        return nullcontext()
 
     def _check_gradients(self) -> None:
         """Stop before DDP does, which names no parameter, and where it would wait for ever."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.engine import inside
-from tests.engine.runs import World, assert_same, checkpoint, children, wait_until
+from tests.engine.runs import World, assert_same, checkpoint, children, metrics, wait_until
 
 SHORT = ("DATASETS.TEST", "()")
 
@@ -28,14 +29,14 @@ def two(world: World, tmp_path_factory) -> Path:
     return folder
 
 
-def test_both_ranks_have_the_same_weights_and_learn_from_the_teacher(two: Path) -> None:
+def test_train_two_processes_have_equal_weights(two: Path) -> None:
     first, second = (json.loads((two / f"rank{i}.json").read_text()) for i in (0, 1))
     assert first == second
     assert len(first["adapters"]) == 10 and all(norm > 0 for norm in first["adapters"].values())
     assert checkpoint(two)["trainer"]["data"]["processes"] == 2
 
 
-def test_slurm_is_the_same_as_torchrun(world: World, two: Path, tmp_path) -> None:
+def test_train_slurm_equals_torchrun(world: World, two: Path, tmp_path) -> None:
     env = {
         "SLURM_NTASKS": "2",
         "SLURM_PROCID": "{rank}",
@@ -51,9 +52,7 @@ def test_slurm_is_the_same_as_torchrun(world: World, two: Path, tmp_path) -> Non
     assert_same(checkpoint(two), checkpoint(tmp_path))
 
 
-def test_half_the_batch_on_each_of_two_gives_the_gradient_of_the_whole(
-    world: World, tmp_path
-) -> None:
+def test_gradient_of_two_halves_is_that_of_the_whole(world: World, tmp_path) -> None:
     # Frozen norms: a trainable batch norm sees other statistics in half a batch.
     cfgs = [
         world.cfg(
@@ -90,7 +89,7 @@ def test_half_the_batch_on_each_of_two_gives_the_gradient_of_the_whole(
         assert worst <= 1e-5 * max(scale, 1.0), (cfg.MODEL.DISTILL.LOSS, worst, scale)
 
 
-def test_ranks_with_different_configs_stop(world: World, tmp_path) -> None:
+def test_main_different_configs(world: World, tmp_path) -> None:
     lines = [world.arguments(tmp_path, "SOLVER.BASE_LR", lr) for lr in (0.01, 0.02)]
     with children(*lines, folder=tmp_path / "out") as ranks:
         assert [rank.wait(60) for rank in ranks] == [1, 1]
@@ -99,14 +98,14 @@ def test_ranks_with_different_configs_stop(world: World, tmp_path) -> None:
     assert not (tmp_path / "config.yaml").exists()
 
 
-def test_ranks_with_different_flags_stop(world: World, tmp_path) -> None:
+def test_main_different_flags(world: World, tmp_path) -> None:
     lines = [world.arguments(tmp_path, *flag) for flag in ((), ("--resume",))]
     with children(*lines, folder=tmp_path / "out") as ranks:
         assert [rank.wait(60) for rank in ranks] == [1, 1]
         assert all("'--resume': True" in rank.output for rank in ranks)
 
 
-def test_sigterm_to_one_rank_saves_and_ends_both(world: World, tmp_path) -> None:
+def test_train_sigterm_to_one_process(world: World, tmp_path) -> None:
     line = world.arguments(
         tmp_path, *SHORT, "SOLVER.MAX_ITER", 1000, "SOLVER.CHECKPOINT_PERIOD", 1000
     )
@@ -123,7 +122,7 @@ def test_sigterm_to_one_rank_saves_and_ends_both(world: World, tmp_path) -> None
     assert checkpoint(tmp_path, f"model_{done - 1:07d}")["iteration"] == done - 1
 
 
-def test_an_exception_in_one_rank_ends_both(world: World, tmp_path) -> None:
+def test_train_exception_in_one_process(world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, *SHORT, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", "()")
     # In the last step, after which Detectron2 would evaluate as if nothing had been.
     prepare = partial(inside.fail_at, 2, 1)
@@ -132,3 +131,80 @@ def test_an_exception_in_one_rank_ends_both(world: World, tmp_path) -> None:
         assert all(code != 0 for code in codes), codes
         assert "injected failure" in ranks[1].output
         assert "Traceback" in ranks[0].output, "rank 0 says that it lost rank 1"
+
+
+SCORES = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 5)
+TTA = ("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)")
+
+
+def predictions(folder: Path) -> dict[int, list[float]]:
+    """Scores and boxes of each image, the surest first."""
+    found: dict[int, list[list[float]]] = {}
+    for x in json.loads((folder / "coco_instances_results.json").read_text()):
+        found.setdefault(x["image_id"], []).append([-x["score"], *x["bbox"]])
+    return {image: [v for row in sorted(rows) for v in row] for image, rows in found.items()}
+
+
+def assert_same_predictions(first: Path, second: Path) -> None:
+    ours, theirs = predictions(first), predictions(second)
+    assert ours.keys() == theirs.keys() and len(ours) == 4
+    for image, values in ours.items():
+        assert values == pytest.approx(theirs[image], abs=1e-3), image
+
+
+def test_evaluation_of_two_processes_is_that_of_the_saved_file(world: World, tmp_path) -> None:
+    """Plain and with TTA: a student whose norms train has other statistics on each process."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    # The last evaluation comes twice: periodic in the first step, then at the end.
+    options = (*SCORES, *TTA, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()", "TEST.EVAL_PERIOD", 1)
+    line = world.arguments(two, *options)
+    with children(line, line, folder=two) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output[-3000:]
+    results = world.main(
+        one, "--eval-only", *SCORES, *TTA, "MODEL.WEIGHTS", two / "model_final.pth"
+    )
+    for name in ("inference", "inference_TTA"):
+        assert_same_predictions(two / name, one / name)
+    logged = metrics(two)[-1]
+    for task in ("bbox", "bbox_TTA"):
+        assert logged[f"{task}/AP"] == pytest.approx(results[task]["AP"], nan_ok=True)
+
+
+def test_evaluation_of_the_teacher_by_two_processes_is_that_of_one(world: World, tmp_path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    scores = ("MODEL.DISTILL.TEACHER.OPTS", list(SCORES))
+    line = world.arguments(two, "--eval-teacher", *scores)
+    with children(line, line, folder=two) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output[-3000:]
+    world.main(one, "--eval-teacher", *scores)
+    assert_same_predictions(two / "teacher/inference", one / "teacher/inference")
+
+
+def test_train_two_processes_resumed_loss_normalizer(world: World, tmp_path) -> None:
+    """RetinaNet's running mean is another on each process."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", "()")
+    options += ("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.BASE_LR", 0.001)
+    line = world.arguments(whole, *options, config=world.retinanet)
+    with children(line, line, folder=whole) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
+    saved = checkpoint(whole, "model_0000001")
+    first, second = saved["trainer"]["hooks"]["RankStates"]["loss_normalizer"]
+    assert first != second
+    cut.mkdir()
+    shutil.copy(whole / "model_0000001.pth", cut)
+    line = world.arguments(cut, "--resume", *options, config=world.retinanet)
+    with children(line, line, folder=cut) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
+    assert_same(checkpoint(whole), checkpoint(cut))
+
+
+def test_train_parameters_without_gradient(world: World, tmp_path) -> None:
+    """Levels that no loss uses: DDP itself names no parameter."""
+    levels = ("MODEL.RPN.IN_FEATURES", "['p2']", "MODEL.ROI_HEADS.IN_FEATURES", "['p2']")
+    options = (*SHORT, *levels, "MODEL.ANCHOR_GENERATOR.SIZES", "[[8]]", "SOLVER.MAX_ITER", 2)
+    line = world.arguments(tmp_path, *options, "MODEL.DISTILL.ENABLED", "False")
+    with children(line, line, folder=tmp_path) as ranks:
+        assert [rank.wait(60) for rank in ranks] == [1, 1]
+        for rank in ranks:
+            assert "backbone.fpn_output3.weight" in rank.output and "MODEL.FPN" in rank.output

@@ -111,6 +111,22 @@ def test_train_resumed_loss_normalizer(world: World, tmp_path) -> None:
     assert_same(checkpoint(whole), checkpoint(folder))
 
 
+def test_train_resumed_precise_statistics(world: World, tmp_path) -> None:
+    """TEST.PRECISE_BN: its images depend on the iteration, not on where the run began."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.STEPS", "()")
+    options += ("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", 2, "SEED", -1)
+    options += ("TEST.EVAL_PERIOD", 2, "MODEL.DISTILL.ENABLED", "False")
+    world.main(whole, *options)
+    first, last = checkpoint(whole, "model_0000001"), checkpoint(whole)
+    name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    assert not torch.equal(first["model"][name], last["model"][name])
+    cut.mkdir()
+    shutil.copy(whole / "model_0000001.pth", cut)
+    world.main(cut, "--resume", *options)
+    assert_same(last, checkpoint(cut))
+
+
 class Best(HookBase):
     """A user's hook with a state as NumPy gives it."""
 
