@@ -29,7 +29,8 @@ def merge_file(cfg: CN, path: str) -> None:
     Those come with Detectron2, and its RetinaNets compute their anchors so.
 
     Raises:
-        ValueError: a file or base that cannot be opened or holds no keys; bases in a circle.
+        ValueError: a file or base that cannot be opened or holds no keys; a mapping with a key
+            twice, of which YAML would take the last alone; bases in a circle.
         yaml.constructor.ConstructorError: a file of one's own that asks to run code.
         others: as ``CfgNode.merge_from_file``.
     """
@@ -66,10 +67,39 @@ def _check_files(path: str, above: tuple[str, ...] = ()) -> None:
     if not isinstance(root, yaml.MappingNode):
         found = "is empty" if root is None else f"holds a {root.id} of YAML"
         raise ValueError(f"{title} {found}; expected keys and values, such as MODEL: {{...}}.")
+    _refuse_equal_keys(root, title)
     for key, value in root.value:
         if key.value == BASE_KEY:
             for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 _check_files(_base_path(str(base.value), path), (*above, path))
+
+
+def _refuse_equal_keys(root: yaml.Node, title: str) -> None:
+    """Refuse two equal keys of one mapping, anywhere in a file: YAML keeps the last in silence.
+
+    An anchor and its aliases are one node. ``<<`` may stand several times: YAML merges all.
+    """
+    nodes: list[tuple[str, yaml.Node]] = [("", root)]
+    seen: set[int] = set()
+    while nodes:
+        path, node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += [(f"{path}[{i}]", item) for i, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                name = f"{path}.{key.value}" if path else str(key.value)
+                nodes.append((name, value))
+                line, same = key.start_mark.line + 1, (key.tag, str(key.value))
+                if same in lines and key.value != "<<":
+                    raise ValueError(
+                        f"{title} has the key {name} twice, in lines {lines[same]} and {line}, of "
+                        "which YAML takes the last alone; expected one. Merge the two."
+                    )
+                lines[same] = line
 
 
 def _base_path(base: str, path: str) -> str:
