@@ -1,4 +1,4 @@
-"""Data: the embedded digits set, COCO sets from the config, checks, a resumable loader."""
+"""Data: COCO sets from the config, the embedded digits, checks, loaders."""
 
 from detectron2.config import CfgNode
 
@@ -7,7 +7,7 @@ from .digits import ensure_digits, register_digits
 from .mapper import CheckedMapper, UnreadableImageError
 from .train_loader import TrainLoader, build_train_loader
 from .validation import DatasetSummary, check_datasets
-from .workers import EvaluationLoader
+from .workers import EvaluationLoader, build_evaluation_loader
 
 __all__ = [
     "CheckedMapper",
@@ -15,6 +15,7 @@ __all__ = [
     "EvaluationLoader",
     "TrainLoader",
     "UnreadableImageError",
+    "build_evaluation_loader",
     "build_train_loader",
     "check_datasets",
     "ensure_digits",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
@@ -16,6 +16,14 @@ logger = logging.getLogger(__name__)
 
 # Detectron2's mapper leaves out boxes whose sides are not longer than this (pixels).
 LEAST_SIDE = 1e-5
+# Modules whose readers take all from the json file of the metadata.
+_JSON_READERS = (
+    "detectron2.data.datasets.coco",
+    "detectron2.data.datasets.coco_panoptic",
+    "detectron2.data.datasets.lvis",
+    "ssim_kd.data.digits.dataset",
+)
+
 # What this process has registered: name -> (json file, image folder).
 _REGISTERED: dict[str, tuple[str, str]] = {}
 
@@ -23,8 +31,8 @@ _REGISTERED: dict[str, tuple[str, str]] = {}
 def register_coco(cfg: CfgNode) -> None:
     """Register every entry of ``cfg.DATASETS.REGISTER_COCO``: [name, json file, image folder].
 
-    Nothing is read yet. An entry that is registered already is left alone; one that was registered
-    here with other paths is replaced.
+    Nothing is read yet. An entry that is registered already is left alone, but for what its file
+    said; one that was registered here with other paths is replaced.
 
     Raises:
         ValueError: an entry is malformed, a name appears twice with different paths, or another
@@ -40,17 +48,61 @@ def register_coco(cfg: CfgNode) -> None:
             )
     for name, paths in wanted.items():
         if name in DatasetCatalog:
-            if _REGISTERED.get(name) == paths:
-                continue
             if name not in _REGISTERED:
                 raise ValueError(
                     f"DATASETS.REGISTER_COCO: the name {name!r} is taken by a data set that "
                     "Detectron2 or another package has registered. Choose another name."
                 )
+            if _REGISTERED[name] == paths:
+                # Detectron2's reader sets these, and fails if the file has other classes by now.
+                for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+                    MetadataCatalog.get(name).__dict__.pop(key, None)
+                continue
             DatasetCatalog.pop(name)
             MetadataCatalog.pop(name, None)
         register_coco_instances(name, {}, *paths)
         _REGISTERED[name] = paths
+
+
+def reads_json_file(name: str) -> bool:
+    """Whether a set's records are what Detectron2's reader makes of its ``json_file``."""
+    module = getattr(DatasetCatalog[name], "__module__", None)
+    return bool(MetadataCatalog.get(name).get("json_file")) and module in _JSON_READERS
+
+
+def own_json_file(name: str) -> str:
+    """Return the ``json_file`` of a set's metadata; empty where it has none of its own.
+
+    Detectron2's COCOEvaluator writes one for a set of records, and leaves its path behind: it is
+    stale as soon as the records change, and gone with that run's folder.
+    """
+    path: str = MetadataCatalog.get(name).get("json_file") or ""
+    converted = os.path.basename(path) == f"{name}_coco_format.json"
+    return "" if converted and not reads_json_file(name) else path
+
+
+def read_records(where: str, name: str) -> Any:
+    """Load the records of a registered set, ``DatasetCatalog.get(name)``.
+
+    Raises:
+        ValueError: its reader failed; the message names the set, the cause is attached.
+    """
+    try:
+        return DatasetCatalog.get(name)
+    except Exception as error:
+        raise ValueError(f"{where}: its reader failed: {error!r}.") from error
+
+
+def load_records(where: str, names: str | Sequence[str], **options: Any) -> Any:
+    """Load sets as Detectron2 does, ``get_detection_dataset_dicts(names, **options)``.
+
+    Raises:
+        ValueError: a reader or Detectron2 failed; the message names the sets.
+    """
+    try:
+        return get_detection_dataset_dicts(names, **options)
+    except Exception as error:
+        raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}.") from error
 
 
 def is_registered_here(name: str) -> bool:
@@ -120,7 +172,7 @@ def _empty_boxes(record: dict[str, Any]) -> NDArray[np.bool_]:
     annotations = record.get("annotations", [])
     if not annotations or "width" not in record or "height" not in record:
         return np.zeros(len(annotations), dtype=bool)
-    modes = {a["bbox_mode"] for a in annotations}
+    modes = {a.get("bbox_mode") for a in annotations}
     if modes != {BoxMode.XYWH_ABS}:
         return np.zeros(len(annotations), dtype=bool)
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64)

@@ -1,13 +1,14 @@
 """A mapper that names the image which cannot be read, and is seeded for every sample."""
 
 import contextlib
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
@@ -27,6 +28,8 @@ class CheckedMapper:
     """Calls a mapper, and turns what goes wrong into an error that names data set and file.
 
     Use it for testing as well: ``CheckedMapper(DatasetMapper(cfg, False), cfg.DATASETS.TEST)``.
+    Around a mapper of one's own it assumes nothing of the record: neither that "file_name" is an
+    image, nor that it is a file.
 
     Args:
         mapper: from a record of the data set to the model's input.
@@ -35,7 +38,8 @@ class CheckedMapper:
 
     def __init__(self, mapper: Mapper, names: Sequence[str] = ()) -> None:
         self._mapper = mapper
-        self._names = tuple(names)
+        self._names = (names,) if isinstance(names, str) else tuple(names)
+        self._reads_images = reads_images(mapper)
 
     def __call__(self, record: Record) -> Record | None:
         """Map a record.
@@ -44,27 +48,35 @@ class CheckedMapper:
             UnreadableImageError: the image is at fault.
             RuntimeError: anything else; the cause is attached.
         """
-        file_name = record.get("file_name")
+        file_name = record.get("file_name") if isinstance(record, Mapping) else None
         if file_name is None:
             return self._mapper(record)
-        where = f"Data set {self._owner(file_name)}: image {file_name}"
+        where = f"Data set {self._owner(str(file_name))}: image {file_name}"
         try:
-            refuse_deep(file_name)
+            if self._reads_images:
+                refuse_deep(file_name)
             return self._mapper(record)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{where}: {error}") from None
         except Exception as error:
-            reason = _fault(file_name, error)
-            if reason is None:
+            fault = _fault(file_name, error) if self._reads_images else _own_fault(error)
+            if fault is None:
                 raise RuntimeError(f"{where}: the mapper failed: {error!r}") from error
-            raise UnreadableImageError(f"{where}: {reason}") from error
+            raise UnreadableImageError(f"{where}: {fault}") from error
 
     def _owner(self, file_name: str) -> str:
         for name in self._names:
             root = MetadataCatalog.get(name).get("image_root")
-            if root and file_name.startswith(root):
+            if root and file_name.startswith(str(root)):
                 return repr(name)
         return " or ".join(repr(name) for name in self._names) or "(unknown)"
+
+
+def reads_images(mapper: Mapper | None) -> bool:
+    """Whether a mapper reads image files as Detectron2's own does; None stands for that."""
+    if mapper is None:
+        return True
+    return isinstance(mapper, DatasetMapper) and type(mapper).__call__ is DatasetMapper.__call__
 
 
 def refuse_deep(file_name: str) -> None:
@@ -78,8 +90,56 @@ def refuse_deep(file_name: str) -> None:
         if image.mode in DEEP_MODES:
             raise UnreadableImageError(
                 f"it has more than 8 bits a channel (mode {image.mode}), of which Detectron2 would "
-                "clip all above 255. Convert it to 8 bits with the scaling that suits the data"
+                "clip all above 255. Convert it to 8 bits with the scaling that suits the data, or "
+                "read it by a mapper of your own"
             )
+
+
+def check_image_files(where: str, records: Sequence[Record]) -> None:
+    """Check that all image files are there, and the header of the first, before any is read.
+
+    Folders are listed rather than files looked up one by one. Paths with :// are left alone.
+
+    Args:
+        where: the key and the names of the sets, for the message.
+        records: of Detectron2's format.
+
+    Raises:
+        UnreadableImageError: names how many are missing and the first, or what the first is.
+    """
+    paths = [os.fspath(r["file_name"]) for r in records if "file_name" in r]
+    paths = [path for path in paths if "://" not in path]
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            try:
+                listed[folder] = set(os.listdir(folder or "."))
+            except OSError:
+                listed[folder] = set()
+        # A folder may be readable by name alone, or know another spelling of a name.
+        if name not in listed[folder] and not os.path.isfile(path):
+            missing.append(path)
+    if missing:
+        raise UnreadableImageError(
+            f"{where}: {len(missing)} of {len(paths)} image files do not exist (for example "
+            f"{missing[0]}). Correct the image folder or the file names, which are relative to it."
+        )
+    if paths:
+        try:
+            refuse_deep(paths[0])
+        except Exception as error:
+            raise UnreadableImageError(
+                f"{where}: the first image, {paths[0]}, cannot be used: {error}."
+            ) from error
+
+
+def _own_fault(error: Exception) -> str | None:
+    """Return what is wrong with a file that a mapper of one's own reads, as far as it says so."""
+    if isinstance(error, OSError | utils.SizeMismatchError):
+        return f"it cannot be read: {error}"
+    return None
 
 
 def _fault(file_name: str, error: Exception) -> str | None:

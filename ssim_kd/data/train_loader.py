@@ -4,16 +4,26 @@ import logging
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from .coco import drop_zero_area_boxes
-from .mapper import CheckedMapper, Mapper, Record, UnreadableImageError, seeded
+from .coco import drop_zero_area_boxes, load_records, reads_json_file
+from .mapper import (
+    CheckedMapper,
+    Mapper,
+    Record,
+    UnreadableImageError,
+    check_image_files,
+    reads_images,
+    seeded,
+)
 from .samplers import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
+from .validation import check_records_for_mapper
 from .workers import batches
 
 logger = logging.getLogger(__name__)
@@ -58,7 +68,10 @@ class TrainLoader:
         self._mapper = mapper
         self._skip = bool(cfg.DATALOADER.SKIP_CORRUPT)
         self._indices = index_stream(cfg, dicts)
-        self._records = DatasetFromList(list(dicts), serialize=True)
+        # A list is held serialised, as by Detectron2; a data set of one's own as it is.
+        self._records: Any = (
+            DatasetFromList(list(dicts), serialize=True) if isinstance(dicts, Sequence) else dicts
+        )
         self._started = False
 
     def state_dict(self) -> dict[str, int]:
@@ -114,7 +127,8 @@ class TrainLoader:
         with closing(batches(loader)) as found:
             for batch in found:
                 for record in batch:
-                    for message in record.pop(_SKIPPED, ()):
+                    # A mapper of one's own may return something else than a dictionary.
+                    for message in record.pop(_SKIPPED, ()) if isinstance(record, dict) else ():
                         self._note(message)
                 yield batch
 
@@ -150,29 +164,47 @@ def build_train_loader(
         start_iter: number of the first batch, >= 0: batches before it are skipped unread.
         seed: of order and augmentation, >= 0. None takes ``cfg.SEED``, or where that is negative a
             random one that all ranks share.
-        mapper: from a record of the data set to the model's input. None: Detectron2's own.
-        dataset: the records. None loads ``cfg.DATASETS.TRAIN``.
+        mapper: from a record of the data set to the model's input, as Detectron2's is; it may read
+            any kind of file, and returns None to ask for another record. None: Detectron2's own,
+            for which files and annotations are checked here.
+        dataset: the records: a list, or what has a length and items. None loads
+            ``cfg.DATASETS.TRAIN``.
 
     Raises:
-        ValueError: an unknown sampler, or a batch size that the ranks cannot share.
-        TypeError: the data set is not a sequence of records.
+        ValueError: an unknown sampler, a batch size that the ranks cannot share, or records that
+            cannot be read or mapped.
+        UnreadableImageError: an image file is missing, unless DATALOADER.SKIP_CORRUPT.
+        TypeError: the data set has no length, or no items.
     """
+    names = cfg.DATASETS.TRAIN
+    where = f"DATASETS.TRAIN: data set {', '.join(map(repr, names))}"
     if dataset is None:
-        dataset = _load_records(cfg)
-    if not isinstance(dataset, Sequence):
+        dataset = _load_records(cfg, where)
+    elif reads_images(mapper):
+        where = "The data set that build_train_loader was given"
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
-            f"The data set is a {type(dataset).__name__}: expected a list of records, since the "
-            "order of any other kind cannot be computed ahead."
+            f"The data set is a {type(dataset).__name__}: expected a list of records, or what has "
+            "a length and items, since the order of any other kind cannot be computed ahead. For a "
+            "stream let YourTrainer.build_train_loader return "
+            "detectron2.data.build_detection_train_loader(...), which cannot be resumed exactly."
         )
+    if reads_images(mapper) and isinstance(dataset, Sequence):
+        if not cfg.DATALOADER.SKIP_CORRUPT:
+            check_image_files(where, dataset)
+        # check_datasets has seen what json files hold.
+        if not all(name in DatasetCatalog and reads_json_file(name) for name in names):
+            check_records_for_mapper(cfg, where, dataset)
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    checked = CheckedMapper(mapper or DatasetMapper(cfg, True), cfg.DATASETS.TRAIN)
+    checked = CheckedMapper(mapper or DatasetMapper(cfg, True), names)
     return TrainLoader(cfg, dataset, checked, int(seed), start_iter)
 
 
-def _load_records(cfg: CfgNode) -> Sequence[Record]:
+def _load_records(cfg: CfgNode, where: str) -> Sequence[Record]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records: Sequence[Record] = get_detection_dataset_dicts(
+    records: Sequence[Record] = load_records(
+        where,
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=keypoints,
@@ -186,7 +218,7 @@ def _load_records(cfg: CfgNode) -> Sequence[Record]:
 class _Samples(Dataset[Record]):
     """Maps a draw (index, position) to the model's input, seeded by the position."""
 
-    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: int, skip: bool) -> None:
+    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, skip: bool) -> None:
         self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
 
@@ -207,7 +239,7 @@ class _Samples(Dataset[Record]):
                     skipped.append(str(error))
                     continue
             if record is not None:  # None: the mapper itself asks for another image
-                if skipped:
+                if skipped and isinstance(record, dict):
                     record[_SKIPPED] = skipped
                 return record
         raise UnreadableImageError(

@@ -5,7 +5,12 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from torch.utils.data import DataLoader
+
+from .coco import load_records
+from .mapper import CheckedMapper, Mapper, check_image_files, reads_images
 
 
 def batches(loader: DataLoader) -> Generator[Any, None, None]:
@@ -43,6 +48,34 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Any]:
         return batches(self.loader)
+
+
+def build_evaluation_loader(
+    cfg: CfgNode, name: str, mapper: Mapper | None = None
+) -> EvaluationLoader:
+    """Build Detectron2's test loader of a set, with errors that name set and image.
+
+    Args:
+        cfg: DATASETS, DATALOADER and INPUT are read.
+        name: of a registered set.
+        mapper: as of :func:`build_train_loader`.
+
+    Raises:
+        ValueError: the set cannot be loaded.
+        UnreadableImageError: an image file is missing.
+    """
+    where = f"DATASETS.TEST: data set {name!r}"
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)]]
+    records = load_records(where, name, filter_empty=False, proposal_files=proposals)
+    if reads_images(mapper) and isinstance(records, list):
+        check_image_files(where, records)
+    checked = CheckedMapper(mapper or DatasetMapper(cfg, False), [name])
+    loader = build_detection_test_loader(
+        records, mapper=checked, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    return EvaluationLoader(loader)
 
 
 @contextmanager

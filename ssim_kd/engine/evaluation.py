@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -27,16 +26,18 @@ from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
 from ..modeling import load_teacher, teacher_config
+from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
 
-_EVALUATORS = {
-    "cityscapes_instance": CityscapesInstanceEvaluator,
-    "coco": COCOEvaluator,
-    "lvis": LVISEvaluator,
-    "pascal_voc": PascalVOCDetectionEvaluator,
-    "sem_seg": SemSegEvaluator,
-}
+_KINDS = (
+    "cityscapes_instance",
+    "coco",
+    "coco_panoptic_seg",
+    "lvis",
+    "pascal_voc",
+    "sem_seg",
+)
 
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:
@@ -55,21 +56,29 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> Datas
     """
     folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
-    if kind in ("pascal_voc", "cityscapes_instance"):
-        return _EVALUATORS[kind](name)
-    if kind in _EVALUATORS:
-        return _EVALUATORS[kind](name, output_dir=folder)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    if kind == "cityscapes_instance":
+        return CityscapesInstanceEvaluator(name)
+    if kind == "coco":
+        return build_coco_evaluator(cfg, name, folder)
+    if kind == "lvis":
+        # LVIS's own limit is 300.
+        limit = cfg.TEST.DETECTIONS_PER_IMAGE
+        limits = {"max_dets_per_image": limit} if limit > 300 else {}
+        return LVISEvaluator(name, output_dir=folder, **limits)
+    if kind == "sem_seg":
+        return SemSegEvaluator(name, output_dir=folder)
     if kind == "coco_panoptic_seg":
         return DatasetEvaluators(
             [
                 SemSegEvaluator(name, output_dir=folder),
-                COCOEvaluator(name, output_dir=folder),
+                build_coco_evaluator(cfg, name, folder),
                 COCOPanopticEvaluator(name, folder),
             ]
         )
     raise ValueError(
-        f"The data set {name!r} has evaluator_type {kind!r}; expected one of "
-        f"{sorted([*_EVALUATORS, 'coco_panoptic_seg'])}."
+        f"The data set {name!r} has evaluator_type {kind!r}; expected one of {', '.join(_KINDS)}."
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
@@ -18,7 +17,7 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import ResumeError, StudentCheckpointer
-from ..data import CheckedMapper, EvaluationLoader, TrainLoader, build_train_loader
+from ..data import EvaluationLoader, TrainLoader, build_evaluation_loader, build_train_loader
 from ..modeling import DistilledDetector
 from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
 from .hooks import (
@@ -332,8 +331,7 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
         """Detectron2's own; errors name the image, and no SIGTERM ends its workers."""
-        mapper = CheckedMapper(DatasetMapper(cfg, False), [dataset_name])
-        return EvaluationLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+        return build_evaluation_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(

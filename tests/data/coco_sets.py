@@ -34,8 +34,20 @@ def write(folder: Path, data, *, pictures=True):
     root.mkdir(parents=True, exist_ok=True)
     if pictures:
         for number, image in enumerate(data["images"]):
-            shade = np.full((image["height"], image["width"], 3), 10 + number, dtype=np.uint8)
+            shade = np.full(
+                (int(image["height"]), int(image["width"]), 3), 10 + number, dtype=np.uint8
+            )
             Image.fromarray(shade).save(root / image["file_name"])
     json_file = folder / "annotations.json"
     json_file.write_text(data if isinstance(data, str) else json.dumps(data))
     return str(json_file), str(root)
+
+
+def edited(**changes):
+    """A faultless file with some fields of its first annotation changed (None: removed)."""
+    data = content()
+    for key, value in changes.items():
+        data["annotations"][0][key] = value
+        if value is None:
+            del data["annotations"][0][key]
+    return data

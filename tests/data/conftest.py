@@ -6,7 +6,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ssim_kd.config import add_distill_config
 from ssim_kd.data import coco as coco_module
+from ssim_kd.data import register_coco
 from ssim_kd.data.digits import dataset as digits_module
+from tests.data.coco_sets import write
 
 
 @pytest.fixture
@@ -24,3 +26,17 @@ def cfg(tmp_path):
         MetadataCatalog.pop(name, None)
         coco_module._REGISTERED.pop(name, None)
         digits_module._REGISTERED.pop(name, None)
+
+
+@pytest.fixture
+def use(cfg, tmp_path):
+    """Write a data set, register it and make it the training and test set."""
+
+    def _use(data, **options):
+        paths = write(tmp_path / "set", data, **options)
+        cfg.DATASETS.REGISTER_COCO = [["my_set", *paths]]
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("my_set",)
+        register_coco(cfg)
+        return cfg
+
+    return _use

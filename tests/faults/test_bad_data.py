@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 from tests.engine.runs import World, checkpoint, log
@@ -80,7 +83,7 @@ def deep(data: DataSet) -> None:
 
 @pytest.mark.parametrize("spoil", [corrupt, missing, empty, deep])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_cannot_be_read(spoil, workers, data, world: World, tmp_path) -> None:
+def test_main_image_unreadable(spoil, workers, data, world: World, tmp_path) -> None:
     spoil(data)
     options = [*data.options(), "DATALOADER.NUM_WORKERS", workers]
     with pytest.raises(Exception, match=r"5\.png") as raised:
@@ -126,7 +129,7 @@ def outside_in_part(data: DataSet) -> None:
 
 @pytest.mark.parametrize("spoil", [grey, rgba, rotated, one_pixel, no_boxes, outside_in_part])
 @pytest.mark.parametrize("keep_empty", [False, True])
-def test_what_is_handled(spoil, keep_empty, data, world: World, tmp_path) -> None:
+def test_main_image_or_box_handled(spoil, keep_empty, data, world: World, tmp_path) -> None:
     spoil(data)
     options = [*data.options(), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", not keep_empty]
     world.main(tmp_path / "out", *options)
@@ -142,7 +145,7 @@ def outside(data: DataSet) -> None:
 
 
 @pytest.mark.parametrize("spoil", [zero_area, outside])
-def test_boxes_without_area(spoil, data, world: World, tmp_path) -> None:
+def test_main_boxes_without_area(spoil, data, world: World, tmp_path) -> None:
     spoil(data)
     options = data.options()
     with pytest.raises(ValueError, match="1 boxes have zero area or lie outside"):
@@ -163,12 +166,98 @@ def not_a_number(data: DataSet) -> None:
     data.content["annotations"][5]["bbox"] = [float("nan"), 10, 10, 10]
 
 
-def unknown_image(data: DataSet) -> None:
-    data.content["annotations"][5]["image_id"] = 99
+def text(data: DataSet) -> None:
+    data.content["annotations"][5]["bbox"] = ["10", "10", "40", "40"]
 
 
-@pytest.mark.parametrize("spoil", [double_image, double_annotation, not_a_number, unknown_image])
-def test_a_file_that_is_refused(spoil, data, world: World, tmp_path) -> None:
+def flat_polygon(data: DataSet) -> None:
+    for annotation in data.content["annotations"]:
+        annotation["segmentation"] = [[10, 10, 50, 10, 50, 50]]
+    data.content["annotations"][5]["segmentation"] = [10, 10, 50, 10, 50, 50]
+
+
+def crowds(data: DataSet) -> None:
+    for annotation in data.content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+@pytest.mark.parametrize(
+    "spoil", [double_image, double_annotation, not_a_number, text, flat_polygon, crowds]
+)
+def test_main_file_refused(spoil, data, world: World, tmp_path) -> None:
     spoil(data)
-    with pytest.raises(ValueError, match=r"annotations\.json: .*Correct the file"):
+    with pytest.raises(ValueError, match=rf"DATASETS\.TRAIN: data set 'set_{tmp_path.name}'"):
         world.main(tmp_path / "out", *data.options())
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def unknown_image(data: DataSet) -> None:
+    data.content["annotations"].append({**data.content["annotations"][5], "id": 9, "image_id": 99})
+
+
+def ids_from_zero(data: DataSet) -> None:
+    for annotation in data.content["annotations"]:
+        annotation["id"] -= 1
+
+
+@pytest.mark.parametrize("spoil", [unknown_image, ids_from_zero])
+def test_main_file_noted(spoil, data, world: World, tmp_path) -> None:
+    spoil(data)
+    world.main(tmp_path / "out", *data.options())
+    assert re.search(r"DATASETS\.TRAIN: set_\S+: 8 images.*; 1 annotations ", log(tmp_path / "out"))
+
+
+MASKS = [
+    *("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1),
+]
+
+
+def test_main_run_lengths_under_polygon(data, world: World, tmp_path) -> None:
+    for annotation in data.content["annotations"]:
+        annotation["segmentation"] = [[10, 10, 50, 10, 50, 50]]
+    # Columns 10 to 49, rows 10 to 49, in COCO's order.
+    counts = [10 * 96 + 10, *[40, 56] * 39, 40]
+    counts.append(96 * 96 - sum(counts))
+    data.content["annotations"][5]["segmentation"] = {"size": [96, 96], "counts": counts}
+    options = [*data.options(), *MASKS]
+    with pytest.raises(ValueError, match=r"id 6 of image 6.*INPUT\.MASK_FORMAT is 'polygon'"):
+        world.main(tmp_path / "stops", *options)
+    world.main(tmp_path / "goes on", *options, "INPUT.MASK_FORMAT", "bitmask")
+    assert checkpoint(tmp_path / "goes on")["iteration"] == 3
+
+
+def register_by_code(data: DataSet, classes: int, name: str) -> list[Any]:
+    """Register the set as a script of one's own does, and return the options to train with it."""
+
+    def records() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = load_coco_json(str(data.json), str(data.images))
+        for record in found:
+            for annotation in record["annotations"]:
+                annotation["category_id"] = (annotation["category_id"] - 1) % classes
+        return found
+
+    options = data.options()
+    DatasetCatalog.register(name, records)
+    MetadataCatalog.get(name).set(thing_classes=[f"class{i}" for i in range(classes)])
+    return [*options, "DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
+
+
+def test_main_twice_on_a_set_of_code(data, world: World, tmp_path) -> None:
+    """A notebook: the second run, after the first one's folder was removed."""
+    options = register_by_code(data, 10, f"twice_{tmp_path.name}")
+    options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    results = []
+    for _ in range(2):
+        world.main(tmp_path / "out", *options)
+        lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+        results += [row["bbox/AP"] for row in map(json.loads, lines) if "bbox/AP" in row]
+        shutil.rmtree(tmp_path / "out")
+    assert len(results) == 2 and results[0] == results[1] >= 0
+
+
+@pytest.mark.parametrize("config", ["config", "retinanet"])
+def test_main_classes_of_a_set_of_code(config, data, world: World, tmp_path) -> None:
+    options = register_by_code(data, 9, f"nine_{config}_{tmp_path.name}")
+    with pytest.raises(ValueError, match=r"9 .*NUM_CLASSES is 10"):
+        world.main(tmp_path / "out", *options, config=getattr(world, config))

@@ -1,6 +1,12 @@
 """Checks of the data sets of a config before anything is built: ``check_datasets``."""
 
 from .classes import num_classes, num_classes_key
-from .datasets import DatasetSummary, check_datasets
+from .datasets import DatasetSummary, check_datasets, check_records_for_mapper
 
-__all__ = ["DatasetSummary", "check_datasets", "num_classes", "num_classes_key"]
+__all__ = [
+    "DatasetSummary",
+    "check_datasets",
+    "check_records_for_mapper",
+    "num_classes",
+    "num_classes_key",
+]

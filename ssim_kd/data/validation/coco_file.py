@@ -1,5 +1,6 @@
 """Looks for mistakes in the content of a json file in COCO's format, quickly: with NumPy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coco import LEAST_SIDE, box_extent
-from .ground_truth import inspect_masks, inspect_scoring
+from .annotations import (
+    Annotation,
+    Needs,
+    are_numbers,
+    inspect_keypoints,
+    inspect_masks,
+    inspect_scoring,
+    name,
+)
 
 # Examples named in a message.
 EXAMPLES = 3
@@ -16,24 +25,26 @@ EXAMPLES = 3
 
 @dataclass
 class Findings:
-    """What a json file holds and what is wrong with it.
+    """What a data set holds and what is wrong with it.
 
     Attributes:
         images, annotations, categories: how many there are.
+        usable: annotations that are no crowds.
         empty_images: images without any annotation.
         clipped: boxes partly outside their image, which are clipped to it.
         zero_area: boxes of zero area, or wholly outside their image.
-        scored: whether the file has annotations at all (COCO's test-dev has not).
+        scored: whether there are annotations at all (COCO's test-dev has none).
         zero_area_examples: some of these, in words.
         problems: what makes the file unusable, one clause each.
         untrainable, unscorable: what makes it unusable for training or for being scored, one
             sentence each.
-        masks_untrainable, masks_unscorable: the same, of masks.
+        notes: what deserves a line in the log, one clause each.
     """
 
     images: int = 0
     annotations: int = 0
     categories: int = 0
+    usable: int = 0
     empty_images: int = 0
     clipped: int = 0
     zero_area: int = 0
@@ -42,20 +53,31 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     untrainable: list[str] = field(default_factory=list)
     unscorable: list[str] = field(default_factory=list)
-    masks_untrainable: list[str] = field(default_factory=list)
-    masks_unscorable: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, found: dict[str, list[str]]) -> None:
+        """Add sentences to the lists that the keys name."""
+        for key, sentences in found.items():
+            getattr(self, key).extend(sentences)
 
 
 def inspect_coco(
-    content: dict[str, Any], *, unique_annotations: bool = True, coco: bool = True
+    content: dict[str, Any],
+    needs: Needs,
+    *,
+    unique_annotations: bool = True,
+    coco: bool = True,
+    read: bool = True,
 ) -> Findings:
     """Inspect parsed json.
 
     Args:
         content: with the lists "images", "categories" and, but for test sets, "annotations".
+        needs: of the student.
         unique_annotations: False: annotations may share an id, as in COCO's own minival files.
         coco: False: a relative of COCO's format, with other keys for what only Detectron2's
             reader and COCO's evaluation ask for.
+        read: False: the file is ground truth alone, and images are read from elsewhere.
 
     Returns:
         counts and problems; only what could be read is counted where entries are malformed.
@@ -65,7 +87,7 @@ def inspect_coco(
     found = Findings(len(images), len(annotations), len(categories))
     found.scored = "annotations" in content
     tables = (
-        ("images", images, ("id", "width", "height", *(("file_name",) if coco else ()))),
+        ("images", images, ("id", "width", "height", *(("file_name",) if coco and read else ()))),
         ("annotations", annotations, ("id", "image_id", "category_id", "bbox")),
         ("categories", categories, ("id", "name")),
     )
@@ -75,37 +97,45 @@ def inspect_coco(
     if not found.problems:
         _texts(found, "images", images, "file_name")
         _texts(found, "categories", categories, "name")
+        _kinds_of_ids(found, content)
     if found.problems:
         return found
     for title, rows, _ in tables:
-        if title == "annotations" and not unique_annotations:
-            continue
-        _unique(found, title, _ids(rows, "id"))
-    size_of = _sizes(found, images)
+        if title != "annotations" or unique_annotations:
+            _unique(found, title, _ids(rows, "id"))
+    _unique(found, "categories", np.array([c["name"] for c in categories]), key="name")
+    size_of = _sizes(found, images, needs)
     found.empty_images = len(images)
-    if not annotations:
+    if not annotations or found.problems:
         return found
     owner = _lookup(_ids(images, "id"), _ids(annotations, "image_id"))
     kind = _lookup(_ids(categories, "id"), _ids(annotations, "category_id"))
-    _report(found, annotations, owner < 0, "image_id", "of no image in the file")
     _report(found, annotations, kind < 0, "category_id", "of no category in the file")
-    ignored = np.array([bool(a.get("ignore", 0)) for a in annotations])
-    _report(
-        found,
-        annotations,
-        ignored,
-        "ignore",
-        'that is not supported: use "iscrowd" or leave it out',
-    )
-    crowd = np.array([a.get("iscrowd", 0) not in (0, 1) for a in annotations])
-    _report(found, annotations, crowd, "iscrowd", "that is neither 0 nor 1")
-    _boxes(found, annotations, owner, size_of)
-    if coco:
-        found.unscorable = inspect_scoring(annotations)
-        found.untrainable, found.masks_untrainable, found.masks_unscorable = inspect_masks(
-            annotations
+    orphans = owner < 0
+    if orphans.all():
+        _report(found, annotations, orphans, "image_id", "of no image in the file")
+        return found
+    if orphans.any():  # as where images were taken out of a file
+        found.notes.append(
+            f"{int(orphans.sum())} annotations left out, of no image in the file "
+            f"({_examples(annotations, orphans, 'image_id')})"
         )
-    found.empty_images = len(images) - len(np.unique(owner[owner >= 0]))
+        annotations = [a for a, orphan in zip(annotations, orphans, strict=True) if not orphan]
+        owner = owner[~orphans]
+    _flags(found, annotations)
+    _boxes(found, annotations, size_of[owner])
+    found.usable = sum(a.get("iscrowd", 0) == 0 for a in annotations)
+    found.empty_images = len(images) - len(np.unique(owner))
+    if coco and not found.problems:
+        owners = owner.tolist()
+        shapes = [(image["height"], image["width"]) for image in images]
+        found.add(inspect_masks(annotations, [shapes[i] for i in owners], needs))
+        found.add(inspect_keypoints(annotations, owners, needs))
+        unscorable = inspect_scoring(annotations)
+        found.unscorable += unscorable
+        if not unscorable:
+            _areas(found, annotations)
+    _scored_ids(found, annotations, coco=coco)
     return found
 
 
@@ -126,23 +156,50 @@ def _texts(found: Findings, title: str, rows: Sequence[dict[str, Any]], key: str
         )
 
 
+def _kinds_of_ids(found: Findings, content: dict[str, Any]) -> None:
+    """Ids that refer to each other must be all numbers or all text: Detectron2 sorts them."""
+    annotations = content.get("annotations", [])
+    for title, key in (("images", "image_id"), ("categories", "category_id")):
+        columns = {
+            f'"id" of "{title}"': [row["id"] for row in content[title]],
+            f'"{key}" of "annotations"': [row[key] for row in annotations],
+        }
+        kinds = {_kind(value): (what, value) for what, col in columns.items() for value in col}
+        if len(kinds) > 1 or "other" in kinds:
+            shown = " and ".join(f"{what}: {value!r}" for what, value in kinds.values())
+            found.problems.append(
+                f'"{title}" are known by ids of several kinds ({shown}); expected all whole '
+                "numbers, or all text"
+            )
+    odd = [a["id"] for a in annotations if isinstance(a["id"], list | dict)]
+    if odd:
+        found.problems.append(f'{len(odd)} "annotations" have an "id" that is no number: {odd[0]}')
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    return "number" if type(value) in (int, float) and math.isfinite(value) else "other"
+
+
 def _ids(rows: Sequence[dict[str, Any]], key: str) -> NDArray[Any]:
     """Ids as integers where all are, else as text: they may be either."""
     values = [row[key] for row in rows]
     array = np.array(values) if values else np.zeros(0, dtype=np.int64)
     if array.ndim == 1 and array.dtype.kind in "iu":
         return array.astype(np.int64)
-    return np.array([repr(value) for value in values])
+    # 1.0 is 1, as in a dictionary.
+    return np.array([repr(int(v) if type(v) is float and v.is_integer() else v) for v in values])
 
 
-def _unique(found: Findings, title: str, ids: NDArray[Any]) -> None:
+def _unique(found: Findings, title: str, ids: NDArray[Any], *, key: str = "id") -> None:
     values, counts = np.unique(ids, return_counts=True)
     twice = values[counts > 1]
     if len(twice):
         examples = ", ".join(str(value) for value in twice[:EXAMPLES])
-        found.problems.append(
-            f'{len(twice)} ids of "{title}" appear more than once (for example {examples})'
-        )
+        message = f'{len(twice)} {key}s of "{title}" appear more than once (for example {examples})'
+        # Two classes of one name train, but the AP of one hides that of the other.
+        (found.problems if key == "id" else found.notes).append(message)
 
 
 def _lookup(known: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:
@@ -157,32 +214,43 @@ def _lookup(known: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:
     return np.where(known[position] == wanted, position, -1).astype(np.int64)
 
 
-def _sizes(found: Findings, images: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> NDArray[np.float64]:
     sizes = _numbers([(image["width"], image["height"]) for image in images], 2)
-    wrong = ~(np.isfinite(sizes).all(axis=1) & (sizes > 0).all(axis=1))
+    # What is not whole is no image's size.
+    whole = np.isfinite(sizes) & (np.floor(sizes) == sizes) & (sizes > 0)
+    wrong = ~whole.all(axis=1)
     if wrong.any():
         first = images[int(np.argmax(wrong))]
         found.problems.append(
-            f'{int(wrong.sum())} of "images" have a width or height that is not a positive number '
-            f"(for example id {first['id']}: {first['width']} x {first['height']})"
+            f'{int(wrong.sum())} of "images" have a width or height that is no positive whole '
+            f"number (for example id {first['id']}: {first['width']!r} x {first['height']!r})"
         )
+    elif needs.masks:
+        floats = [i for i in images if {type(i["width"]), type(i["height"])} != {int}]
+        if floats:
+            found.unscorable.append(
+                f'{len(floats)} of "images" have a width or height with a decimal point (for '
+                f"example id {floats[0]['id']}: {floats[0]['width']!r}), which pycocotools does "
+                "not take for masks: write whole numbers."
+            )
     return sizes
 
 
-def _boxes(
-    found: Findings,
-    annotations: Sequence[dict[str, Any]],
-    owner: NDArray[np.int64],
-    size_of: NDArray[np.float64],
-) -> None:
+def _flags(found: Findings, annotations: Sequence[Annotation]) -> None:
+    ignored = np.array([a.get("ignore", 0) != 0 for a in annotations])
+    advice = 'that is not supported: use "iscrowd" or leave it out'
+    _report(found, annotations, ignored, "ignore", advice)
+    crowd = np.array([a.get("iscrowd", 0) not in (0, 1) for a in annotations])
+    _report(found, annotations, crowd, "iscrowd", "that is neither 0 nor 1")
+
+
+def _boxes(found: Findings, annotations: Sequence[Annotation], sizes: NDArray[np.float64]) -> None:
     boxes = _numbers([annotation["bbox"] for annotation in annotations], 4)
     finite = np.asarray(np.isfinite(boxes).all(axis=1))
     _report(found, annotations, ~finite, "bbox", "that is not four finite numbers")
     negative = finite & np.asarray((boxes[:, 2:] < 0).any(axis=1))
     _report(found, annotations, negative, "bbox", "of negative width or height")
-    sizes = size_of[owner]
-    sized = np.asarray(np.isfinite(sizes).all(axis=1))
-    usable = finite & ~negative & (owner >= 0) & sized
+    usable = finite & ~negative
     extent = box_extent(np.where(usable[:, None], boxes, 0.0), sizes)
     zero = usable & np.asarray((extent <= LEAST_SIDE).any(axis=1))
     found.zero_area = int(zero.sum())
@@ -192,27 +260,46 @@ def _boxes(
     found.clipped = int((usable & ~zero & beyond).sum())
 
 
+def _areas(found: Findings, annotations: Sequence[Annotation]) -> None:
+    area = np.array([a["area"] for a in annotations], dtype=np.float64)
+    box = np.array([a["bbox"][2] * a["bbox"][3] for a in annotations], dtype=np.float64)
+    wrong = (area > 1.5 * box + 10) | ((area < 1e-3 * box) & (box > 10))
+    if wrong.any():
+        found.notes.append(
+            f"{int(wrong.sum())} annotations whose area is not that of an object in their box, "
+            f"which APs, APm and APl go by ({_examples(annotations, wrong, 'area')})"
+        )
+
+
+def _scored_ids(found: Findings, annotations: Sequence[Annotation], *, coco: bool) -> None:
+    """pycocotools and lvis take a match with id 0 for none, and fail at text."""
+    wrong = [a for a in annotations if not (type(a["id"]) is int and a["id"] > 0)]
+    if not wrong:
+        return
+    text = f'{len(wrong)} annotations have an "id" that is no whole number > 0 ({name(wrong[0])})'
+    if coco:
+        found.notes.append(f"{text}: they are numbered anew to be scored")
+    else:
+        found.unscorable.append(f"{text}, which the evaluation cannot match.")
+
+
 def _numbers(rows: Sequence[Any], length: int) -> NDArray[np.float64]:
-    """Return (K, length) float64; a row that is not that many numbers becomes NaN."""
+    """Return (K, length) float64; a row that is not that many numbers becomes NaN. No text."""
     try:
-        array = np.array(rows, dtype=np.float64)
-        if array.shape == (len(rows), length):
-            return array
-    except (TypeError, ValueError):
+        array = np.array(rows)
+        if array.shape == (len(rows), length) and array.dtype.kind in "biuf":
+            return array.astype(np.float64)
+    except ValueError:  # rows of unlike lengths
         pass
     array = np.full((len(rows), length), np.nan)
     for i, row in enumerate(rows):
-        try:
-            values = np.array(row, dtype=np.float64)
-        except (TypeError, ValueError):
-            continue
-        if values.shape == (length,):
-            array[i] = values
+        if isinstance(row, list | tuple) and len(row) == length and are_numbers(row):
+            array[i] = row
     return array
 
 
 def _report(
-    found: Findings, rows: Sequence[dict[str, Any]], wrong: NDArray[Any], key: str, what: str
+    found: Findings, rows: Sequence[Annotation], wrong: NDArray[Any], key: str, what: str
 ) -> None:
     if wrong.any():
         found.problems.append(
@@ -221,6 +308,6 @@ def _report(
         )
 
 
-def _examples(rows: Sequence[dict[str, Any]], wrong: NDArray[Any], key: str) -> str:
+def _examples(rows: Sequence[Annotation], wrong: NDArray[Any], key: str) -> str:
     first = [rows[int(i)] for i in np.flatnonzero(wrong)[:EXAMPLES]]
-    return ", ".join(f"id {row['id']} of image {row['image_id']}: {row[key]}" for row in first)
+    return ", ".join(f"{name(row)}: {row[key]!r}" for row in first)

@@ -5,7 +5,7 @@ import difflib
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,22 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..coco import is_registered_here
+from ..coco import is_registered_here, own_json_file, read_records, reads_json_file
 from ..digits import ensure_digits
-from ..mapper import refuse_deep
-from .classes import check_classes, check_same_classes, learns_masks
+from .annotations import Needs
+from .classes import (
+    check_classes,
+    check_keypoint_names,
+    check_same_classes,
+    check_stuff_classes,
+    num_classes,
+)
 from .coco_file import Findings, inspect_coco
+from .records import inspect_for_mapper, inspect_records
+from .scoring import check_test_keys
 
 ZERO_AREA_POLICIES = ("error", "drop")
+MASK_FORMATS = ("polygon", "bitmask")
 # Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.
 _COCO_KINDS = ("coco", "coco_panoptic_seg")
 
@@ -28,8 +37,8 @@ _COCO_KINDS = ("coco", "coco_panoptic_seg")
 class DatasetSummary:
     """What a checked data set holds. Its text is one line for the log.
 
-    ``findings`` is None for a set that is not kept in a json file of COCO's format: then only its
-    being registered, and its folder, were checked.
+    ``findings`` is None for a set of which neither a json file of COCO's format nor records can be
+    inspected: then only its classes and its folder were checked.
     """
 
     key: str
@@ -53,12 +62,21 @@ class DatasetSummary:
         if found.zero_area:
             fate = "left out" if self.key == "DATASETS.TRAIN" else "kept in the evaluation"
             text += f"; {found.zero_area} boxes of zero area {fate}"
-        return text
+        return "; ".join([text, *found.notes])
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    findings: Findings | None
+    classes: Sequence[str]
+    source: str  # what to correct: a file, or the records
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
     """Check that every data set of the config can be used. It reads each json file once.
 
+    Sets that code registers are loaded once, to compare their classes with the student's. Image
+    files are not touched: :func:`build_train_loader` checks those that Detectron2's mapper reads.
     The embedded digits are made if they are not there. Run it on one rank (it may read 500 MB).
 
     Args:
@@ -69,39 +87,61 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
         a summary of each set, in order; its ``str`` is one line.
 
     Raises:
-        FileNotFoundError: a json file, an image folder or the first image is not there.
+        FileNotFoundError: a json file or a folder is not there.
         ValueError: anything else. Both name the key, the set, the file and what to do.
     """
-    policy = cfg.DATASETS.ZERO_AREA_BOXES
-    if policy not in ZERO_AREA_POLICIES:
-        raise ValueError(
-            f"DATASETS.ZERO_AREA_BOXES is {policy!r}: expected one of "
-            f"{', '.join(ZERO_AREA_POLICIES)}."
-        )
-    keys = ("TRAIN", "TEST") if train else ("TEST",)
+    _check_choice(cfg, "DATASETS.ZERO_AREA_BOXES", cfg.DATASETS.ZERO_AREA_BOXES, ZERO_AREA_POLICIES)
+    needs = Needs.from_config(cfg)
+    if train and needs.masks:
+        _check_choice(cfg, "INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, MASK_FORMATS)
     if train and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: expected at least one data set name.")
+    check_test_keys(cfg)
     summaries: list[DatasetSummary] = []
-    known: dict[str, tuple[Findings | None, list[str]]] = {}
-    for key in keys:
+    known: dict[tuple[str, bool], _Inspected] = {}
+    classes: dict[str, Sequence[str]] = {}
+    for key in ("TRAIN", "TEST") if train else ("TEST",):
         names = cfg.DATASETS[key]
         if isinstance(names, str):
             raise ValueError(f"DATASETS.{key} is {names!r}: expected a list: ({names!r},).")
         for name in names:
-            where = f"DATASETS.{key}: data set {name!r}"
-            if name not in known:
-                known[name] = _check_one(where, name, training=key == "TRAIN")
-            found, classes = known[name]
-            if found is not None:
-                _check_findings(cfg, where, name, found, training=key == "TRAIN")
-                check_classes(cfg, where, classes)
-            summaries.append(DatasetSummary(f"DATASETS.{key}", name, found))
-    check_same_classes(cfg, {name: classes for name, (found, classes) in known.items() if found})
+            where, training = f"DATASETS.{key}: data set {name!r}", key == "TRAIN"
+            _check_registered(where, name)
+            # What is read from json is the same for both keys.
+            same = (name, training and not reads_json_file(name))
+            if same not in known:
+                known[same] = _inspect(cfg, where, name, needs, training=training)
+            inspected = known[same]
+            if inspected.findings is not None:
+                _check_findings(cfg, where, inspected, training=training)
+            if inspected.classes:
+                check_classes(cfg, where, inspected.classes)
+                classes[name] = inspected.classes
+            if training:
+                check_keypoint_names(cfg, where, MetadataCatalog.get(name))
+            check_stuff_classes(cfg, where, MetadataCatalog.get(name).get("stuff_classes", ()))
+            summaries.append(DatasetSummary(f"DATASETS.{key}", name, inspected.findings))
+    _check_any_usable(summaries)
+    check_same_classes(cfg, classes)
     return summaries
 
 
-def _check_one(where: str, name: str, *, training: bool) -> tuple[Findings | None, list[str]]:
-    """Check one set's files, and return its findings and class names."""
+def check_records_for_mapper(cfg: CfgNode, where: str, records: Sequence[Any]) -> None:
+    """Check the records that Detectron2's DatasetMapper will be trained with.
+
+    Raises:
+        ValueError: it would fail at one; the message names the record.
+    """
+    if problems := inspect_for_mapper(records, Needs.from_config(cfg)):
+        raise ValueError(f"{where}: its records: {'; '.join(problems)}. Correct them.")
+
+
+def _check_choice(cfg: CfgNode, key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} is {value!r}: expected one of {', '.join(choices)}.")
+
+
+def _check_registered(where: str, name: str) -> None:
     if name not in DatasetCatalog:
         registered = sorted(DatasetCatalog.keys())
         close = difflib.get_close_matches(name, registered, n=5) or registered
@@ -109,52 +149,117 @@ def _check_one(where: str, name: str, *, training: bool) -> tuple[Findings | Non
             f"{where} is not registered. Close to it: {', '.join(close)}. Data in COCO's format is "
             "registered by DATASETS.REGISTER_COCO: [[name, json file, image folder], ...]."
         )
+
+
+def _inspect(cfg: CfgNode, where: str, name: str, needs: Needs, *, training: bool) -> _Inspected:
+    """Inspect one set: its json file where there is one, its records where code registers it."""
     ensure_digits([name])
     meta = MetadataCatalog.get(name)
-    json_file, image_root = meta.get("json_file"), meta.get("image_root")
-    if not json_file:
-        folder = image_root or meta.get("dirname") or meta.get("image_dir")
-        if folder and not PathManager.isdir(folder):
-            raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
-        return None, []
-    content = _read_json(where, name, json_file, training=training)
-    if not image_root or not PathManager.isdir(image_root):
-        raise FileNotFoundError(
-            f"{where}: the image folder {image_root} does not exist. {_advice(name)}"
-        )
-    # Detectron2 admits these files' double ids as well.
     kind = meta.get("evaluator_type", "coco")
-    found = inspect_coco(
-        content, unique_annotations="minival" not in json_file, coco=kind in _COCO_KINDS
-    )
-    if found.problems:
-        raise ValueError(f"{where}: {json_file}: {'; '.join(found.problems)}. Correct the file.")
-    first = content["images"][0].get("file_name") if content["images"] else None
-    if first and not PathManager.isfile(os.path.join(image_root, first)):
-        raise FileNotFoundError(
-            f"{where}: {json_file} names the image {first}, which is not in {image_root}. "
-            "Expected every file_name relative to the image folder."
+    json_file, read = own_json_file(name), reads_json_file(name)
+    content = None
+    found: Findings | None = None
+    if json_file and (read or not training):
+        content = _read_json(where, name, json_file, training=training)
+        # Detectron2 admits these files' double ids as well.
+        found = inspect_coco(
+            content,
+            needs,
+            unique_annotations="minival" not in json_file,
+            coco=kind in _COCO_KINDS,
+            read=read,
         )
-    if first:
-        try:
-            refuse_deep(os.path.join(image_root, first))
-        except OSError as error:
-            raise ValueError(f"{where}: the first image, {first}: {error}.") from error
-    return found, [str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])]
+        _refuse_problems(where, json_file, found)
+    if read and content is not None:
+        names = [str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])]
+        if kind in _COCO_KINDS:
+            _check_metadata(where, name, json_file, names)
+        return _Inspected(found, names, json_file)
+    module = getattr(DatasetCatalog[name], "__module__", "") or ""
+    if module.startswith("detectron2.data.datasets."):
+        _check_folder(where, name)
+        # That of Cityscapes takes minutes; the classes are known.
+        if kind.startswith("cityscapes"):
+            return _Inspected(found, meta.get("thing_classes", ()), json_file)
+    records = read_records(where, name)
+    classes = () if kind == "sem_seg" else meta.get("thing_classes", ())
+    if not isinstance(records, Sequence):
+        return _Inspected(found, classes, json_file)
+    coco = kind in _COCO_KINDS and not training
+    inspected = inspect_records(
+        records, len(classes) or num_classes(cfg), scored=coco, converted=coco and not json_file
+    )
+    _refuse_problems(where, "its records", inspected)
+    if coco and not json_file and inspected.annotations and not classes:
+        raise ValueError(
+            f"{where} has no thing_classes, which COCO's evaluation needs: "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...])."
+        )
+    if content is not None and found is not None and kind in _COCO_KINDS:
+        _check_ground_truth(where, name, json_file, content, records)
+        inspected = found
+    return _Inspected(inspected, classes, json_file or "its records")
+
+
+def _check_folder(where: str, name: str) -> None:
+    meta = MetadataCatalog.get(name)
+    folder = meta.get("image_root") or meta.get("dirname") or meta.get("image_dir")
+    if folder and not PathManager.isdir(folder):
+        raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
+
+
+def _check_metadata(where: str, name: str, json_file: str, names: list[str]) -> None:
+    """Detectron2's reader sets these, and fails where they are set to something else."""
+    meta = MetadataCatalog.get(name)
+    given = meta.get("thing_classes")
+    if given is not None and list(given) != names:
+        raise ValueError(
+            f"{where}: its metadata has {len(given)} thing_classes, {list(given)[:5]}, but "
+            f"{json_file} has {len(names)} categories, {names[:5]} by id. Leave thing_classes out "
+            "where the set is registered, or correct them."
+        )
+
+
+def _check_ground_truth(
+    where: str, name: str, json_file: str, content: dict[str, Any], records: Sequence[Any]
+) -> None:
+    """Compare json that is ground truth alone with the records that code reads elsewhere."""
+    meta = MetadataCatalog.get(name)
+    strange = {r["image_id"] for r in records} - {image["id"] for image in content["images"]}
+    if strange:
+        raise ValueError(
+            f"{where}: {json_file} does not have {len(strange)} of the {len(records)} images that "
+            f'its records name by "image_id" (for example {next(iter(strange))!r}).'
+        )
+    ids = {c["id"]: c["name"] for c in content["categories"]}
+    # Without this map Detectron2 takes class numbers for the file's ids.
+    numbers = meta.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(ids))}
+    classes = meta.get("thing_classes") or [ids[i] for i in sorted(ids)]
+    expected = {i: classes[n] for i, n in numbers.items() if n < len(classes)}
+    if sorted(numbers.values()) != list(range(len(ids))) or expected != ids:
+        raise ValueError(
+            f"{where}: its thing_classes and thing_dataset_id_to_contiguous_id say that the "
+            f"categories of {json_file} are {expected}, but they are {ids}: detections would be "
+            "scored as other classes. Correct the metadata, for example by thing_dataset_id_to_"
+            f"contiguous_id={ {i: n for n, i in enumerate(sorted(ids))} }."
+        )
 
 
 def _read_json(where: str, name: str, json_file: str, *, training: bool) -> dict[str, Any]:
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(f"{where}: {json_file} does not exist. {_advice(name)}")
     try:
-        with PathManager.open(json_file, "rb") as file, _no_garbage_collection():
-            content = json.loads(file.read())
+        # As pycocotools opens it: text, in which a byte order mark is no JSON.
+        with open(PathManager.get_local_path(json_file)) as file, _no_garbage_collection():
+            content = json.loads(file.read(), object_pairs_hook=_without_equal_keys)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         size = os.path.getsize(json_file) if os.path.exists(json_file) else 0
         raise ValueError(
             f"{where}: {json_file} ({size} bytes) is not JSON: {error}. Expected COCO's format; "
             "the download may be cut short."
         ) from error
+    except _EqualKeysError as error:
+        raise ValueError(f"{where}: {json_file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"{where}: {json_file} holds a {type(content).__name__}, not an object with the lists "
@@ -173,6 +278,23 @@ def _read_json(where: str, name: str, json_file: str, *, training: bool) -> dict
     return content
 
 
+class _EqualKeysError(Exception):
+    """An object of JSON has a key twice, of which every reader keeps the last."""
+
+
+def _without_equal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        owner = f" with id {found['id']!r}" if "id" in found else ""
+        raise _EqualKeysError(
+            f'an object{owner} has the key "{twice}" twice, of which only the last would be read; '
+            "expected one. Merge the two."
+        )
+    return found
+
+
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Parsing makes millions of objects and no garbage: searching for it would take most time."""
@@ -185,28 +307,47 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check_findings(
-    cfg: CfgNode, where: str, name: str, found: Findings, *, training: bool
-) -> None:
-    json_file = MetadataCatalog.get(name).json_file
-    if not found.annotations and found.scored:
-        raise ValueError(f'{where}: {json_file}: "annotations" is empty. Expected at least one.')
-    masks = learns_masks(cfg)
+def _refuse_problems(where: str, source: str, found: Findings) -> None:
+    if found.problems:
+        raise ValueError(f"{where}: {source}: {'; '.join(found.problems)}. Correct the file.")
+
+
+def _check_findings(cfg: CfgNode, where: str, inspected: _Inspected, *, training: bool) -> None:
+    found, source = inspected.findings, inspected.source
+    assert found is not None
     if not training:
-        _refuse(where, json_file, [*found.unscorable, *(found.masks_unscorable if masks else ())])
+        if found.scored:
+            if not found.usable and not found.unscorable:
+                raise ValueError(
+                    f'{where}: {source}: no "annotations" to be scored: the AP would be NaN. '
+                    "Expected at least one that is no crowd."
+                )
+            _refuse(where, source, found.unscorable)
         return
-    _refuse(where, json_file, [*found.untrainable, *(found.masks_untrainable if masks else ())])
-    if found.zero_area == found.annotations:
+    _refuse(where, source, found.untrainable)
+    if found.zero_area and found.zero_area == found.annotations:
         raise ValueError(
-            f"{where}: {json_file}: all {found.annotations} boxes have zero area or lie outside "
+            f"{where}: {source}: all {found.annotations} boxes have zero area or lie outside "
             f"their images (for example {found.zero_area_examples}). Expected [x, y, width, height]"
             " in pixels."
         )
     if found.zero_area and cfg.DATASETS.ZERO_AREA_BOXES == "error":
         raise ValueError(
-            f"{where}: {json_file}: {found.zero_area} boxes have zero area or lie outside their "
+            f"{where}: {source}: {found.zero_area} boxes have zero area or lie outside their "
             f"images (for example {found.zero_area_examples}). Correct the file, or set "
             'DATASETS.ZERO_AREA_BOXES to "drop" to leave them out.'
+        )
+
+
+def _check_any_usable(summaries: Sequence[DatasetSummary]) -> None:
+    """One training set of several may be of background alone."""
+    training = [s for s in summaries if s.key == "DATASETS.TRAIN"]
+    found = [s.findings for s in training if s.findings is not None and s.findings.scored]
+    if found and len(found) == len(training) and not any(f.usable for f in found):
+        names = ", ".join(repr(s.name) for s in training)
+        raise ValueError(
+            f"DATASETS.TRAIN: data set {names}: none of {sum(f.annotations for f in found)} "
+            '"annotations" can be trained on: expected at least one that is no crowd.'
         )
 
 

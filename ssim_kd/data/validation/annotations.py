@@ -1,0 +1,307 @@
+"""Masks and keypoints of annotations, as Detectron2's reader and pycocotools take them."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+
+from .classes import learns_masks
+
+Annotation = dict[str, Any]
+
+# Kinds of "segmentation": of each, what Detectron2's reader does with the annotation.
+NONE = "none"  # keeps it without a mask
+POLYGONS = "polygons"
+PARTLY = "partly"  # leaves out those of its polygons that have fewer than three points
+SHORT = "short"  # leaves the annotation out, box and all
+RLE = "rle"
+OTHER_SIZE = "other size"  # a run-length encoding that is not of the image's size
+MALFORMED = "malformed"  # fails, or leaves it out
+
+_PLAIN = {int, float}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the student learns and predicts beside boxes.
+
+    Attributes:
+        masks: whether it predicts masks.
+        mask_format: ``INPUT.MASK_FORMAT``.
+        keypoints: number of keypoints of an object; 0 where it predicts none.
+        least_keypoints: visible keypoints of an image below which it is not trained on.
+    """
+
+    masks: bool = False
+    mask_format: str = "polygon"
+    keypoints: int = 0
+    least_keypoints: int = 1
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "Needs":
+        """Read what ``cfg`` asks for."""
+        head = cfg.MODEL.ROI_KEYPOINT_HEAD
+        return cls(
+            masks=learns_masks(cfg),
+            mask_format=cfg.INPUT.MASK_FORMAT,
+            keypoints=head.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+            least_keypoints=head.MIN_KEYPOINTS_PER_IMAGE,
+        )
+
+
+def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, str]:
+    """Return the kind of a "segmentation", and what is wrong with it (empty: nothing).
+
+    Args:
+        segmentation: polygons ``[[x1, y1, x2, y2, ...], ...]``, a run-length encoding
+            ``{"size": [height, width], "counts": ...}``, or whatever the file has.
+        height, width: of the image in pixels.
+    """
+    if isinstance(segmentation, dict):
+        return _rle_kind(segmentation, height, width) if segmentation else (NONE, "")
+    if isinstance(segmentation, np.ndarray):
+        return MALFORMED, "is an array, which Detectron2 does not take: encode it"
+    if not isinstance(segmentation, list | tuple):
+        return (MALFORMED, f"is a {type(segmentation).__name__}") if segmentation else (NONE, "")
+    if not segmentation:
+        return NONE, ""
+    valid = pairs = 0
+    for polygon in segmentation:
+        points = polygon.tolist() if isinstance(polygon, np.ndarray) else polygon
+        if not isinstance(points, list | tuple):
+            return MALFORMED, "is no list of polygons [[x1, y1, x2, y2, ...]]"
+        if not are_numbers(points):
+            return MALFORMED, "has a polygon that is no list of finite numbers"
+        valid += len(points) >= 6 and len(points) % 2 == 0
+        pairs += len(points) == 2
+    if pairs == len(segmentation) > 2:
+        return MALFORMED, "has points as pairs, not polygons [[x1, y1, x2, y2, ...]]"
+    short = "has polygons of fewer than three points"
+    if not valid:
+        return SHORT, short
+    return (POLYGONS, "") if valid == len(segmentation) else (PARTLY, short)
+
+
+def _rle_kind(rle: Annotation, height: Any, width: Any) -> tuple[str, str]:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not (isinstance(size, list | tuple) and len(size) == 2 and are_numbers(size)):
+        return MALFORMED, 'is a run-length encoding without "size": [height, width]'
+    if isinstance(counts, list):
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        if not whole or sum(counts) != size[0] * size[1]:
+            return MALFORMED, 'has "counts" whose sum is not height * width'
+    elif not isinstance(counts, str | bytes):
+        return MALFORMED, 'is a run-length encoding without "counts"'
+    if tuple(size) != (height, width):
+        return OTHER_SIZE, f'has "size" {list(size)}, but the image has [{height}, {width}]'
+    return RLE, ""
+
+
+def keypoints_fault(keypoints: Any, count: int) -> str:
+    """Return what is wrong with "keypoints"; empty: nothing.
+
+    Args:
+        keypoints: ``[x1, y1, v1, x2, ...]`` with v = 0 unlabelled, 1 hidden, 2 visible.
+        count: of the keypoints; 0: any.
+    """
+    if not isinstance(keypoints, list | tuple | np.ndarray) or not are_numbers(keypoints):
+        return "that is no list of finite numbers"
+    if count and len(keypoints) != 3 * count:
+        return f"of {len(keypoints)} numbers, not 3 * {count}"
+    return ""
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether all are finite numbers: no text, no None."""
+    if not set(map(type, values)) <= _PLAIN and not all(
+        isinstance(value, numbers.Real) for value in values
+    ):
+        return False
+    return math.isfinite(sum(values))
+
+
+def visible_keypoints(annotation: Annotation) -> int:
+    """Return how many keypoints are labelled, as Detectron2 counts them."""
+    return sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
+
+
+def name(annotation: Annotation) -> str:
+    """Name an annotation in a message."""
+    return f"id {annotation['id']} of image {annotation['image_id']}"
+
+
+def inspect_masks(
+    annotations: Sequence[Annotation], sizes: Sequence[tuple[Any, Any]], needs: Needs
+) -> dict[str, list[str]]:
+    """Find what is wrong with "segmentation".
+
+    Args:
+        annotations: each with "id" and "image_id".
+        sizes: (height, width) of each one's image.
+        needs: of the student.
+
+    Returns:
+        sentences under "problems" (Detectron2 cannot read it), "untrainable", "unscorable" and
+        "notes".
+    """
+    by_kind: dict[str, list[tuple[Annotation, str]]] = {}
+    for annotation, size in zip(annotations, sizes, strict=True):
+        kind, fault = segmentation_kind(annotation.get("segmentation"), *size)
+        by_kind.setdefault(kind, []).append((annotation, fault))
+
+    def several(*kinds: str, crowds: bool = True) -> list[tuple[Annotation, str]]:
+        found = [pair for kind in kinds for pair in by_kind.get(kind, ())]
+        return [pair for pair in found if crowds or not pair[0].get("iscrowd", 0)]
+
+    found: dict[str, list[str]] = {
+        "problems": [],
+        "untrainable": [],
+        "unscorable": [],
+        "notes": [],
+    }
+    if malformed := several(MALFORMED):
+        first, fault = malformed[0]
+        found["problems"].append(
+            f'{len(malformed)} annotations have a "segmentation" that cannot be read (for example '
+            f"{name(first)}: it {fault})"
+        )
+    short = several(SHORT)
+    if short and len(short) == len(annotations):
+        found["untrainable"].append(
+            f"The polygons of all {len(short)} annotations have fewer than three points (for "
+            f"example {name(short[0][0])}), and Detectron2 leaves such annotations out: correct "
+            '"segmentation", or leave the key out where there are boxes alone.'
+        )
+    elif short:
+        found["notes"].append(
+            f"{len(short)} annotations left out by Detectron2, whose polygons have fewer than "
+            f"three points ({name(short[0][0])})"
+        )
+    if not needs.masks:
+        return found
+    if partly := several(PARTLY):
+        found["notes"].append(
+            f"{len(partly)} annotations lose polygons of fewer than three points "
+            f"({name(partly[0][0])})"
+        )
+    # Crowds are scored, but not trained on.
+    for key, wrong in (
+        ("untrainable", several(NONE, OTHER_SIZE, crowds=False)),
+        ("unscorable", several(NONE, SHORT, PARTLY, OTHER_SIZE)),
+    ):
+        if wrong:
+            first, fault = wrong[0]
+            detail = f": it {fault}" if fault else ""
+            found[key].append(
+                f'{len(wrong)} of {len(annotations)} annotations have no usable "segmentation" '
+                f"(for example {name(first)}{detail}), but MODEL.MASK_ON is True: correct it, or "
+                "set MODEL.MASK_ON to False."
+            )
+    if needs.mask_format == "polygon" and (rle := several(RLE, crowds=False)):
+        found["untrainable"].append(
+            f'{len(rle)} annotations have a run-length encoding as "segmentation" (for example '
+            f"{name(rle[0][0])}), but INPUT.MASK_FORMAT is 'polygon': set it to 'bitmask'."
+        )
+    return found
+
+
+def inspect_keypoints(
+    annotations: Sequence[Annotation], owners: Sequence[int], needs: Needs
+) -> dict[str, list[str]]:
+    """Find what is wrong with "keypoints" and "num_keypoints".
+
+    Args:
+        annotations: each with "id" and "image_id".
+        owners: the position of each one's image.
+        needs: of the student.
+
+    Returns:
+        as :func:`inspect_masks`.
+    """
+    found: dict[str, list[str]] = {"problems": [], "untrainable": [], "unscorable": []}
+    wrong = [
+        (a, fault)
+        for a in annotations
+        if a.get("keypoints") and (fault := keypoints_fault(a["keypoints"], 0))
+    ]
+    if wrong:
+        found["problems"].append(
+            f'{len(wrong)} annotations have "keypoints" {wrong[0][1]} (for example '
+            f"{name(wrong[0][0])})"
+        )
+    if wrong or not needs.keypoints:
+        return found
+    seen = np.zeros(max(owners, default=-1) + 1, dtype=np.int64)
+    for annotation, owner in zip(annotations, owners, strict=True):
+        seen[owner] += visible_keypoints(annotation)
+    advice = f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {needs.keypoints}"
+    faults = [keypoints_fault(a.get("keypoints"), needs.keypoints) for a in annotations]
+    # Detectron2 leaves out images with fewer keypoints, so that those may lack the key.
+    trained = seen >= needs.least_keypoints
+    untrained = [
+        (a, fault)
+        for a, owner, fault in zip(annotations, owners, faults, strict=True)
+        if fault and trained[owner] and not a.get("iscrowd", 0)
+    ]
+    unscored = [(a, fault) for a, fault in zip(annotations, faults, strict=True) if fault]
+    for key, those in (("untrainable", untrained), ("unscorable", unscored)):
+        if those:
+            found[key].append(
+                f'{len(those)} annotations have "keypoints" {those[0][1]} (for example '
+                f"{name(those[0][0])}), but {advice}."
+            )
+    if not trained.any():
+        found["untrainable"].append(
+            f'No image has {needs.least_keypoints} labelled "keypoints" '
+            "(MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE): none would be trained on."
+        )
+    uncounted = [a for a in annotations if not isinstance(a.get("num_keypoints"), int)]
+    if uncounted:
+        found["unscorable"].append(
+            f'{len(uncounted)} annotations have no "num_keypoints" (for example '
+            f"{name(uncounted[0])}), which COCO's evaluation needs: the number with v > 0."
+        )
+    elif not any(a["num_keypoints"] for a in annotations if not a.get("iscrowd", 0)):
+        found["unscorable"].append('"num_keypoints" is 0 everywhere: the AP would be NaN.')
+    return found
+
+
+def inspect_scoring(annotations: Sequence[Annotation]) -> list[str]:
+    """Find what keeps boxes from being scored: COCO's evaluation reads two more keys of each.
+
+    Args:
+        annotations: each with "id" and "image_id".
+
+    Returns:
+        one sentence a key; none if all can be scored.
+    """
+    problems = []
+    for key, advice in (
+        ("iscrowd", 'add "iscrowd": 0'),
+        ("area", 'add "area" in pixels: width * height, or that of the mask'),
+    ):
+        wrong = [a for a in annotations if not isinstance(a.get(key), int | float)]
+        if wrong:
+            problems.append(
+                f'{len(wrong)} of {len(annotations)} annotations have no "{key}" that is a number '
+                f"(for example {name(wrong[0])}), which COCO's evaluation needs: {advice}."
+            )
+        elif key == "area":
+            # Out of this range COCO's evaluation ignores the object without a word.
+            beyond = [a for a in annotations if not 0 <= a["area"] <= 1e10]
+            if beyond:
+                problems.append(
+                    f'{len(beyond)} of {len(annotations)} annotations have an "area" out of '
+                    f"[0, 1e10] (for example {name(beyond[0])}: {beyond[0]['area']}), which COCO's "
+                    f"evaluation ignores: {advice}."
+                )
+    if not any(a.get("iscrowd", 0) == 0 for a in annotations):
+        problems.append(
+            f'All {len(annotations)} annotations are crowds ("iscrowd": 1), which COCO\'s '
+            "evaluation ignores: the AP would be NaN."
+        )
+    return problems

@@ -1,0 +1,70 @@
+"""Checks the TEST keys, as COCO's evaluation and ``verify_results`` take them."""
+
+import math
+from typing import Any
+
+from detectron2.config import CfgNode
+
+# Without TEST.KEYPOINT_OKS_SIGMAS pycocotools takes those of COCO's persons.
+COCO_KEYPOINTS = 17
+# What Detectron2's evaluators report, and what follows _ after test-time augmentation.
+TASKS = ("bbox", "segm", "keypoints", "box_proposals", "sem_seg", "panoptic_seg")
+
+
+def check_test_keys(cfg: CfgNode) -> None:
+    """Check ``TEST.DETECTIONS_PER_IMAGE``, ``KEYPOINT_OKS_SIGMAS`` and ``EXPECTED_RESULTS``.
+
+    Raises:
+        ValueError: names the key, its value and what is expected.
+    """
+    if not cfg.DATASETS.TEST:
+        return
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if limit < 1:
+        raise ValueError(
+            f"TEST.DETECTIONS_PER_IMAGE is {limit}: expected a number >= 1. COCO's own is 100."
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        _check_sigmas(cfg)
+    _check_expected(cfg)
+
+
+def _check_sigmas(cfg: CfgNode) -> None:
+    sigmas, count = cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    key = "TEST.KEYPOINT_OKS_SIGMAS"
+    if not sigmas:
+        if count != COCO_KEYPOINTS:
+            raise ValueError(
+                f"{key} is empty, which means COCO's {COCO_KEYPOINTS} keypoints of a person, but "
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count}: expected {count} numbers > 0, "
+                "the standard deviation of each keypoint's annotation over the object's scale."
+            )
+    elif len(sigmas) != count or not all(s > 0 and math.isfinite(s) for s in sigmas):
+        raise ValueError(
+            f"{key} is {sigmas}: expected {count} numbers > 0, one a keypoint "
+            "(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)."
+        )
+
+
+def _check_expected(cfg: CfgNode) -> None:
+    expected = cfg.TEST.EXPECTED_RESULTS
+    if expected and len(cfg.DATASETS.TEST) > 1:
+        raise ValueError(
+            f"TEST.EXPECTED_RESULTS is {expected}, but DATASETS.TEST has {len(cfg.DATASETS.TEST)} "
+            "data sets: Detectron2 compares the results of one. Expected one, or []."
+        )
+    for row in expected:
+        if not _is_expectation(row):
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS holds {row!r}: expected [task, metric, value, tolerance], "
+                f"such as ['bbox', 'AP', 38.5, 0.2], with a task of {', '.join(TASKS)}."
+            )
+
+
+def _is_expectation(row: Any) -> bool:
+    if not isinstance(row, list | tuple) or len(row) != 4:
+        return False
+    task, metric, value, tolerance = row
+    texts = isinstance(task, str) and isinstance(metric, str)
+    numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in (value, tolerance))
+    return texts and numbers and task.removesuffix("_TTA") in TASKS

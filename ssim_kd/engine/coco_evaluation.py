@@ -1,0 +1,75 @@
+"""COCO's evaluation of a data set: what of the config and the annotations it has to be given."""
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import convert_to_coco_json
+from detectron2.evaluation import COCOEvaluator
+
+from ..data.coco import own_json_file
+
+logger = logging.getLogger(__name__)
+
+# Detections of an image and class that COCO's metrics count.
+COCO_DETECTIONS = 100
+
+
+class ScoredCOCOEvaluator(COCOEvaluator):
+    """Detectron2's, for annotations with any id.
+
+    pycocotools stores the id of what a detection has matched, and takes 0 for no match; text fails.
+    Files that count from 0 are common. The ids name nothing in the results, so that they are
+    numbered anew where one is no whole number > 0.
+    """
+
+    def __init__(self, dataset_name: str, **options: Any) -> None:
+        super().__init__(dataset_name, **options)
+        annotations = self._coco_api.dataset.get("annotations", [])
+        if any(not (type(a["id"]) is int and a["id"] > 0) for a in annotations):
+            for number, annotation in enumerate(annotations, start=1):
+                annotation["id"] = number
+            self._coco_api.createIndex()
+
+
+def build_coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
+    """Build the evaluator of a set that has a json file, or records that are converted to one.
+
+    ``TEST.DETECTIONS_PER_IMAGE`` above 100 and ``TEST.KEYPOINT_OKS_SIGMAS`` reach it. Records are
+    converted each time: Detectron2 would take a file of an earlier run, whose records may differ.
+
+    Args:
+        cfg: of the student.
+        name: of a registered set.
+        folder: for its results.
+    """
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "kpt_oks_sigmas": list(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+    }
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if limit > COCO_DETECTIONS:
+        options["max_dets_per_image"] = limit
+        logger.info(
+            "%s: AP with up to %d detections of an image and class, which is "
+            "TEST.DETECTIONS_PER_IMAGE; COCO's own is with %d.",
+            name,
+            limit,
+            COCO_DETECTIONS,
+        )
+    if own_json_file(name):
+        return ScoredCOCOEvaluator(name, **options)
+    meta = MetadataCatalog.get(name)
+    # json_file of Detectron2's own conversion, in an earlier run's folder.
+    meta.__dict__.pop("json_file", None)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = os.path.join(temporary, f"{name.replace(os.sep, '_')}.json")
+        convert_to_coco_json(name, path, allow_cached=False)
+        meta.json_file = path
+        try:
+            return ScoredCOCOEvaluator(name, **options)
+        finally:
+            del meta.json_file

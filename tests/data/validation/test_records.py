@@ -1,0 +1,149 @@
+"""Records of sets that code registers, in Detectron2's format."""
+
+import numpy as np
+import pytest
+from detectron2.structures import BoxMode
+
+from ssim_kd.data.validation.annotations import Needs
+from ssim_kd.data.validation.records import inspect_for_mapper, inspect_records
+
+TRIANGLE = [[1, 1, 9, 1, 9, 9]]
+RLE = {"size": [24, 32], "counts": b"abc"}
+
+
+def records(**change):
+    """Two faultless images; change an annotation of the second, or the image itself."""
+    found = [
+        {
+            "file_name": f"{i}.png",
+            "image_id": i,
+            "height": 24,
+            "width": 32,
+            "annotations": [
+                {
+                    "bbox": [1.0, 2, 5, 6],
+                    "bbox_mode": BoxMode.XYWH_ABS,
+                    "category_id": i,
+                    "segmentation": TRIANGLE,
+                    "keypoints": [5, 5, 2],
+                }
+            ],
+        }
+        for i in range(2)
+    ]
+    for key, value in change.items():
+        row = found[1] if key in found[1] else found[1]["annotations"][0]
+        row[key] = value
+        if value is ...:
+            del row[key]
+    return found
+
+
+def test_inspect_records_counts():
+    data = records(iscrowd=1)
+    data[0]["annotations"] *= 2
+    data.append({**data[0], "image_id": "x", "annotations": []})
+    found = inspect_records(data, 2, scored=True, converted=True)
+    assert found.problems == []
+    assert (found.images, found.annotations, found.usable, found.empty_images) == (3, 3, 2, 1)
+    assert found.scored
+
+
+@pytest.mark.parametrize(
+    ("change", "scored", "word"),
+    [
+        ({"category_id": 2}, False, "category_id"),
+        ({"category_id": -1}, False, "category_id"),
+        ({"category_id": "1"}, False, "category_id"),
+        ({"category_id": ...}, False, "category_id"),
+        ({"iscrowd": 2}, False, "iscrowd"),
+        ({"iscrowd": None}, False, "iscrowd"),
+        ({"annotations": ...}, False, "annotations"),
+        ({"image_id": 0}, True, "image_id"),
+        ({"image_id": ...}, True, "image_id"),
+        ({"file_name": ...}, True, "file_name"),
+        ({"width": ...}, True, "width"),
+        ({"bbox": [1, 2, 3]}, True, "bbox"),
+        ({"bbox_mode": BoxMode.XYWHA_ABS}, True, "bbox_mode"),
+        ({"segmentation": np.zeros((24, 32))}, True, "segmentation"),
+        ({"segmentation": [[]]}, True, "segmentation"),
+    ],
+)
+def test_inspect_records_one_of_two(change, scored, word):
+    found = inspect_records(records(**change), 2, scored=scored, converted=scored)
+    (problem,) = found.problems
+    assert f'"{word}"' in problem and "record 1" in problem and problem.startswith("1 ")
+    if scored:  # which training does not ask for
+        assert inspect_records(records(**change), 2, scored=False, converted=False).problems == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"category_id": np.int64(1)},
+        {"category_id": 1.0},
+        {"bbox": np.array([1, 2, 3, 4])},
+        {"segmentation": RLE},
+        {"segmentation": [np.array([1, 1, 9, 1, 9, 9])]},
+        {"iscrowd": True},
+    ],
+)
+def test_inspect_records_accepted(change):
+    assert inspect_records(records(**change), 2, scored=True, converted=True).problems == []
+
+
+def test_inspect_records_crowds_are_not_learned():
+    data = records(iscrowd=1, category_id=9)
+    assert inspect_records(data, 2, scored=False, converted=False).problems == []
+    assert inspect_records(data, 2, scored=True, converted=True).problems
+
+
+def test_inspect_records_classes_unknown():
+    data = records(category_id=99)
+    assert inspect_records(data, None, scored=False, converted=False).problems == []
+
+
+def test_inspect_records_without_annotations():
+    data = [{"file_name": "a"}, {"file_name": "b"}]
+    found = inspect_records(data, 2, scored=False, converted=False)
+    assert found.problems == [] and not found.scored
+
+
+EVERYTHING = Needs(masks=True, keypoints=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"file_name": ...}, '"file_name"'),
+        ({"bbox": ...}, '"bbox"'),
+        ({"bbox": [1, 2, float("nan"), 4]}, '"bbox"'),
+        ({"bbox_mode": 7}, '"bbox_mode"'),
+        ({"segmentation": ...}, "MODEL.MASK_ON"),
+        ({"segmentation": [1, 2, 3]}, '"segmentation"'),
+        ({"segmentation": np.zeros((24, 32))}, '"segmentation"'),
+        ({"segmentation": RLE}, "INPUT.MASK_FORMAT"),
+        ({"segmentation": {**RLE, "size": [9, 9]}}, '"size"'),
+        ({"keypoints": [5, 5, 2, 9]}, '"keypoints"'),
+        ({"keypoints": [5, 5, 2] * 2}, '"keypoints"'),
+    ],
+)
+def test_inspect_for_mapper(change, word):
+    assert inspect_for_mapper(records(), EVERYTHING) == []
+    (problem,) = inspect_for_mapper(records(**change), EVERYTHING)
+    assert word in problem and "record 1" in problem and problem.startswith("1 ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bbox": ..., "iscrowd": 1}, {"height": ..., "width": ...}, {"bbox_mode": 0}],
+)
+def test_inspect_for_mapper_accepted(change):
+    assert inspect_for_mapper(records(**change), EVERYTHING) == []
+
+
+def test_inspect_for_mapper_boxes_alone():
+    change = {"segmentation": [1, 2], "keypoints": "x"}
+    assert inspect_for_mapper(records(**change), Needs()) == []
+    bitmask = Needs(masks=True, mask_format="bitmask")
+    assert inspect_for_mapper(records(segmentation=RLE), bitmask) == []
