@@ -20,6 +20,10 @@ Mapper = Callable[[Record], Record | None]
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
+# Keys of a record that Detectron2's readers give paths of files.
+_FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
+
+
 class UnreadableImageError(OSError):
     """An image file is missing, empty, cut short, of another size, or of more than 8 bits."""
 
@@ -102,12 +106,13 @@ def check_image_files(where: str, records: Sequence[Record]) -> None:
 
     Args:
         where: the key and the names of the sets, for the message.
-        records: of Detectron2's format.
+        records: of Detectron2's format, mapped by its own mapper.
 
     Raises:
-        UnreadableImageError: names how many are missing and the first, or what the first is.
+        FileNotFoundError: names how many are missing and the first of them.
+        UnreadableImageError: the first image cannot be used.
     """
-    paths = [os.fspath(r["file_name"]) for r in records if "file_name" in r]
+    paths = [os.fspath(r[key]) for key in _FILES for r in records if key in r]
     paths = [path for path in paths if "://" not in path]
     listed: dict[str, set[str]] = {}
     missing = []
@@ -122,11 +127,11 @@ def check_image_files(where: str, records: Sequence[Record]) -> None:
         if name not in listed[folder] and not os.path.isfile(path):
             missing.append(path)
     if missing:
-        raise UnreadableImageError(
+        raise FileNotFoundError(
             f"{where}: {len(missing)} of {len(paths)} image files do not exist (for example "
             f"{missing[0]}). Correct the image folder or the file names, which are relative to it."
         )
-    if paths:
+    if paths and "file_name" in records[0]:
         try:
             refuse_deep(paths[0])
         except Exception as error:

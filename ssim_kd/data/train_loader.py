@@ -173,7 +173,7 @@ def build_train_loader(
     Raises:
         ValueError: an unknown sampler, a batch size that the ranks cannot share, or records that
             cannot be read or mapped.
-        UnreadableImageError: an image file is missing, unless DATALOADER.SKIP_CORRUPT.
+        OSError: an image file is missing, or the first unusable, unless DATALOADER.SKIP_CORRUPT.
         TypeError: the data set has no length, or no items.
     """
     names = cfg.DATASETS.TRAIN

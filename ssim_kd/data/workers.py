@@ -62,7 +62,7 @@ def build_evaluation_loader(
 
     Raises:
         ValueError: the set cannot be loaded.
-        UnreadableImageError: an image file is missing.
+        OSError: an image file is missing, or the first unusable.
     """
     where = f"DATASETS.TEST: data set {name!r}"
     proposals = None

@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..checkpoint import local_file, read_file
+from ..data.mapper import check_image_files
 from ..modeling.teacher_config import teacher_config
 from .evaluation import check_teachers_classes
 
@@ -35,7 +36,6 @@ _PACKAGES = {
     "lvis": "lvis",
 }
 # Keys of a record that name files.
-_FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
 
 
 def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
@@ -183,18 +183,10 @@ def check_evaluation(cfg: CfgNode, trainer: Any, *, own_loader: bool) -> None:
         except Exception as error:
             raise ValueError(f"{where}: its evaluator cannot be built: {error}") from error
         if own_loader:
-            _check_files(where, DatasetCatalog.get(name))
+            records = DatasetCatalog.get(name)
+            if isinstance(records, list):
+                check_image_files(where, records)
     _check_expected_results(cfg)
-
-
-def _check_files(where: str, records: Sequence[dict[str, Any]]) -> None:
-    paths = [r[key] for r in records for key in _FILES if "://" not in str(r.get(key, "://"))]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise FileNotFoundError(
-            f"{where}: {len(missing)} of {len(paths)} files are missing, e.g. {missing[0]}. "
-            "Expected every file of the set; the evaluation would stop at the first of them."
-        )
 
 
 def _check_expected_results(cfg: CfgNode) -> None:

@@ -162,8 +162,11 @@ def test_check_image_files(tmp_path):
     (tmp_path / "sub" / "1.png").write_bytes(b"")
     good = [record(tmp_path / "0.png"), record(tmp_path / "sub" / "1.png"), {"other": 1}]
     check_image_files("here", [*good, record("s3://bucket/5.png")])
-    with pytest.raises(UnreadableImageError, match=r"here: 2 of 4 image files .*sub/9\.png"):
+    with pytest.raises(FileNotFoundError, match=r"here: 2 of 4 image files .*sub/9\.png"):
         missing = [record(tmp_path / "sub" / "9.png"), record(tmp_path / "none" / "0.png")]
         check_image_files("here", [*good, *missing])
     with pytest.raises(UnreadableImageError, match=r"here: the first image, \S*1\.png"):
         check_image_files("here", good[1:])
+    labelled = [record(tmp_path / "0.png") | {"sem_seg_file_name": str(tmp_path / "none.png")}]
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 image files .*none\.png"):
+        check_image_files("here", labelled)

@@ -11,7 +11,6 @@ import pytest
 from detectron2.data import DatasetCatalog
 from torch.utils.data import DataLoader, Dataset
 
-from ssim_kd.data import UnreadableImageError
 from ssim_kd.data.workers import EvaluationLoader, batches, build_evaluation_loader
 from tests.data.coco_sets import content
 
@@ -78,7 +77,7 @@ def test_build_evaluation_loader(use):
 def test_build_evaluation_loader_second_image_missing(use, tmp_path):
     cfg = use(content())
     (tmp_path / "set" / "images" / "1.png").unlink()
-    with pytest.raises(UnreadableImageError, match=r"DATASETS\.TEST: data set 'my_set': 1 of 3 "):
+    with pytest.raises(FileNotFoundError, match=r"DATASETS\.TEST: data set 'my_set': 1 of 3 "):
         build_evaluation_loader(cfg, "my_set")
     assert len(build_evaluation_loader(cfg, "my_set", mapper=dict)) == 3
 
