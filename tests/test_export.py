@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,15 @@ def test_export_student_writes_what_runs_and_benchmark_times_it(tmp_path: Path, 
     assert set(found["AP"]) == {"pytorch", "torchscript", "onnx", "int8"}
     assert found["AP"]["torchscript"] == pytest.approx(found["AP"]["pytorch"], abs=0.5)
     assert found["agreement"]["torchscript"]["beside"] == 0
+
+    # Neither Detectron2 nor ssim_kd is needed to run it.
+    code = (
+        "import sys; sys.modules['detectron2'] = sys.modules['ssim_kd'] = None; "
+        "import torch, torchvision; "
+        f"print(len(torch.jit.load({str(output / 'model.ts')!r})(torch.rand(3, 48, 80) * 255)))"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(alone.stdout) == len(found["outputs"])
 
     stock = get_cfg()
     stock.merge_from_file(str(output / "student.yaml"))
