@@ -66,7 +66,7 @@ def ssim_loss(
             Extrema are taken over valid cells, and the loss is averaged as by ``masked_mean``.
             Windows of valid cells near padding include padded cells.
         impl: "native" (C kernels, CPU), "triton" (CUDA and ROCm), "eager" (PyTorch, any device),
-            "reference" (autograd; slower, about 18 maps of memory, but with a second derivative) or
+            "reference" (autograd; slower, about 12 maps of memory, but with a second derivative) or
             "auto", the fastest that is available; the choice is logged once. Exponents other than 1
             always use "reference", which is logged.
 
