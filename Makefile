@@ -2,7 +2,7 @@
 #
 #   make demo                 teacher, plain student and distilled student on the digits set, with one table at the end
 #   make test                 the tests; ARGS="-k ssim" passes options on, here and below
-#   make lint                 ruff and mypy
+#   make lint                 ruff, mypy and import-linter
 #   make faults               the tests that kill processes and break files
 #   make bench, bench-gpu     the benchmarks, on the CPU and on a GPU
 #   make setup, clean         the environment alone; remove it and the caches
@@ -46,6 +46,7 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 bench: $(READY)
 	$(RUN) tools/benchmark_losses.py --device cpu $(ARGS)
@@ -59,7 +60,7 @@ bench-gpu: $(READY)
 
 # Results (output/, datasets/) stay.
 clean:
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis ssim_kd.egg-info
+	rm -rf .venv build .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis ssim_kd.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 ifneq ($(VENV),none)
