@@ -70,6 +70,10 @@ def _add_model_keys(cfg: CN) -> None:
     distill.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
     # The distiller: a name in DISTILLER_REGISTRY.
     distill.NAME = "FeatureDistiller"
+    # Several distillers at once, in the place of NAME: each term is a name with the keys of
+    # MODEL.DISTILL that it has of its own, [["SSIMDistiller"], ["PKDDistiller", "LOSS_WEIGHT", 6.0,
+    # "IN_FEATURES", ["p3"]]]. Their losses add up. [] is the single term NAME.
+    distill.TERMS = []
     # Levels that are compared, by name: p2..p7 (FPN) or res2..res5 (below it).
     # [] takes every backbone output that teacher and student share at the same stride.
     distill.IN_FEATURES = []
@@ -92,15 +96,43 @@ def _add_model_keys(cfg: CN) -> None:
     distill.LOSS_WEIGHT = 4.0
     # Loss of the FeatureDistiller: "ssim", "l1" or "l2".
     distill.LOSS = "ssim"
+    # Parts of the student that are copied from the teacher before the first step, after
+    # MODEL.WEIGHTS: "fpn", "heads". Their shapes must be equal. Set a student that inherits never
+    # beside a plain one that does not.
+    distill.INIT_FROM_TEACHER = []
+
+    schedule = distill.SCHEDULE = CN()
+    # How LOSS_WEIGHT changes over the training: "constant"; "linear" or "cosine", to LOSS_WEIGHT x
+    # END_FACTOR at SOLVER.MAX_ITER; "step", times GAMMA at each of STEPS.
+    schedule.NAME = "constant"
+    # Of "linear" and "cosine": the last factor, >= 0.
+    schedule.END_FACTOR = 0.0
+    # Of "step": iterations, growing.
+    schedule.STEPS = []
+    # Of "step": the factor at each of STEPS.
+    schedule.GAMMA = 0.1
+    # Iterations in which the weight grows linearly from 0. 0: it begins at once.
+    schedule.WARMUP_ITERS = 0
+    # Iteration from which on the weight is 0. 0: the distillation never stops.
+    schedule.STOP_ITER = 0
+
+    head = distill.HEAD = CN()
+    # RCNNHeadDistiller, DenseHeadDistiller: weights of class predictions and of boxes. >= 0.
+    head.CLS_WEIGHT = 1.0
+    head.BOX_WEIGHT = 1.0
+    # RCNNHeadDistiller: temperature of the softmax. > 0.
+    head.TEMPERATURE = 1.0
 
     teacher = distill.TEACHER = CN()
-    # The teacher's config: a name of the model zoo, or a .yaml file (relative to the working
-    # directory or to the folder of --config-file).
+    # The teacher: the folder of a run, a name of the model zoo (.yaml or .py), a .yaml or .py
+    # (LazyConfig) file, or a checkpoint with its config.yaml beside it. Relative to the working
+    # directory or to the folder of --config-file.
     teacher.CONFIG_FILE = ""
     # The teacher's weights: a .pth or .pkl file, a URL that Detectron2 knows, or a name of the
-    # model zoo. "" takes the zoo's weights if CONFIG_FILE is a name of the zoo.
+    # model zoo. "" takes those that belong to CONFIG_FILE: the zoo's, or a model_final.pth beside.
     teacher.WEIGHTS = ""
-    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
+    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; of a LazyConfig:
+    # ["key=value", ...].
     teacher.OPTS = []
     # Precision of the teacher's forward: "float32", "float16", "bfloat16", or "auto": that of the
     # student's training (half where SOLVER.AMP.ENABLED, else float32).

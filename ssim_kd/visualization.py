@@ -18,8 +18,7 @@ from PIL import Image
 from torch import nn
 
 from .losses import minmax_scale, ssim_map
-from .modeling.batch import DistillBatch
-from .modeling.taps import FeatureTap
+from .modeling import DistillBatch, PyramidDistiller, SSIMDistiller, Tap
 
 Picture = NDArray[np.uint8]
 
@@ -133,35 +132,48 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     is in eval mode meanwhile.
 
     Args:
-        model: a DistilledDetector with a teacher. Where its distiller compares by another loss
-            than SSIM, the maps are those of SSIM with its default options all the same.
+        model: a DistilledDetector with a teacher and a distiller that compares maps by level; of
+            several, the first. If that compares by another loss than SSIM, the maps are those of
+            SSIM with its default options.
         batched_inputs: as for every Detectron2 model; ``image`` is (3, H, W) in [0, 255].
 
     Returns:
         the maps by level.
 
     Raises:
-        ValueError: a model without a teacher.
+        ValueError: a model without a teacher or without such a distiller.
     """
-    if model.teacher is None or model.distiller is None:
-        raise ValueError("There is no teacher to compare with: MODEL.DISTILL.ENABLED is False.")
-    distiller, student = model.distiller, model.student
+    distiller, student = pyramid_distiller(model), model.student
     inputs = [{**x, "image": x["image"].to(model.device)} for x in batched_inputs]
     teacher_features = model.teacher([x["image"] for x in inputs])
-    with _eval_mode(student), FeatureTap(student, distiller.levels) as student_features:
+    with _eval_mode(student), Tap(student, distiller.levels) as student_features:
         student(inputs)  # heads as well: not every meta-architecture shows its preprocessing
 
     options = {"scaling": "channel"}
-    if getattr(distiller, "loss_name", "") == "ssim":
+    if isinstance(distiller, SSIMDistiller):
         options = {**distiller.options, "padding": "same"}
-    batch = DistillBatch.from_inputs(batched_inputs, model.device)
+    batch = DistillBatch.from_inputs(batched_inputs, device=model.device)
     found = {}
     for level in distiller.levels:
-        ours, theirs = distiller.align(level, student_features[level], teacher_features[level])
-        height, width = ours.shape[-2:]
-        mask = batch.valid_mask(height, width, distiller.strides[level])
-        found[level] = _compare(ours, theirs, mask, options)
+        aligned = (level, student_features[level], teacher_features[level], batch)
+        _, ours, theirs, mask, padded = distiller.align(*aligned)
+        found[level] = _compare(ours, theirs, mask if padded else None, options)
     return found
+
+
+def pyramid_distiller(model: Any) -> PyramidDistiller:
+    """The first distiller of a model that compares maps level by level.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [d for d in model.distillers.values() if isinstance(d, PyramidDistiller)]
+    if model.teacher is None or not found:
+        raise ValueError(
+            "There are no maps of a teacher to compare with: MODEL.DISTILL.ENABLED is False, or no "
+            "distiller compares maps by level."
+        )
+    return found[0]
 
 
 class _eval_mode:
@@ -215,12 +227,12 @@ def loss_map_images(
         one picture by level: a row for each image with the image, the loss (black 0, yellow 0.5
         or more), and luminance, contrast and structure (black 1, yellow 0 or less).
     """
-    pictures = {}
+    pictures, strides = {}, pyramid_distiller(model).strides
     for level, maps in loss_maps(model, batched_inputs).items():
         rows = []
         for index, record in enumerate(batched_inputs):
             image = to_rgb(record["image"], input_format)
-            stride = model.distiller.strides[level]
+            stride = strides[level]
             height, width = image.shape[:2]
             panels = [image]
             for name, limits in _PANELS.items():

@@ -227,10 +227,10 @@ class StudentCheckpointer(DetectionCheckpointer):
 
     def _resume(self, path: str) -> None:
         self.logger.info("Resuming from %s", path)
-        checkpoint = read_checkpoint(path)
+        checkpoint = _with_named_distiller(read_checkpoint(path), self.checkpointables)
         missing = [key for key in self.checkpointables if key not in checkpoint]
         extra = [
-            key for key in ("distiller",) if key in checkpoint and key not in self.checkpointables
+            key for key in ("distillers",) if key in checkpoint and key not in self.checkpointables
         ]
         if missing or extra:
             raise ResumeError(
@@ -290,6 +290,18 @@ class StudentCheckpointer(DetectionCheckpointer):
                 "random ones."
             )
         super()._log_incompatible_keys(incompatible)
+
+
+def _with_named_distiller(
+    checkpoint: dict[str, Any], checkpointables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A checkpoint of before there were several terms: its one distiller has no name."""
+    distillers = checkpointables.get("distillers", {})
+    if "distiller" in checkpoint and len(distillers) <= 1:
+        (name,) = distillers or ("distiller",)
+        state = checkpoint.pop("distiller")
+        checkpoint["distillers"] = {f"{name}.{key}": value for key, value in state.items()}
+    return checkpoint
 
 
 def _iteration(path: str) -> int | None:

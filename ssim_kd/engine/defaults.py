@@ -29,6 +29,7 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
+from .lazy import is_lazy, lazy_main, load_lazy_config
 from .output_lock import output_lock
 from .preflight import (
     check_config,
@@ -80,6 +81,10 @@ def run(
     """
     with with_one_line_errors():
         # Before any process is started: a wrong key is then reported once.
+        if is_lazy(args.config_file):
+            with start_up():
+                device = load_lazy_config(args).train.device
+            return launch_processes(lazy_main, args, device=device, main_args=(args,))
         with start_up():
             cfg = load_config(args, add_config)
         return launch_processes(

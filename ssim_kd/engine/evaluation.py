@@ -25,7 +25,7 @@ from torch import nn
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
-from ..modeling import load_teacher, teacher_config
+from ..modeling import TeacherSource, load_detector, teacher_source
 from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -107,36 +107,48 @@ def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.M
 def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     """Build the whole teacher, heads included, to be evaluated on the student's data.
 
-    Its config is its own, but for DATASETS, DATALOADER, OUTPUT_DIR and the device.
+    The config of a YAML teacher is its own, but for DATASETS, DATALOADER, OUTPUT_DIR and the
+    device. A LazyConfig teacher is evaluated at the student's image size.
 
     Raises:
         ValueError: its classes are not those of the data, or it cannot be built or loaded.
     """
-    teacher = teacher_config(cfg)
-    check_teachers_classes(cfg, teacher)
+    source = teacher_source(cfg)
+    check_teachers_classes(cfg, source)
+    teacher = cfg.clone() if source.cfg is None else source.cfg.clone()
     teacher.defrost()
     teacher.DATASETS = cfg.DATASETS.clone()
     teacher.DATALOADER = cfg.DATALOADER.clone()
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    model, _ = load_detector(source)
+    if source.cfg is None:
+        _check_equal_classes(cfg, getattr(getattr(model, "roi_heads", model), "num_classes", None))
+        teacher.INPUT.FORMAT = getattr(model, "input_format", None) or "BGR"
     teacher.freeze()
-    model, _ = load_teacher(teacher, name=cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
-    return teacher, model
+    return teacher, model.to(cfg.MODEL.DEVICE)
 
 
-def check_teachers_classes(cfg: CfgNode, teacher: CfgNode) -> None:
-    """Compare the number of classes that a teacher predicts with the student's, the data's.
+def check_teachers_classes(cfg: CfgNode, teacher: TeacherSource) -> None:
+    """Compare the number of classes that a YAML teacher predicts with the student's, the data's.
+
+    That of a LazyConfig is known only once it is built.
 
     Raises:
         ValueError: they differ: it can teach, but not be scored.
     """
-    own, data = num_classes(teacher), num_classes(cfg)
+    if teacher.cfg is not None:
+        _check_equal_classes(cfg, num_classes(teacher.cfg))
+
+
+def _check_equal_classes(cfg: CfgNode, own: int | None) -> None:
+    data = num_classes(cfg)
     if own is not None and data is not None and own != data:
         raise ValueError(
             f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE!r}, a "
-            f"teacher of {own} classes ({num_classes_key(teacher)}), but the student and its data "
-            f"have {data}: its AP on DATASETS.TEST cannot be computed. Its features can be learned "
-            "from all the same: set MODEL.DISTILL.TEACHER.EXPECTED_AP to 0, and leave "
+            f"teacher of {own} classes, but the student and its data have {data} "
+            f"({num_classes_key(cfg)}): its AP on DATASETS.TEST cannot be computed. It can be "
+            "learned from all the same: set MODEL.DISTILL.TEACHER.EXPECTED_AP to 0, and leave "
             "--eval-teacher out."
         )
 

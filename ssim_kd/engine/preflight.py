@@ -22,7 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..checkpoint import local_file, read_file
 from ..data.mapper import check_image_files
-from ..modeling.teacher_config import teacher_config
+from ..modeling import teacher_source
 from .evaluation import check_teachers_classes
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _check_expected_ap(cfg: CfgNode) -> None:
             f"{cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP}, but DATASETS.TEST is (): expected a data "
             "set to evaluate the teacher on, or EXPECTED_AP 0."
         )
-    check_teachers_classes(cfg, teacher_config(cfg))
+    check_teachers_classes(cfg, teacher_source(cfg))
 
 
 def check_schedule(cfg: CfgNode, trainer: Any) -> None:
@@ -235,7 +235,7 @@ def warn_of_same_weights(cfg: CfgNode) -> None:
     Args:
         cfg: of a training with a teacher whose weights have been loaded.
     """
-    path, key = teacher_config(cfg).MODEL.WEIGHTS, "MODEL.DISTILL.TEACHER.WEIGHTS"
+    path, key = teacher_source(cfg).weights, "MODEL.DISTILL.TEACHER.WEIGHTS"
     if cfg.MODEL.WEIGHTS:
         start = local_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
         if filecmp.cmp(start, local_file(path, key=key), shallow=False):

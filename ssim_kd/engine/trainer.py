@@ -28,6 +28,7 @@ from .hooks import (
     SavedEvaluation,
     VisualizeDistillation,
 )
+from .optimizer import build_optimizer
 from .preflight import check_evaluation
 from .resume import differences, settings_of
 from .signals import StopOnSignal
@@ -60,6 +61,12 @@ class DistillTrainer(DefaultTrainer):
         self._stop = StopOnSignal(cfg.SOLVER.GRACE_PERIOD)
 
         model = self.build_model(cfg)
+        distills = isinstance(model, DistilledDetector) and model.teacher is not None
+        if distills:
+            # Now rather than in the first step: what is wrong with its weights is known at once.
+            model.teacher.load()
+            # This trainer logs the metrics itself, a step late.
+            model.log_period = 0
         self.student = model.student if isinstance(model, DistilledDetector) else model
         optimizer = self.build_optimizer(cfg, model)
         on_gpu = next(model.parameters()).is_cuda
@@ -77,11 +84,8 @@ class DistillTrainer(DefaultTrainer):
             output_dir=cfg.OUTPUT_DIR,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        own = {}
-        self.teacher_sha256 = ""
-        if isinstance(model, DistilledDetector) and model.teacher and model.distiller:
-            own["distiller"] = model.distiller
-            self.teacher_sha256 = model.teacher.sha256
+        own = {"distillers": model.distillers} if distills else {}
+        self.teacher_sha256 = model.teacher.sha256 if distills else ""
         self.checkpointer = StudentCheckpointer(
             self.student,
             cfg.OUTPUT_DIR,
@@ -318,6 +322,11 @@ class DistillTrainer(DefaultTrainer):
             )
         # The next resume warns again.
         self._started_with = started_with
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """See :func:`ssim_kd.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -1,30 +1,55 @@
 """The meta-architecture: a stock student, a frozen teacher, and what is learned between them."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..config import student_config
-from .batch import DistillBatch
-from .distiller import Distiller, build_distiller
-from .taps import FeatureTap
+from .distillers import DistillBatch, Distiller, build_distillers
+from .inherit import check_inherited, copy_inherited, inherited_keys
+from .taps import Tap, level_maps
 from .teacher import FrozenTeacher
+from .teacher_config import TeacherNotFoundError
+
+logger = logging.getLogger(__name__)
+
+_STUDENT, _DISTILLERS = "student.", "distillers."
 
 
 @META_ARCH_REGISTRY.register()
 class DistilledDetector(nn.Module):
     """A detector that learns from its data and from a frozen teacher.
 
-    In training, its losses are the student's own and the distiller's. In evaluation it is the
-    student.
+    In training, its losses are the student's own and "loss_distill". In evaluation it is the
+    student. To every trainer, checkpointer and script it looks like the student:
+
+    - its ``state_dict()`` has the student's plain keys, and the distillers' under "distillers.";
+    - attributes that it lacks are the student's, and ``isinstance`` takes it for the student's
+      class as well, so that ``GeneralizedRCNNWithTTA`` and the like accept it.
 
     The student is whatever ``build_model`` makes of its config, untouched. The teacher is a plain
     object and no module: it is in no ``state_dict()``, ``parameters()``, ``modules()`` or DDP, and
-    ``train()`` does not reach it; it follows the model's device.
+    ``train()`` does not reach it; it follows the model's device. Its weights are loaded at the
+    first training step, or by ``model.teacher.load()``; evaluation never loads them.
+
+        model = DistilledDetector(
+            student=build_model(cfg),
+            teacher=FrozenTeacher.load_from("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"),
+            distillers=[SSIMDistiller(weight=4.0)],
+            max_iter=90000,
+        )
+
+    Attributes:
+        student, teacher: the two detectors; no teacher: this is the plain student.
+        distillers: the terms of the loss by name.
+        metrics: detached scalars of the last training step, by the name they are logged under.
+        health: one scalar a level and model, finite where its features are; of the last step.
     """
 
     @configurable
@@ -32,27 +57,69 @@ class DistilledDetector(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: FrozenTeacher | None = None,
-        distiller: Distiller | None = None,
+        teacher: FrozenTeacher | nn.Module | None = None,
+        distillers: Sequence[Distiller] = (),
+        max_iter: int = 1,
+        log_period: int = 20,
+        init_from_teacher: Sequence[str] = (),
+        missing_teacher: Exception | None = None,
     ) -> None:
         """
         Args:
-            student: a detector with a Detectron2 ``backbone``.
-            teacher, distiller: both, or neither: then this is the plain student.
+            student: a detector.
+            teacher: a detector, frozen in place, or a :class:`FrozenTeacher`.
+            distillers: the terms; they are bound to student and teacher here.
+            max_iter: iterations of the training, for the schedules of the terms.
+            log_period: iterations after which scalars are put into the ``EventStorage``; 0: never.
+            init_from_teacher: "fpn", "heads": parts of the student that are copied from the teacher
+                before the first step of a training that begins at iteration 0.
+            missing_teacher: why there is no teacher although there should be; raised in training.
+
+        Raises:
+            ValueError: a teacher without distillers or the reverse, two terms of one name, or a
+                pair that a distiller cannot serve.
         """
         super().__init__()
-        if (teacher is None) != (distiller is None):
-            raise ValueError("DistilledDetector needs both a teacher and a distiller, or neither.")
+        if teacher is not None and not isinstance(teacher, FrozenTeacher):
+            teacher = FrozenTeacher(teacher)
+        if (teacher is None) != (not distillers):
+            raise ValueError("DistilledDetector needs a teacher and distillers, or neither.")
+        names = [d.name for d in distillers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The distillers are named {names}; expected another name for each.")
         self.student = student
-        self.distiller = distiller
         self.teacher = teacher
-        #: One scalar a level and model, finite where its features are; of the last step.
+        self.max_iter, self.log_period = max_iter, log_period
+        self.missing_teacher = missing_teacher
+        self.metrics: dict[str, torch.Tensor] = {}
         self.health: dict[str, torch.Tensor] = {}
-        self._tap = FeatureTap(student, distiller.levels) if distiller is not None else None
+        self._inherits = list(init_from_teacher)
+        if teacher is not None:
+            self._bind(teacher, distillers)
+        self.distillers = nn.ModuleDict({d.name: d for d in distillers})
+        self.register_state_dict_post_hook(_flatten)
+        self.register_load_state_dict_pre_hook(_nest)
+        self.register_load_state_dict_post_hook(_name_plainly)
+
+    def _bind(self, teacher: FrozenTeacher, distillers: Sequence[Distiller]) -> None:
+        teacher.set_image_format(getattr(self.student, "input_format", None) or "BGR")
+        # Adapters may not shift the random numbers that the student trains with: then a run without
+        # distillation is comparable draw by draw.
+        with torch.random.fork_rng(devices=[]):
+            for distiller in distillers:
+                distiller.bind(self.student, teacher)
+        if self._inherits:
+            check_inherited(self.student, teacher.model, self._inherits)
+            teacher.keep(inherited_keys(self.student, self._inherits))
+        self._student_tap = Tap(self.student, [n for d in distillers for n in d.student_taps])
+        teacher.tap(
+            [n for d in distillers for n in d.teacher_taps],
+            heads=any(d.needs_teacher_heads for d in distillers),
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Build the student, then the teacher with its weights, then the distiller."""
+        """Build the student, the teacher without its weights, and the distillers."""
         name = cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE
         if name == cls.__name__ or name not in META_ARCH_REGISTRY:
             known = sorted({key for key, _ in META_ARCH_REGISTRY} - {cls.__name__})
@@ -66,24 +133,28 @@ class DistilledDetector(nn.Module):
                 f"The student cannot be built as MODEL.DISTILL.STUDENT_META_ARCHITECTURE {name!r} "
                 f"from the rest of its config: {type(error).__name__}: {error}"
             ) from error
+        found: dict[str, Any] = {"student": student, "max_iter": cfg.SOLVER.MAX_ITER}
         if not cfg.MODEL.DISTILL.ENABLED:
-            return {"student": student}
-        # Neither the teacher nor the adapters may shift the random numbers that the student
-        # trains with: then a run without distillation is comparable draw by draw.
+            return found
         with torch.random.fork_rng(devices=[]):
-            teacher = FrozenTeacher.from_config(cfg)
-            distiller = build_distiller(cfg, student, teacher)
-        return {"student": student, "teacher": teacher, "distiller": distiller}
+            distillers = build_distillers(cfg)
+            try:
+                teacher = FrozenTeacher.from_config(cfg)
+            except TeacherNotFoundError as error:
+                # To evaluate the student it is not needed.
+                return {**found, "missing_teacher": error}
+        inherits = list(cfg.MODEL.DISTILL.INIT_FROM_TEACHER)
+        return {
+            **found,
+            "teacher": teacher,
+            "distillers": distillers,
+            "init_from_teacher": inherits,
+        }
 
     @property
     def device(self) -> torch.device:
         """Where the student's parameters are."""
         return next(self.student.parameters()).device
-
-    @property
-    def metrics(self) -> dict[str, torch.Tensor]:
-        """Detached scalars of the last training step, by the name they are logged under."""
-        return {} if self.distiller is None else self.distiller.metrics
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -93,25 +164,74 @@ class DistilledDetector(nn.Module):
         Returns:
             in training a dict of scalar losses; in evaluation what the student returns.
         """
-        if not self.training or self.teacher is None or self.distiller is None or not self._tap:
+        if not self.training:
+            return self.student(batched_inputs)
+        if self.missing_teacher is not None:
+            raise self.missing_teacher
+        if self.teacher is None:
             return self.student(batched_inputs)
 
-        device = self.device
+        device, iteration = self.device, get_event_storage().iter
+        self._inherit_once(iteration)
         # One copy to the device serves both models.
         inputs = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
-        teacher_features = self.teacher([x["image"] for x in inputs])
-        with self._tap as student_features:
+        theirs = self.teacher([x["image"] for x in inputs])
+        with self._student_tap as ours:
             try:
                 losses = dict(self.student(inputs))
             finally:
                 # Also where the student stops half-way, which it does at features like these.
-                self.health = _health(teacher=teacher_features, student=student_features)
-        batch = DistillBatch.from_inputs(batched_inputs, device)
-        distillation = self.distiller(student_features, teacher_features, batch)
-        clash = losses.keys() & distillation.keys()
-        if clash:
-            raise ValueError(f"The distiller's losses {sorted(clash)} are names of the student's.")
-        return {**losses, **distillation}
+                self.health = _health(teacher=theirs, student=ours)
+        batch = DistillBatch.from_inputs(
+            batched_inputs,
+            device=device,
+            iteration=iteration,
+            max_iter=self.max_iter,
+            teacher=self.teacher.model,
+            student=self.student,
+        )
+        if "loss_distill" in losses:
+            raise ValueError("The student has a loss of the name 'loss_distill' of its own.")
+        return {**losses, "loss_distill": self._distill(ours, theirs, batch)}
+
+    def _distill(
+        self, ours: Mapping[str, Any], theirs: Mapping[str, Any], batch: DistillBatch
+    ) -> torch.Tensor:
+        total: Any = 0.0
+        self.metrics = {}
+        # Past the end, as an evaluation hook that trains on may be, the weight is the last one.
+        where = min(batch.iteration / self.max_iter, 1.0 - 1e-9)
+        distiller: Any
+        for name, distiller in self.distillers.items():
+            weight = distiller.weight(where)
+            loss, scalars = distiller(
+                {key: ours[key] for key in distiller.student_taps},
+                {key: theirs[key] for key in distiller.teacher_taps},
+                batch,
+            )
+            total = total + weight * loss
+            for key, value in scalars.items():
+                share = weight * distiller.scalar_weights.get(key, 1.0)
+                self.metrics[f"distill/{name}_{key}"] = value
+                self.metrics[f"distill/{name}_{key}_weighted"] = value * share
+            if len(self.distillers) > 1:
+                self.metrics[f"distill/{name}_weighted"] = weight * loss.detach()
+        if self.log_period and (batch.iteration + 1) % self.log_period == 0:
+            get_event_storage().put_scalars(**{k: float(v) for k, v in self.metrics.items()})
+        return total
+
+    def _inherit_once(self, iteration: int) -> None:
+        """Copy from the teacher what the student begins with; a resumed training has it."""
+        if self._inherits and self.teacher is not None:
+            self.teacher.load()
+            if iteration == 0:
+                copy_inherited(self.student, self.teacher.kept, self._inherits)
+            self._inherits, self.teacher.kept = [], {}
+
+    def param_groups(self, base_lr: float) -> list[dict[str, Any]]:
+        """The optimizer groups that distillers ask for; see :meth:`Distiller.param_groups`."""
+        distillers: Any = self.distillers.values()
+        return [g for d in distillers for g in d.param_groups(base_lr)]
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "DistilledDetector":
         super()._apply(fn, *args, **kwargs)
@@ -119,10 +239,51 @@ class DistilledDetector(nn.Module):
             self.teacher.to(self.device)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None:
+                raise
+            return getattr(student, name)
 
-def _health(**features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # As proxies do: type() gives DistilledDetector, and isinstance() is true for both.
+        student = self.__dict__.get("_modules", {}).get("student")
+        return DistilledDetector if student is None else type(student)
+
+
+def _health(**outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {
         f"{whose} features {level}": maps.detach().sum(dtype=torch.float32)
-        for whose, by_level in features.items()
-        for level, maps in by_level.items()
+        for whose, found in outputs.items()
+        for level, maps in level_maps(found).items()
     }
+
+
+# The state dict of the whole is the student's, with the distillers' parameters beside it.
+
+
+def _flatten(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix + _STUDENT)]:
+        state[prefix + key[len(prefix) + len(_STUDENT) :]] = state.pop(key)
+
+
+def _nest(module: Any, state: dict[str, Any], prefix: str, _metadata: Any, *_args: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if not name.startswith((_DISTILLERS, _STUDENT)):
+            state[f"{prefix}{_STUDENT}{name}"] = state.pop(key)
+    # Weights to start from hold nothing of the distillers, which then keep what they have.
+    module._starts = not any(k.startswith(prefix + _DISTILLERS) for k in state)
+
+
+def _name_plainly(module: Any, incompatible: Any) -> None:
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [
+            ".".join(part for part in [key.replace(_STUDENT, "", 1)] if part)
+            for key in keys
+            if not (module._starts and _DISTILLERS in key)
+        ]

@@ -1,17 +1,26 @@
-"""Taps: the feature maps of a detector by the name of their level."""
+"""Taps: outputs of a detector's backbone by level, or the calls of any of its submodules."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.layers import ShapeSpec
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
-def _sources(model: Any) -> list[Any]:
-    """The modules whose outputs are maps by level: the backbone, and what an FPN stands on."""
-    backbone = model.backbone
+class Call(NamedTuple):
+    """One call of a tapped submodule: its positional arguments and what it returned."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+
+
+def _level_sources(model: Any) -> list[Any]:
+    """The modules that return maps by level: the backbone, and what an FPN stands on."""
+    backbone = getattr(model, "backbone", None)
     bottom_up = getattr(backbone, "bottom_up", None)
-    return [backbone] if bottom_up is None else [backbone, bottom_up]
+    return [m for m in (backbone, bottom_up) if hasattr(m, "output_shape")]
 
 
 def tappable_levels(model: Any) -> dict[str, ShapeSpec]:
@@ -22,54 +31,77 @@ def tappable_levels(model: Any) -> dict[str, ShapeSpec]:
 
     Returns:
         channels and stride (in input pixels) by level, e.g. p2..p6 of an FPN and the res2..res5
-        below it.
+        below it. Empty for a model without such a backbone.
     """
     levels: dict[str, ShapeSpec] = {}
-    for source in _sources(model):
+    for source in _level_sources(model):
         for name, shape in source.output_shape().items():
             levels.setdefault(name, shape)
     return levels
 
 
-class FeatureTap:
-    """Collects the maps of some levels while it is entered, and lets go of them after.
+class Tap:
+    """Collects outputs of a model while it is entered.
 
-    A context manager: the forward hooks live inside the ``with`` block alone, so that no
-    activation outlives a training step and the tapped model stays as it was.
+    A context manager: the forward hooks live inside the ``with`` block only, so that no activation
+    outlives a training step and the tapped model stays as it was.
 
-        with FeatureTap(model, ["p3", "res5"]) as features:
+        with Tap(model, ["p3", "roi_heads.box_predictor"]) as outputs:
             model(batched_inputs)
-        features["p3"]                                   # (N, C, H, W)
+        outputs["p3"]                                    # the map (N, C, H, W) of a level
+        outputs["roi_heads.box_predictor"][0].output     # the first call of a submodule
     """
 
-    def __init__(self, model: Any, levels: list[str]) -> None:
+    def __init__(self, model: nn.Module | Any, names: Sequence[str]) -> None:
         """
         Args:
-            model: a detector with a Detectron2 ``backbone``.
-            levels: names of levels, each in :func:`tappable_levels`.
+            model: a detector.
+            names: each a level in :func:`tappable_levels`, or the path of a submodule such as
+                "head" or "roi_heads.box_pooler". A submodule can be called more than once in a
+                forward (a head that all levels share): its calls are collected in their order.
+
+        Raises:
+            ValueError: a name that is neither.
         """
-        self._by_source: list[tuple[Any, list[str]]] = []
-        missing = list(levels)
-        for source in _sources(model):
-            found = [name for name in missing if name in source.output_shape()]
-            missing = [name for name in missing if name not in found]
+        self._levels: list[tuple[Any, list[str]]] = []
+        rest = list(dict.fromkeys(names))
+        for source in _level_sources(model):
+            found = [name for name in rest if name in source.output_shape()]
+            rest = [name for name in rest if name not in found]
             if found:
-                self._by_source.append((source, found))
+                self._levels.append((source, found))
+        modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        missing = [name for name in rest if not name or name not in modules]
         if missing:
-            raise ValueError(f"Levels {missing} are not among {list(tappable_levels(model))}.")
+            raise ValueError(
+                f"{missing} are neither among the levels {list(tappable_levels(model))} of "
+                f"{type(model).__name__} nor paths of its submodules."
+            )
+        self._modules = {name: modules[name] for name in rest}
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        features: dict[str, torch.Tensor] = {}
-        for source, names in self._by_source:
+    def __enter__(self) -> dict[str, Any]:
+        outputs: dict[str, Any] = {name: [] for name in self._modules}
+        for source, names in self._levels:
 
             def collect(_module: Any, _inputs: Any, output: Any, names: list[str] = names) -> None:
-                features.update({name: output[name] for name in names})
+                outputs.update({name: output[name] for name in names})
 
             self._handles.append(source.register_forward_hook(collect))
-        return features
+        for name, module in self._modules.items():
+
+            def append(_module: Any, inputs: Any, output: Any, name: str = name) -> None:
+                outputs[name].append(Call(inputs, output))
+
+            self._handles.append(module.register_forward_hook(append))
+        return outputs
 
     def __exit__(self, *_exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def level_maps(outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The maps of levels among the outputs of a :class:`Tap`; calls of submodules are left out."""
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}

@@ -1,68 +1,182 @@
-"""The teacher's config and weights, out of what the student's config says of them."""
+"""Where a teacher comes from: a name of the model zoo, a run, a config file or a checkpoint."""
 
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from ..config import add_distill_config, student_config
 from ..config_files import merge_file
 
+KEY = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
+EXPECTED = (
+    "expected the folder of a run, a name of the model zoo (e.g. "
+    "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml), a .yaml or .py file, or a checkpoint with a "
+    "config.yaml beside it."
+)
+#: Weights that the folder of a run holds, the first that is there is taken.
+RUN_WEIGHTS = ("model_final.pth", "model_best.pth", "model_final.pkl")
+#: Configs that the folder of a run holds.
+RUN_CONFIGS = ("config.yaml", "config.yaml.pkl", "config.py")
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's own config, out of ``MODEL.DISTILL.TEACHER``.
+
+class TeacherNotFoundError(ValueError):
+    """The teacher's config is not on this machine; to evaluate the student it is not needed."""
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A teacher that can be built.
+
+    Attributes:
+        name: as the user gave it, for messages.
+        weights: a file or URL.
+        build: makes the detector, with random weights, on a device.
+        input_format: the channel order that it was trained on; "" for ``input_format`` of the
+            detector, or BGR if it has none.
+        cfg: its config where that is a YAML, else None.
+    """
+
+    name: str
+    weights: str
+    build: Callable[[str], nn.Module]
+    input_format: str = ""
+    cfg: CfgNode | None = None
+
+
+def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
+    """Resolve what a user calls a teacher.
+
+    Args:
+        name: the folder of a run, a name of the model zoo, a .yaml or .py file, or a checkpoint
+            (.pth, .pkl) with the config of its run beside it.
+        weights: a file, a URL or a name of the model zoo; "" for those that belong to ``name``.
 
     Returns:
-        a frozen config whose ``MODEL.WEIGHTS`` are the teacher's.
+        the config's path, and the weights' path or URL.
 
     Raises:
-        ValueError: a config or weights that are not given, or cannot be found or understood.
+        TeacherNotFoundError: there is no such config.
+        ValueError: there are no weights that belong to it.
+    """
+    if not name:
+        raise TeacherNotFoundError(f"{KEY} is empty; {EXPECTED}")
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return _config_in(path, name), _weights_of(weights, path, name)
+    if path.endswith((".pth", ".pkl")) and PathManager.isfile(path):
+        return _config_in(os.path.dirname(path), name), _weights_of(weights or path, "", name)
+    if PathManager.isfile(path):
+        return path, _weights_of(weights, os.path.dirname(path), name)
+    try:
+        return str(model_zoo.get_config_file(name)), _weights_of(weights or name, "", name)
+    except RuntimeError:
+        raise TeacherNotFoundError(
+            f"{KEY} is {name!r}: neither a file, a folder nor a name of the model zoo; {EXPECTED}"
+        ) from None
+
+
+def _config_in(folder: str, name: str) -> str:
+    for file in RUN_CONFIGS:
+        if os.path.isfile(os.path.join(folder, file)):
+            return os.path.join(folder, file)
+    raise TeacherNotFoundError(
+        f"{KEY} is {name!r}, but {folder or '.'} holds no {' or '.join(RUN_CONFIGS)}; {EXPECTED}"
+    )
+
+
+def _weights_of(weights: str, folder: str, name: str) -> str:
+    """The weights that were named, or those in a folder, or the zoo's for a name."""
+    if weights and not weights.endswith((".yaml", ".yml", ".py")):
+        return os.path.expanduser(weights)
+    try:
+        return str(model_zoo.get_checkpoint_url(weights or name))
+    except RuntimeError:
+        pass
+    found = [os.path.join(folder, file) for file in RUN_WEIGHTS] if not weights else []
+    for path in found:
+        if os.path.isfile(path):
+            return path
+    raise ValueError(
+        f"MODEL.DISTILL.TEACHER.WEIGHTS is {weights!r}: the model zoo has no weights for "
+        f"{weights or name!r}" + (f", and none of {found} is there" if found else "") + "; "
+        "expected a .pth or .pkl file, a URL, or a name of the model zoo."
+    )
+
+
+def teacher_source(cfg: CfgNode) -> TeacherSource:
+    """The teacher of ``MODEL.DISTILL.TEACHER``.
+
+    Raises:
+        TeacherNotFoundError: its config is not there.
+        ValueError: its weights are not, or its config is not readable.
     """
     node = cfg.MODEL.DISTILL.TEACHER
-    name = node.CONFIG_FILE
-    if not name:
+    return source_of(node.CONFIG_FILE, node.WEIGHTS, list(node.OPTS))
+
+
+def source_of(name: str, weights: str = "", opts: Sequence[Any] = ()) -> TeacherSource:
+    """As :func:`teacher_source`, for the values of CONFIG_FILE, WEIGHTS and OPTS."""
+    path, weights = find_teacher(name, weights)
+    try:
+        if path.endswith(".py"):
+            return _lazy_source(name, path, weights, opts)
+        config = _yaml_config(path, weights, opts)
+    except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; expected a name of the model zoo (e.g. "
-            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml) or a .yaml file."
-        )
+            f"{KEY} {name!r} asks to run code ({error.problem}), which is refused; expected plain "
+            "values."
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"The teacher's config is not readable: {KEY} {name!r} with OPTS {list(opts)}: {error}"
+        ) from error
+
+    def build(device: str) -> nn.Module:
+        placed = config.clone()
+        placed.defrost()
+        placed.MODEL.DEVICE = device
+        return build_model(placed)
+
+    return TeacherSource(name, weights, build, config.INPUT.FORMAT, config)
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The config of a YAML teacher, frozen; its ``MODEL.WEIGHTS`` are the teacher's.
+
+    Raises:
+        ValueError: as :func:`teacher_source`; or the teacher is a LazyConfig.
+    """
+    source = teacher_source(cfg)
+    if source.cfg is None:
+        raise ValueError(f"{KEY} is {source.name!r}, a LazyConfig; expected a YAML here.")
+    return source.cfg
+
+
+def _yaml_config(path: str, weights: str, opts: Sequence[Any]) -> CfgNode:
     teacher = get_cfg()
     add_distill_config(teacher)
     # A student that was distilled by another project can be a teacher: its keys are not ours.
     teacher.MODEL.DISTILL.set_new_allowed(True)
-    path = name if PathManager.isfile(name) else _zoo_config(name)
-    if path is None:
-        raise ValueError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {name!r}: neither a file nor a name of the "
-            "model zoo (e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml)."
-        )
-    try:
-        merge_file(teacher, path)
-        teacher.merge_from_list(list(node.OPTS))
-    except Exception as error:
-        raise ValueError(
-            f"The teacher's config cannot be read: MODEL.DISTILL.TEACHER.CONFIG_FILE {name!r} with "
-            f"OPTS {list(node.OPTS)}: {error}"
-        ) from error
-    teacher.MODEL.WEIGHTS = _weights(node.WEIGHTS, name)
+    merge_file(teacher, path)
+    teacher.merge_from_list(list(opts))
+    teacher.MODEL.WEIGHTS = weights
     teacher.MODEL.DEVICE = "cpu"
     return student_config(teacher)
 
 
-def _zoo_config(name: str) -> str | None:
-    try:
-        return str(model_zoo.get_config_file(name))
-    except RuntimeError:
-        return None
-
-
-def _weights(weights: str, config_file: str) -> str:
-    """The file or URL of the teacher's weights."""
-    name = weights or config_file
-    if weights and not weights.endswith((".yaml", ".yml")):
-        return weights
-    try:
-        return str(model_zoo.get_checkpoint_url(name))
-    except RuntimeError as error:
-        raise ValueError(
-            f"MODEL.DISTILL.TEACHER.WEIGHTS is {weights!r} and the model zoo has no weights for "
-            f"{name!r}; expected a .pth or .pkl file, a URL, or a name of the model zoo."
-        ) from error
+def _lazy_source(name: str, path: str, weights: str, opts: Sequence[Any]) -> TeacherSource:
+    config = LazyConfig.load(path)
+    if "model" not in config:
+        raise ValueError("it has no 'model'")
+    config = LazyConfig.apply_overrides(config, [str(x) for x in opts])
+    # A LazyConfig student that was distilled: its student is the teacher.
+    node = config.model.get("student", config.model)
+    return TeacherSource(name, weights, lambda device: instantiate(node).to(device))

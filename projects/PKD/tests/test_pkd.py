@@ -9,8 +9,8 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 
-from projects.PKD import PKDDistiller
-from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch
+from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, LevelMaps
+from ssim_kd.projects.pkd import PKDDistiller
 from tests.helpers import TEACHER_FPN, build, distilled_config, save_weights, stock_config
 from tests.helpers import train_losses as losses_of
 
@@ -19,11 +19,21 @@ SHAPE = {"p3": ShapeSpec(channels=1, stride=8)}
 
 def make(channels: int = 1, **options) -> PKDDistiller:
     shapes = {"p3": ShapeSpec(channels=channels, stride=8)}
-    return PKDDistiller(student_shapes=shapes, teacher_shapes=shapes, **options)
+    distiller = PKDDistiller(**options)
+    distiller.bind_shapes(shapes, shapes)
+    return distiller
 
 
 def level_loss(student, teacher, mask=None, **options) -> torch.Tensor:
-    return make(student.shape[1], **options).level_loss(student, teacher, mask)
+    distiller = make(student.shape[1], **options)
+    return distiller.level_loss(maps_of(student, teacher, mask), DistillBatch([]))
+
+
+def maps_of(student, teacher, mask=None) -> LevelMaps:
+    padded = mask is not None
+    if mask is None:
+        mask = torch.ones(len(student), *student.shape[-2:], dtype=torch.bool)
+    return LevelMaps("p3", student, teacher, mask, padded)
 
 
 def test_a_value_worked_by_hand() -> None:
@@ -70,8 +80,13 @@ def test_the_gradient(monkeypatch) -> None:
     mask = torch.ones(2, 3, 3, dtype=torch.bool)
     mask[1, 2:] = False
     distiller = make(2)
-    assert torch.autograd.gradcheck(lambda x: distiller.level_loss(x, teacher, None), (student,))
-    assert torch.autograd.gradcheck(lambda x: distiller.level_loss(x, teacher, mask), (student,))
+    for cells in (None, mask):
+        assert torch.autograd.gradcheck(
+            lambda x, cells=cells: distiller.level_loss(
+                maps_of(x, teacher, cells), DistillBatch([])
+            ),
+            (student,),
+        )
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 3, 3, dtype=torch.bool)])
@@ -107,13 +122,13 @@ def test_half_precision_is_taken_to_single() -> None:
 
 
 def test_levels_and_weight_are_the_shared_ones() -> None:
-    distiller = make(loss_weight=6.0, level_weights=(0.5,))
+    distiller = make(weight=6.0, level_weights=(0.5,))
     student, teacher = {"p3": torch.randn(1, 1, 4, 4)}, {"p3": torch.randn(1, 1, 4, 4)}
-    batch = DistillBatch([(32, 32)], None, torch.device("cpu"))
-    total = distiller(student, teacher, batch)["loss_distill"]
+    total, by_level = distiller(student, teacher, DistillBatch([(32, 32)]))
     raw = level_loss(student["p3"], teacher["p3"])
-    torch.testing.assert_close(total, 3.0 * raw)
-    torch.testing.assert_close(distiller.metrics["distill/pkd_p3"], raw)
+    torch.testing.assert_close(total, 0.5 * raw)
+    torch.testing.assert_close(by_level["p3"], raw)
+    assert distiller.weight(0.0) == 6.0
 
 
 def test_eps_must_be_positive() -> None:
@@ -126,7 +141,8 @@ def test_it_distils(tmp_path: Path) -> None:
     opts = ("MODEL.DISTILL.NAME", "PKDDistiller", "MODEL.DISTILL.PKD.EPS", 1e-3)
     assert "PKDDistiller" in DISTILLER_REGISTRY
     model = build(distilled_config("faster", "retinanet", weights, *opts))
-    assert model.distiller.eps == 1e-3 and model.distiller.levels == ["p3", "p4", "p5", "p6"]
+    distiller = model.distillers["pkd"]
+    assert distiller.eps == 1e-3 and distiller.levels == ["p3", "p4", "p5", "p6"]
     losses = losses_of(model)
     losses["loss_distill"].backward()
     assert 0 < float(losses["loss_distill"].detach()) < 4 * 4 * 2

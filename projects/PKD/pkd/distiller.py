@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
 
-from ssim_kd.modeling import DISTILLER_REGISTRY, Distiller
+from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, LevelMaps, PyramidDistiller
 
 
 def standardize(x: torch.Tensor, cells: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,49 +30,40 @@ def standardize(x: torch.Tensor, cells: torch.Tensor, eps: float) -> torch.Tenso
 
 
 @DISTILLER_REGISTRY.register()
-class PKDDistiller(Distiller):
+class PKDDistiller(PyramidDistiller):
     """Half the mean squared error of standardised maps: 1 - the Pearson correlation.
 
     The moments are those of the batch of one process: under DDP the loss is not the mean over the
     samples that a single process would take.
     """
 
-    loss_name = "pkd"
-
     @configurable
-    def __init__(self, *, eps: float = 1e-6, **kwargs: Any) -> None:
+    def __init__(self, *, name: str = "pkd", eps: float = 1e-6, **kwargs: Any) -> None:
         """
         Args:
+            name: see :class:`Distiller`.
             eps: see :func:`standardize`.
-            kwargs: of :class:`Distiller`.
+            kwargs: of :class:`PyramidDistiller`.
 
         Raises:
             ValueError: ``eps`` is not positive.
         """
-        super().__init__(**kwargs)
+        super().__init__(name=name, **kwargs)
         if not eps > 0:
             raise ValueError(f"MODEL.DISTILL.PKD.EPS is {eps}; expected a positive number.")
         self.eps = eps
 
     @classmethod
-    def from_config(
-        cls,
-        cfg: CfgNode,
-        student_shapes: dict[str, ShapeSpec],
-        teacher_shapes: dict[str, ShapeSpec],
-    ) -> dict[str, Any]:
-        """What :class:`Distiller` takes, and the key of PKD."""
-        shared = super().from_config(cfg, student_shapes, teacher_shapes)
-        return {**shared, "eps": cfg.MODEL.DISTILL.PKD.EPS}
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What :class:`PyramidDistiller` takes, and the key of PKD."""
+        return {**super().from_config(cfg), "eps": cfg.MODEL.DISTILL.PKD.EPS}
 
-    def level_loss(
-        self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The loss of one level; see :meth:`Distiller.pyramid_loss`."""
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
+        """The loss of one level."""
         # In half precision the squares of a channel's deviations lose their digits.
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = student.float(), teacher.float()
-            cells = torch.ones_like(student[:, :1]) if mask is None else mask[:, None].float()
+        with torch.autocast(maps.student.device.type, enabled=False):
+            student, teacher = maps.student.float(), maps.teacher.float()
+            cells = maps.mask[:, None].float()
             difference = standardize(student, cells, self.eps) - standardize(
                 teacher, cells, self.eps
             )

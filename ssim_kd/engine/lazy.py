@@ -1,0 +1,208 @@
+"""Training and evaluation of a LazyConfig (.py), as Detectron2's lazyconfig_train_net.py does.
+
+The config has Detectron2's own parts: ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader``
+and ``train``. Distillation is a matter of ``model``::
+
+    model = L(DistilledDetector)(
+        student=student,                                  # any model of the zoo's LazyConfigs
+        teacher=L(FrozenTeacher.load_from)(name="new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py"),
+        distillers=[L(SSIMDistiller)(weight=4.0)],
+        max_iter="${..train.max_iter}",
+    )
+"""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import create_ddp_model, default_setup, hooks
+from detectron2.engine.defaults import default_writers
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+
+from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
+from ..modeling import DistilledDetector
+from .output_lock import output_lock
+from .signals import StopOnSignal
+from .train_loop import DistillStep
+
+logger = logging.getLogger(__name__)
+
+# What DistillTrainer takes from SOLVER.
+GRACE_PERIOD = 25.0
+
+
+def is_lazy(config_file: str) -> bool:
+    """Whether a config file is a LazyConfig."""
+    return config_file.endswith(".py")
+
+
+def load_lazy_config(args: argparse.Namespace) -> DictConfig:
+    """Read ``--config-file`` and apply the overrides ("key=value").
+
+    Raises:
+        ValueError: the file cannot be read, lacks a part, or an override does not fit.
+    """
+    try:
+        cfg = LazyConfig.load(os.path.expanduser(args.config_file))
+        cfg = LazyConfig.apply_overrides(cfg, list(args.opts))
+    except Exception as error:
+        raise ValueError(
+            f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
+            f"{type(error).__name__}: {error}. Expected a LazyConfig, and overrides key=value."
+        ) from error
+    needed = ("model", "dataloader", "train") + (
+        () if args.eval_only else ("optimizer", "lr_multiplier")
+    )
+    missing = [key for key in needed if key not in cfg]
+    if missing:
+        raise ValueError(f"--config-file {args.config_file} lacks {missing}.")
+    if getattr(args, "eval_teacher", False):
+        raise ValueError(
+            "--eval-teacher needs a YAML student; expected the teacher's own config for "
+            "--config-file, and --eval-only."
+        )
+    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("train.device is %r, but there is no GPU: 'cpu' is used.", cfg.train.device)
+        cfg.train.device = "cpu"
+    return cfg
+
+
+def lazy_main(args: argparse.Namespace) -> Any:
+    """Train or evaluate a LazyConfig in this process, one of one or more."""
+    cfg = load_lazy_config(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="ssim_kd")
+    if args.eval_only:
+        return _evaluate_only(cfg, args)
+    with output_lock(cfg.train.output_dir):
+        return _train(cfg, args)
+
+
+def _evaluate_only(cfg: DictConfig, args: argparse.Namespace) -> Any:
+    """Build the student alone, whose weights must fit to the last key."""
+    node = cfg.model.get("student", cfg.model)
+    model = instantiate(node).to(cfg.train.device)
+    path = cfg.train.init_checkpoint
+    if args.resume:
+        path = StudentCheckpointer(model, cfg.train.output_dir).newest() or path
+    load_strictly(model, read_weights(path, key="train.init_checkpoint"))
+    return _evaluate(cfg, model)
+
+
+def _evaluate(cfg: DictConfig, model: torch.nn.Module) -> Any:
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    print_csv_format(results)
+    return results
+
+
+class LazyTrainer(DistillStep):
+    """The training loop of a LazyConfig; stops orderly on SIGTERM.
+
+    Its data loader is the config's own, so that a resumed run has weights, optimizer and scheduler
+    of the interrupted one, but not its order of images.
+    """
+
+    checkpointer: StudentCheckpointer
+    results: Any = None
+
+    def request_stop(self) -> None:
+        """Ask for an orderly end after the current step."""
+        self.stop_requested = True
+
+    def after_train(self) -> None:
+        """Take in the last reports, then run the hooks."""
+        if self.iter >= self.max_iter:
+            self.flush()
+        self.close()
+        super().after_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks (the scheduler among them), optimizer and scaler."""
+        self.flush()
+        return {
+            **super().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if state_dict["grad_scaler"]:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _train(cfg: DictConfig, args: argparse.Namespace) -> Any:
+    model = instantiate(cfg.model).to(cfg.train.device)
+    distills = isinstance(model, DistilledDetector) and model.teacher is not None
+    if distills:
+        model.teacher.load()
+        model.log_period = 0
+    student = model.student if isinstance(model, DistilledDetector) else model
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    on_gpu = next(model.parameters()).is_cuda
+    ddp = create_ddp_model(
+        model,
+        broadcast_buffers=False,
+        device_ids=[torch.cuda.current_device()] if on_gpu else None,
+    )
+    trainer = LazyTrainer(
+        ddp,
+        instantiate(cfg.dataloader.train),
+        optimizer,
+        amp=cfg.train.amp.enabled,
+        output_dir=cfg.train.output_dir,
+        log_period=cfg.train.log_period,
+    )
+    trainer.checkpointer = StudentCheckpointer(
+        student,
+        cfg.train.output_dir,
+        trainer=trainer,
+        **({"distillers": model.distillers} if distills else {}),
+    )
+
+    def evaluate() -> Any:
+        trainer.results = _evaluate(cfg, student)
+        return trainer.results
+
+    stop = StopOnSignal(GRACE_PERIOD)
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            stop,
+            hooks.PeriodicCheckpointer(trainer.checkpointer, **cfg.train.checkpointer)
+            if comm.is_main_process()
+            else None,
+            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter),
+                period=cfg.train.log_period,
+            )
+            if comm.is_main_process()
+            else None,
+        ]
+    )
+    resumed = trainer.checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    if resumed:
+        logger.warning(
+            "--resume: the data loader of a LazyConfig begins anew, so that the order of images is "
+            "not that of an uninterrupted run."
+        )
+    try:
+        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    finally:
+        stop.give_back()
+    return trainer.results

@@ -1,0 +1,71 @@
+"""The weight of a distillation loss over the training: ``MODEL.DISTILL.SCHEDULE``."""
+
+import math
+
+from detectron2.config import CfgNode
+from detectron2.solver.lr_scheduler import WarmupParamScheduler
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+)
+
+SCHEDULES = ("constant", "linear", "cosine", "step")
+
+
+def build_schedule(cfg: CfgNode) -> ParamScheduler:
+    """The weight ``MODEL.DISTILL.LOSS_WEIGHT`` as ``MODEL.DISTILL.SCHEDULE`` changes it.
+
+    It is a function of iteration / MAX_ITER alone, so that a resumed training needs no state.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    node, total = cfg.MODEL.DISTILL.SCHEDULE, int(cfg.SOLVER.MAX_ITER)
+    weight, end = cfg.MODEL.DISTILL.LOSS_WEIGHT, node.END_FACTOR
+    for key, value in (("LOSS_WEIGHT", weight), ("SCHEDULE.END_FACTOR", end)):
+        if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"MODEL.DISTILL.{key} is {value}; expected a finite number >= 0.")
+    if node.NAME not in SCHEDULES:
+        raise ValueError(
+            f"MODEL.DISTILL.SCHEDULE.NAME is {node.NAME!r}; expected one of {SCHEDULES}."
+        )
+    for key in ("WARMUP_ITERS", "STOP_ITER"):
+        if not 0 <= node[key] <= total:
+            raise ValueError(
+                f"MODEL.DISTILL.SCHEDULE.{key} is {node[key]}; expected an iteration from 0 to "
+                f"SOLVER.MAX_ITER ({total})."
+            )
+    schedule = _decay(cfg, weight, end, total)
+    if node.WARMUP_ITERS:
+        # From 0, linearly.
+        schedule = WarmupParamScheduler(schedule, 0.0, node.WARMUP_ITERS / total, "linear")
+    if 0 < node.STOP_ITER < total:
+        stop = node.STOP_ITER / total
+        schedule = CompositeParamScheduler(
+            [schedule, ConstantParamScheduler(0.0)],
+            lengths=[stop, 1 - stop],
+            interval_scaling=["fixed", "fixed"],
+        )
+    return schedule
+
+
+def _decay(cfg: CfgNode, weight: float, end: float, total: int) -> ParamScheduler:
+    node = cfg.MODEL.DISTILL.SCHEDULE
+    if node.NAME == "linear":
+        return LinearParamScheduler(weight, weight * end)
+    if node.NAME == "cosine":
+        return CosineParamScheduler(weight, weight * end)
+    if node.NAME == "step":
+        steps = list(node.STEPS)
+        if not steps or steps != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] < total:
+            raise ValueError(
+                f"MODEL.DISTILL.SCHEDULE.STEPS is {steps}; expected growing iterations between 0 "
+                f"and SOLVER.MAX_ITER ({total})."
+            )
+        values = [weight * node.GAMMA**i for i in range(len(steps) + 1)]
+        return MultiStepParamScheduler(values, num_updates=total, milestones=steps)
+    return ConstantParamScheduler(weight)
