@@ -15,8 +15,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from projects import add_project_configs
 from ssim_kd.config import add_distill_config
+from ssim_kd.projects import add_project_configs
 
 # Kind of detector: the config of the model zoo that it is a small copy of.
 KINDS = {

@@ -105,8 +105,8 @@ def test_two_steps_then_resume_and_evaluation(tmp_path: Path) -> None:
     train_net("SOLVER.MAX_ITER", "2")
     first = torch.load(output / "model_final.pth", weights_only=True)
     assert first["iteration"] == 1
-    assert set(first["distiller"]) == {
-        f"adapters.p{level}.{kind}" for level in range(2, 7) for kind in ("weight", "bias")
+    assert set(first["distillers"]) == {
+        f"ssim.adapters.p{level}.{kind}" for level in range(2, 7) for kind in ("weight", "bias")
     }
 
     log = train_net("--resume", "SOLVER.MAX_ITER", "3")

@@ -23,7 +23,7 @@ SOURCES = [
     for file in sorted((ROOT / folder).rglob("*.py"))
     if "tests" not in file.parts
 ]
-DECLARATIONS = [ROOT / "ssim_kd" / "config.py", *sorted((ROOT / "projects").glob("*/config.py"))]
+DECLARATIONS = [ROOT / "ssim_kd" / "config.py", *sorted((ROOT / "projects").glob("*/*/config.py"))]
 
 
 def new_keys(node: CfgNode, known: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -169,7 +169,9 @@ def distiller_of():
         cfg.merge_from_list([f"MODEL.DISTILL.{x}" if i % 2 == 0 else x for i, x in enumerate(opts)])
         ours = {"p3": ShapeSpec(channels=4, stride=8)}
         theirs = {"p3": ShapeSpec(channels=6, stride=8)}
-        return FeatureDistiller(cfg, ours, theirs)
+        distiller = FeatureDistiller(cfg)
+        distiller.bind_shapes(ours, theirs)
+        return distiller
 
     return build
 
@@ -200,8 +202,7 @@ def test_an_option_reaches_the_loss(key, value, distiller_of) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("LOSS", "l1", {"loss_name": "l1"}),
-        ("LOSS_WEIGHT", 2.5, {"loss_weight": 2.5}),
+        ("LOSS", "l1", {"name": "l1"}),
         ("LEVEL_WEIGHTS", [3.0], {"level_weights": [3.0]}),
         ("MASK_PADDING", False, {"mask_padding": False}),
         ("RESIZE", "bilinear", {"resize": "bilinear"}),
@@ -211,3 +212,8 @@ def test_an_option_reaches_the_distiller(key, value, expected, distiller_of) -> 
     (name,) = expected
     assert getattr(distiller_of(key, value), name) == expected[name]
     assert getattr(distiller_of(), name) != expected[name]
+
+
+def test_the_loss_weight_reaches_the_distiller(distiller_of) -> None:
+    assert distiller_of("LOSS_WEIGHT", 2.5).weight(0.5) == 2.5
+    assert distiller_of().weight(0.5) == 4.0

@@ -176,7 +176,7 @@ def test_the_picture(out: Path) -> None:
         folder.mkdir(parents=True)
         saved = {"model": build_model(student_config(cfg)).state_dict()}
         if training is DISTILLED:
-            saved["distiller"] = build_model(cfg).distiller.state_dict()
+            saved["distillers"] = build_model(cfg).distillers.state_dict()
         torch.save(saved, folder / "model_final.pth")
     configs = {t.key: demo.config_of(t, args, out) for t in demo.TRAININGS}
     demo.make_data(configs["student"])

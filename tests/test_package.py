@@ -6,6 +6,7 @@ import configparser
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -48,16 +49,50 @@ def pins(name: str) -> dict[tuple[str, str], Version]:
     return found
 
 
-def run_without_detectron2(prepare: str) -> subprocess.CompletedProcess[str]:
-    # -S: no site-packages, hence no Detectron2, whatever is installed here.
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{prepare}\nimport ssim_kd"
+def run_without_detectron2(code: str, *, paths: Iterable[str] = ()) -> subprocess.CompletedProcess:
+    """Run code where Detectron2 and fvcore are not found, wherever they are installed."""
+    hide = f"""
+import importlib.machinery, sys
+sys.path[:0] = {[str(ROOT), *paths]!r}
+hidden = ("detectron2", "fvcore", "iopath", "pycocotools")
+find = importlib.machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    spec = find(name, path, target)
+    named = name.split(".")[0] in hidden and spec is not None and spec.origin is not None
+    return None if named else spec
+for finder in sys.meta_path:
+    if getattr(finder, "__name__", "") == "PathFinder":
+        finder.find_spec = find_spec
+    elif "editable" in getattr(finder, "__module__", getattr(finder, "__name__", "")):
+        sys.meta_path.remove(finder)
+"""
     return subprocess.run(
-        [sys.executable, "-S", "-E", "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-E", "-c", hide + code], capture_output=True, text=True, check=False
     )
 
 
-def test_import_without_detectron2_names_both_ways_to_install() -> None:
-    result = run_without_detectron2("")
+LOSSES_ALONE = """
+import sys, torch
+import ssim_kd
+from ssim_kd.losses import lp_loss, pyramid_ssim_loss, ssim_loss
+x = torch.rand(1, 2, 16, 16)
+assert float(ssim_loss(x, x)) < 1e-6 and float(lp_loss(x, x, p=1)) == 0
+print("modules", sorted(set(hidden) & set(sys.modules)))
+print("version", ssim_kd.__version__, "names", "DistilledDetector" in dir(ssim_kd))
+"""
+
+
+def test_losses_need_no_detectron2() -> None:
+    result = run_without_detectron2(LOSSES_ALONE)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["modules []", f"version {ssim_kd.__version__} names True"]
+
+
+@pytest.mark.parametrize(
+    "code", ["import ssim_kd; ssim_kd.DistilledDetector", "from ssim_kd import add_distill_config"]
+)
+def test_a_public_name_without_detectron2_raises_both_ways_to_install(code: str) -> None:
+    result = run_without_detectron2(code)
     assert result.returncode != 0
     assert "ImportError" in result.stderr
     assert "INSTALL.md" in result.stderr
@@ -66,8 +101,21 @@ def test_import_without_detectron2_names_both_ways_to_install() -> None:
 
 def test_a_folder_named_detectron2_is_not_taken_for_it(tmp_path: Path) -> None:
     (tmp_path / "detectron2").mkdir()
-    result = run_without_detectron2(f"sys.path.insert(0, {str(tmp_path)!r})")
+    result = run_without_detectron2(
+        "import ssim_kd; ssim_kd.DistilledDetector", paths=[str(tmp_path)]
+    )
     assert "ssim_kd needs Detectron2, which is not installed" in result.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = ssim_kd.no_such_name
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(ssim_kd.__all__) == set(dir(ssim_kd))
+    for name in ssim_kd.__all__:
+        assert getattr(ssim_kd, name) is not None
 
 
 def test_version_is_a_version() -> None:

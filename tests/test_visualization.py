@@ -13,8 +13,7 @@ from torch import nn
 
 from ssim_kd import visualization
 from ssim_kd.engine.hooks import VisualizeDistillation
-from ssim_kd.modeling.batch import DistillBatch
-from ssim_kd.modeling.taps import FeatureTap
+from ssim_kd.modeling import DistillBatch, Tap
 from ssim_kd.visualization import (
     draw_detections,
     heatmap,
@@ -105,16 +104,16 @@ def test_the_maps_are_what_the_loss_averages(model: nn.Module) -> None:
     batch = make_batch()
     maps = loss_maps(model, batch)
     model.eval()
-    with torch.no_grad(), FeatureTap(model.student, model.distiller.levels) as ours:
+    distiller = model.distillers["ssim"]
+    with torch.no_grad(), Tap(model.student, distiller.levels) as ours:
         model.student.backbone(model.student.preprocess_image(batch).tensor)
     theirs = model.teacher([x["image"] for x in batch])
     with torch.no_grad():
-        model.distiller(ours, theirs, DistillBatch.from_inputs(batch, torch.device("cpu")))
-    assert list(maps) == model.distiller.levels
+        _, by_level = distiller(ours, theirs, DistillBatch.from_inputs(batch))
+    assert list(maps) == distiller.levels
     for level, found in maps.items():
         mean = torch.stack([image.nanmean() for image in found.loss]).mean()
-        expected = model.distiller.metrics[f"distill/ssim_{level}"]
-        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean, by_level[level], rtol=1e-4, atol=1e-5)
         assert found.loss.shape == found.structure.shape == found.contrast.shape
 
 
@@ -130,7 +129,8 @@ def test_any_meta_architecture_is_shown(model: nn.Module, tmp_path) -> None:
 
 @pytest.mark.parametrize("scaling", ["sample", "batch", "none"])
 def test_channels_in_groups_have_the_scaling_of_all(scaling, model, monkeypatch) -> None:
-    monkeypatch.setitem(model.distiller.options, "scaling", None if scaling == "none" else scaling)
+    options = model.distillers["ssim"].options
+    monkeypatch.setitem(options, "scaling", None if scaling == "none" else scaling)
     expected = loss_maps(model, make_batch())
     monkeypatch.setattr(visualization, "CHANNELS_AT_ONCE", 7)
     for level, found in loss_maps(model, make_batch()).items():
@@ -168,7 +168,7 @@ def test_a_plain_student_has_no_loss_maps(model: nn.Module) -> None:
 
 def test_pictures_by_level(model: nn.Module) -> None:
     pictures = loss_map_images(model, make_batch(((96, 128), (60, 90))))
-    assert set(pictures) == set(model.distiller.levels)
+    assert set(pictures) == set(model.distillers["ssim"].levels)
     for picture in pictures.values():
         assert picture.shape == (96 + 60, 5 * 128, 3)
         assert picture.dtype == np.uint8
@@ -185,6 +185,6 @@ def test_the_hook_draws_every_period(model: nn.Module) -> None:
         hook.trainer.iter = 1
         hook.after_step()
         names = {name for name, _, _ in storage._vis_data}
-        assert names == {f"distill/{level}" for level in model.distiller.levels}
+        assert names == {f"distill/{level}" for level in model.distillers["ssim"].levels}
         assert all(image.shape[0] == 3 for _, image, _ in storage._vis_data)
     train_losses(model)  # still trains

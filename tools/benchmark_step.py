@@ -14,7 +14,7 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssim_kd.config import student_config
-from ssim_kd.modeling import DistilledDetector, FrozenTeacher, teacher_config
-from ssim_kd.modeling.distiller import build_distiller
+from ssim_kd.modeling import DistilledDetector, FrozenTeacher, build_distillers, teacher_config
 from tools.benchmarking import (
     PAIRS,
     ROOT,
@@ -44,14 +43,15 @@ from tools.benchmarking import (
 ARMS = ("student", "none", "l2", "ssim")
 
 
-def timed(function: Callable, clock: Clock, name: str) -> Callable:
-    """The function, timed at every call."""
+class TimedTeacher(FrozenTeacher):
+    """A teacher whose calls are timed while it has a clock."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with clock(name):
-            return function(*args, **kwargs)
+    clock: Clock | None = None
 
-    return call
+    def __call__(self, images: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """See :class:`FrozenTeacher`."""
+        with self.clock("teacher forward") if self.clock else nullcontext():
+            return super().__call__(images)
 
 
 def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -61,13 +61,13 @@ def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> di
     built: dict[str, nn.Module] = {"student": student, "none": DistilledDetector(student=student)}
     losses = [arm for arm in arms if arm not in built]
     if losses:
-        teacher = FrozenTeacher(stand_in(teacher_config(cfg)), **args.teacher)
-        teacher.to(torch.device(args.device))
+        teacher = TimedTeacher(stand_in(teacher_config(cfg)), **args.teacher)
     for loss in losses:
-        distiller = build_distiller(shipped_config(name, args.device, loss), student, teacher)
         built[loss] = DistilledDetector(
-            student=student, teacher=teacher, distiller=distiller.to(args.device)
-        )
+            student=student,
+            teacher=teacher,
+            distillers=build_distillers(shipped_config(name, args.device, loss)),
+        ).to(args.device)
     return {arm: built[arm] for arm in arms}
 
 
@@ -151,11 +151,10 @@ def measure_parts(
 ) -> dict[str, Any]:
     """Where the time of a step goes: teacher, student's forward, loss, backward of all."""
     clock = Clock(args.device)
-    teacher = model.teacher
-    model.teacher = timed(teacher, clock, "teacher forward")
+    model.teacher.clock = clock
     hooks = [
         *clock.around(model.student, "student forward"),
-        *clock.around(model.distiller, "loss forward"),
+        *(hook for d in model.distillers.values() for hook in clock.around(d, "loss forward")),
     ]
     with EventStorage():
         for _ in range(args.warmup + args.steps):
@@ -165,7 +164,7 @@ def measure_parts(
                 total = torch.stack(list(losses.values())).sum()
             with clock("backward"):
                 total.backward()
-    model.teacher = teacher
+    model.teacher.clock = None
     for hook in hooks:
         hook.remove()
     return {k: summary(v) for k, v in clock.seconds(skip=args.warmup).items()}
@@ -208,7 +207,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.size = args.size or ((800, 1333) if on_gpu else (160, 256))
     args.images = args.images or (2 if on_gpu else 1)
     args.steps = args.steps or (15 if on_gpu else 5)
-    args.teacher = {"dtype": torch.float16, "channels_last": True} if args.amp and on_gpu else {}
+    half = {"dtype": torch.float16, "channels_last": True} if args.amp and on_gpu else {}
+    args.teacher = {"fold_bn": True, **half}
     return args
 
 

@@ -47,7 +47,7 @@ def load_distilled(cfg: CfgNode, folder: Path) -> DistilledDetector:
     model = build_model(cfg)
     path = str(folder / "model_final.pth")
     load_strictly(model.student, read_weights(path, key="MODEL.WEIGHTS"))
-    model.distiller.load_state_dict(read_checkpoint(path)["distiller"])
+    model.distillers.load_state_dict(read_checkpoint(path)["distillers"])
     return model.eval()
 
 

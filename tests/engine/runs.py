@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from projects import add_project_configs
 from ssim_kd.engine import argument_parser, load_config, main, run
+from ssim_kd.projects import add_project_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 
-from projects import add_project_configs
+from ssim_kd.projects import add_project_configs
 from ssim_kd.engine import argument_parser, load_config, run
 from ssim_kd.engine import main as main_function
 from ssim_kd.engine.preflight import check_start
@@ -73,7 +73,7 @@ def test_load_config_code(value, world: World, tmp_path) -> None:
 def test_main_teacher_config_with_code(world: World, tmp_path) -> None:
     config = tmp_path / "evil.yaml"
     config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
-    with pytest.raises(ValueError, match="The teacher's config cannot be read"):
+    with pytest.raises(ValueError, match=r"CONFIG_FILE .*constructor for the tag .*os\.system"):
         world.main(tmp_path / "out", "MODEL.DISTILL.TEACHER.CONFIG_FILE", config)
     assert not (tmp_path / "ran").exists()
 
@@ -178,10 +178,10 @@ def test_check_config_expected_ap_of_no_set(world: World, tmp_path) -> None:
 
 def test_main_expected_ap_of_other_classes(world: World, tmp_path) -> None:
     classes = ("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.ROI_HEADS.NUM_CLASSES", 80])
-    with pytest.raises(ValueError, match=r"80 classes .*have 10: .*EXPECTED_AP to 0"):
+    with pytest.raises(ValueError, match=r"80 classes.* have 10 .*EXPECTED_AP to 0"):
         world.cfg(tmp_path, *classes, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20)
     world.cfg(tmp_path, *classes)
-    with pytest.raises(ValueError, match=r"80 classes .*leave --eval-teacher out"):
+    with pytest.raises(ValueError, match=r"80 classes.*leave --eval-teacher out"):
         world.main(tmp_path, "--eval-teacher", *classes)
 
 

@@ -66,14 +66,14 @@ def test_train_logs_losses_by_level(six: Path) -> None:
 
 def test_train_saves_a_plain_student(six: Path) -> None:
     saved = checkpoint(six)
-    assert saved.keys() == {"model", "distiller", "trainer", "iteration"}
+    assert saved.keys() == {"model", "distillers", "trainer", "iteration"}
     cfg = get_cfg()
     cfg.merge_from_file(str(six / "student.yaml"))
     model = build_model(cfg)
     result = model.load_state_dict(saved["model"], strict=False)
     # Detectron2 makes pixel_mean and pixel_std of the config.
     assert not result.unexpected_keys and not result.missing_keys
-    assert not any("teacher" in key for key in [*saved["model"], *saved["distiller"]])
+    assert not any("teacher" in key for key in [*saved["model"], *saved["distillers"]])
 
 
 def test_train_resumed_equals_the_whole(world: World, six: Path, tmp_path) -> None:
@@ -292,7 +292,7 @@ def test_resume_or_load_another_model(world: World, six: Path, tmp_path) -> None
     folder = half_of(six, tmp_path / "resumed")
     with pytest.raises(ValueError, match=r"--resume: .*model_0000002\.pth"):
         world.main(folder, "--resume", "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
-    with pytest.raises(ValueError, match=r"has \['distiller'\] beside the config"):
+    with pytest.raises(ValueError, match=r"has \['distillers'\] beside the config"):
         world.main(folder, "--resume", "MODEL.DISTILL.ENABLED", "False")
 
 
@@ -330,7 +330,7 @@ def test_build_hooks_order(world: World, tmp_path) -> None:
     assert not any(module is trainer.model.teacher.backbone for module in modules)
     ids = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert ids == {id(p) for p in trainer.model.parameters() if p.requires_grad}
-    assert {id(p) for p in trainer.model.distiller.parameters()} <= ids
+    assert {id(p) for p in trainer.model.distillers.parameters()} <= ids
     assert not ids & {id(p) for p in trainer.model.teacher.backbone.parameters()}
 
 

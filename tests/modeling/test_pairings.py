@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ssim_kd.modeling import DistillBatch
 from tests.helpers import (
     STUDENT_FPN,
     TEACHER_FPN,
@@ -19,18 +20,32 @@ P3_P6 = ["p3", "p4", "p5", "p6"]
 RES = ["res2", "res3", "res4", "res5"]
 
 
+def the_distiller(model):
+    """The only distiller of a model."""
+    (distiller,) = model.distillers.values()
+    return distiller
+
+
 def check_step(model, batch=None) -> None:
     """One step: finite losses, and a gradient of the distillation alone in every adapter."""
     losses = train_losses(model, batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert losses["loss_distill"] > 0
     losses["loss_distill"].backward(retain_graph=True)
-    for name, p in model.distiller.named_parameters():
+    for name, p in the_distiller(model).named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
         assert p.grad.any() or name.endswith("bias"), name
     reached = [n for n, p in model.student.backbone.named_parameters() if p.grad is not None]
     assert reached
     sum(losses.values()).backward()
+
+
+def record_maps(model) -> list:
+    """What the distiller of a model compares, filled step by step."""
+    distiller, seen = the_distiller(model), []
+    original = distiller.pyramid_loss
+    distiller.pyramid_loss = lambda maps, batch: seen.append(maps) or original(maps, batch)
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -51,14 +66,14 @@ def check_step(model, batch=None) -> None:
 )
 def test_common_levels_are_found(student, teacher, levels, weights_of) -> None:
     model = build(distilled_config(student, teacher, weights_of(teacher)))
-    assert model.distiller.levels == levels
+    assert the_distiller(model).levels == levels
     # p7 of a small image is a single cell, constant when scaled: no gradient.
     check_step(model, make_batch(((160, 256),)) if "p7" in levels else None)
     assert {k for k in model.metrics if not k.endswith("_weighted")} == {
         f"distill/ssim_{level}" for level in levels
     }
     # FPNs of 32 and 48 channels; backbones below them that are alike need no adapter.
-    assert list(model.distiller.adapters) == [level for level in levels if level[0] == "p"]
+    assert list(the_distiller(model).adapters) == [level for level in levels if level[0] == "p"]
 
 
 @pytest.mark.parametrize("levels", [RES, ["res5", "p3"], ["p4"]])
@@ -67,7 +82,7 @@ def test_levels_can_be_named(levels, weights_of) -> None:
         "faster", "mask", weights_of("mask"), "MODEL.DISTILL.IN_FEATURES", levels
     )
     model = build(cfg)
-    assert model.distiller.levels == levels
+    assert the_distiller(model).levels == levels
     check_step(model)
 
 
@@ -86,13 +101,11 @@ def test_class_counts_may_differ(weights_of) -> None:
 def test_maps_padded_unlike_are_cropped(weights_of) -> None:
     # The C4 student does not pad: 100 x 130 gives 7 x 9 cells. Its teacher pads to 128 x 160.
     model = build(distilled_config("c4", "faster", weights_of("faster")))
-    shapes = []
-    model.distiller.pyramid_loss = lambda students, teachers, masks: (
-        shapes.append((students[0].shape[-2:], teachers[0].shape[-2:], masks[0]))
-        or (students[0].sum() * 0, torch.zeros(1))
-    )
+    seen = record_maps(model)
     train_losses(model, make_batch(((100, 130),)))
-    assert shapes == [((7, 9), (7, 9), None)]
+    ((maps,),) = seen
+    assert maps.student.shape[-2:] == maps.teacher.shape[-2:] == (7, 9)
+    assert not maps.padded and maps.mask.all()
 
 
 @pytest.mark.parametrize(
@@ -108,21 +121,21 @@ def test_strides_that_differ_are_resized_where_asked_for(
         build(cfg)
     cfg.MODEL.DISTILL.RESIZE = "bilinear"
     model = build(cfg)
-    seen = []
-    original = model.distiller.pyramid_loss
-    model.distiller.pyramid_loss = lambda s, t, m: seen.append((s, t)) or original(s, t, m)
+    seen = record_maps(model)
     check_step(model)
-    (((ours,), (theirs,)),) = seen
-    assert ours.shape == theirs.shape
-    assert ours.shape[-2:] == (96 // student_stride, 128 // student_stride)
+    ((maps,),) = seen
+    assert maps.student.shape == maps.teacher.shape
+    assert maps.student.shape[-2:] == (96 // student_stride, 128 // student_stride)
 
 
 def test_resizing_keeps_the_cells_at_the_right_and_bottom(weights_of) -> None:
     # 208 x 272 pixels are 13 x 17 cells of the teacher's, 6.5 x 8.5 of the student's.
     opts = ("MODEL.DISTILL.IN_FEATURES", ["res5"], "MODEL.DISTILL.RESIZE", "bilinear")
-    distiller = build(distilled_config("faster", "dc5", weights_of("dc5"), *opts)).distiller
+    distiller = the_distiller(build(distilled_config("faster", "dc5", weights_of("dc5"), *opts)))
     columns = torch.arange(17.0).expand(1, 2, 13, 17)
-    ours, theirs = distiller.align("res5", torch.zeros(1, 2, 7, 9), columns)
+    batch = DistillBatch([(208, 272)])
+    maps = distiller.align("res5", torch.zeros(1, 2, 7, 9), columns, batch)
+    ours, theirs = maps.student, maps.teacher
     assert ours.shape == theirs.shape and theirs.shape[-2:] == (7, 9)
     # Pairs of columns are averaged; the last one stands alone.
     assert theirs[0, 0, -1].tolist() == [*(2 * i + 0.5 for i in range(8)), 16.0]
@@ -140,7 +153,7 @@ def test_resizing_keeps_the_cells_at_the_right_and_bottom(weights_of) -> None:
 def test_adapters_are_made_where_asked_for(mode, fpn, adapted, weights_of) -> None:
     opts = ("MODEL.DISTILL.ADAPTER", mode, "MODEL.FPN.OUT_CHANNELS", fpn)
     model = build(distilled_config("faster", "faster", weights_of("faster"), *opts))
-    adapters = model.distiller.adapters
+    adapters = the_distiller(model).adapters
     assert list(adapters) == adapted
     assert all(tuple(a.weight.shape) == (TEACHER_FPN, fpn, 1, 1) for a in adapters.values())
     check_step(model)
@@ -157,6 +170,7 @@ def test_a_student_can_teach_in_its_turn(weights_of, tmp_path) -> None:
     again.MODEL.DISTILL.TEACHER.OPTS = []
     again.MODEL.DISTILL.TEACHER.FOLD_BN = False
     model = build(again)
+    model.teacher.load()
     expected = first.student.backbone.state_dict()
     for name, value in model.teacher.backbone.state_dict().items():
         assert torch.equal(value, expected[name])

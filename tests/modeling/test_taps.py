@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from ssim_kd.modeling import FeatureTap, tappable_levels
+from ssim_kd.modeling import Tap, tappable_levels
 from tests.helpers import build, distilled_config, make_batch, stock_config, train_losses
 
 
@@ -23,7 +23,9 @@ def model(weights_of):
     cfg = distilled_config(
         "faster", "faster", weights_of("faster"), "MODEL.DISTILL.IN_FEATURES", ["res3", "p3"]
     )
-    return build(cfg)
+    model = build(cfg)
+    model.teacher.load()
+    return model
 
 
 def hooks(model: torch.nn.Module) -> list:
@@ -47,7 +49,7 @@ def test_levels_come_with_their_strides(kind, expected) -> None:
     if kind in ("faster", "retinanet"):
         expected = expected | {k: v for k, v in below.items() if kind == "faster" or k != "res2"}
     assert {name: shape.stride for name, shape in levels.items()} == expected
-    with FeatureTap(model, list(levels)) as features, torch.no_grad():
+    with Tap(model, list(levels)) as features, torch.no_grad():
         model.backbone(torch.zeros(1, 3, 128, 128))
     found = {name: (value.shape[1], 128 // value.shape[2]) for name, value in features.items()}
     assert found == {name: (shape.channels, shape.stride) for name, shape in levels.items()}
@@ -55,7 +57,7 @@ def test_levels_come_with_their_strides(kind, expected) -> None:
 
 def test_a_tap_gives_the_very_tensors_of_the_forward(detector) -> None:
     images = torch.rand(1, 3, 64, 64)
-    with FeatureTap(detector, ["p3", "res5"]) as features, torch.no_grad():
+    with Tap(detector, ["p3", "res5"]) as features, torch.no_grad():
         outputs = detector.backbone(images)
     assert features["p3"] is outputs["p3"]
     with torch.no_grad():
@@ -63,9 +65,29 @@ def test_a_tap_gives_the_very_tensors_of_the_forward(detector) -> None:
     assert set(features) == {"p3", "res5"} and torch.equal(features["res5"], below["res5"])
 
 
-def test_an_unknown_level_is_refused_by_name(detector) -> None:
-    with pytest.raises(ValueError, match=r"\['p7', 'res9'\] are not among .*'p2'.*'res5'"):
-        FeatureTap(detector, ["p3", "p7", "res9"])
+def test_tap_of_an_unknown_name_names_it_and_the_levels(detector) -> None:
+    with pytest.raises(ValueError, match=r"\['p7', 'res9', ''\].*'p2'.*'res5'"):
+        Tap(detector, ["p3", "p7", "res9", ""])
+
+
+def test_tap_of_a_submodule_collects_its_calls(detector) -> None:
+    names = ["p3", "proposal_generator.rpn_head.conv", "roi_heads.box_pooler"]
+    with Tap(detector, names) as outputs, torch.no_grad():
+        detector(make_batch())
+    calls = outputs["proposal_generator.rpn_head.conv"]
+    # The head is called once a level, p2 to p6, in their order.
+    assert [tuple(call.output.shape[-2:]) for call in calls] == [
+        (24, 32),
+        (12, 16),
+        (6, 8),
+        (3, 4),
+        (2, 2),
+    ]
+    assert calls[1].inputs[0] is outputs["p3"]
+    (pooled,) = outputs["roi_heads.box_pooler"]
+    boxes = pooled.inputs[1]
+    assert len(boxes) == 2 and pooled.output.shape[0] == sum(len(b) for b in boxes)
+    assert not hooks(detector)
 
 
 def test_no_hook_is_left_after_a_step(model) -> None:
@@ -117,7 +139,7 @@ def test_evaluation_neither_taps_nor_asks_the_teacher(model, monkeypatch) -> Non
         raise AssertionError("asked in evaluation")
 
     monkeypatch.setattr(type(model.teacher), "__call__", fail)
-    monkeypatch.setattr(FeatureTap, "__enter__", fail)
+    monkeypatch.setattr(Tap, "__enter__", fail)
     model.eval()
     batch = make_batch()
     with torch.no_grad():

@@ -33,7 +33,8 @@ def cfg(weights_of):
 
 def save_checkpoint(model, folder: Path) -> Path:
     """A checkpoint with everything that a training keeps."""
-    DetectionCheckpointer(model.student, str(folder), distiller=model.distiller).save("model_final")
+    checkpointer = DetectionCheckpointer(model.student, str(folder), distillers=model.distillers)
+    checkpointer.save("model_final")
     return folder / "model_final.pth"
 
 
@@ -109,7 +110,7 @@ def test_a_checkpoint_needs_no_ssim_kd(cfg, tmp_path) -> None:
 def test_without_distillation_the_losses_are_the_stock_ones(kind) -> None:
     off = ("MODEL.DISTILL.ENABLED", False)
     model = build(distilled_config(kind, "faster", "no/such/weights.pth", *off))
-    assert model.teacher is None and model.distiller is None and model.metrics == {}
+    assert model.teacher is None and not model.distillers and model.metrics == {}
     stock = build(stock_config(kind))
     found, expected = train_losses(model), train_losses(stock)
     assert found.keys() == expected.keys()
@@ -157,8 +158,10 @@ def test_the_inputs_are_left_as_they_were(cfg) -> None:
         assert torch.equal(one["instances"].gt_boxes.tensor, other["instances"].gt_boxes.tensor)
 
 
-def test_a_distillers_loss_may_not_hide_one_of_the_students(cfg, monkeypatch) -> None:
+def test_loss_distill_may_not_hide_a_loss_of_the_students(cfg, monkeypatch) -> None:
     model = build(cfg)
-    monkeypatch.setattr(type(model.distiller), "forward", lambda *_: {"loss_cls": torch.zeros(())})
-    with pytest.raises(ValueError, match="loss_cls"):
+    monkeypatch.setattr(
+        type(model.student), "forward", lambda *_: {"loss_distill": torch.zeros(())}
+    )
+    with pytest.raises(ValueError, match="loss_distill"):
         train_losses(model)

@@ -1,0 +1,175 @@
+"""LazyConfig students and teachers through the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+
+from ssim_kd.engine import argument_parser, run
+from ssim_kd.engine.lazy import load_lazy_config
+from ssim_kd.modeling import DistilledDetector, FrozenTeacher
+from tests.engine.runs import World, checkpoint, log, metrics
+
+# A RetinaNet of the zoo made small; the teacher is another LazyConfig with another width.
+BASE = """
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L, get_cfg
+from detectron2.layers import ShapeSpec
+from ssim_kd import DistilledDetector, FrozenTeacher, SSIMDistiller, add_distill_config
+from ssim_kd.data import register_digits
+
+_cfg = get_cfg()
+add_distill_config(_cfg)
+_cfg.merge_from_file("{student_yaml}")
+register_digits(_cfg)
+
+_zoo = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+model, optimizer, dataloader, train = _zoo.model, _zoo.optimizer, _zoo.dataloader, _zoo.train
+lr_multiplier = _zoo.lr_multiplier
+model.num_classes = 10
+model.pixel_std = [57.0, 57.0, 57.0]
+model.backbone.bottom_up.freeze_at = 0
+model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = "BN"
+model.backbone.bottom_up.stem.out_channels = 16
+_stages = model.backbone.bottom_up.stages
+del _stages["depth"]
+_stages._target_ = "{module}.small_stages"
+model.backbone.out_channels = model.backbone.top_block.out_channels = {width}
+model.backbone.top_block.in_channels = 128
+model.head.conv_dims, model.head.input_shape = [{width}], [ShapeSpec(channels={width})] * 5
+dataloader.train.dataset.names, dataloader.test.dataset.names = "digits_train", "digits_val"
+dataloader.train.total_batch_size, dataloader.train.num_workers = 2, 0
+dataloader.test.num_workers = 0
+dataloader.train.mapper.use_instance_mask = False
+dataloader.train.mapper.augmentations[0].short_edge_length = (96,)
+dataloader.test.mapper.augmentations[0].short_edge_length = 96
+train.device, train.max_iter, train.eval_period, train.log_period = "cpu", 2, 2, 1
+train.init_checkpoint, train.checkpointer.period = "", 1
+"""
+STUDENT = """
+model = L(DistilledDetector)(
+    student=model,
+    teacher=L(FrozenTeacher.load_from)(name="{teacher}", weights="{weights}"),
+    distillers=[L(SSIMDistiller)(weight=4.0, levels=["p3", "p4"])],
+    max_iter="${{..train.max_iter}}",
+)
+"""
+MODULE = '''
+from detectron2.modeling.backbone import ResNet
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+
+def small_stages(stride_in_1x1=True, norm="BN"):
+    """ResNet.make_default_stages of depth 50 with an eighth of the width."""
+    return [
+        ResNet.make_stage(
+            block_class=BottleneckBlock,
+            num_blocks=1, stride_per_block=[1 if i == 0 else 2],
+            in_channels=16 * 2 ** max(i - 1, 0), out_channels=16 * 2**i,
+            bottleneck_channels=4 * 2**i, norm=norm, stride_in_1x1=stride_in_1x1,
+        )
+        for i in range(4)
+    ]
+'''
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """The files of a student and a teacher, and the teacher's random weights."""
+    folder = tmp_path_factory.mktemp("lazy")
+    world = World(folder)
+    module = folder / "small_resnet_of_lazy_test.py"
+    module.write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    files = {"weights": folder / "lazy_teacher.pth"}
+    for name, width in (("teacher", 48), ("student", 32)):
+        text = BASE.format(
+            student_yaml=world.config, module="small_resnet_of_lazy_test", width=width
+        )
+        if name == "student":
+            text += STUDENT.format(teacher=files["teacher"], weights=files["weights"])
+        files[name] = folder / f"lazy_{name}.py"
+        files[name].write_text(text)
+        if name == "teacher":
+            torch.manual_seed(3)
+            model = instantiate(LazyConfig.load(str(files[name])).model)
+            torch.save({"model": model.state_dict()}, files["weights"])
+    yield files
+    sys.path.remove(str(folder))
+
+
+def lazy_run(config: Path, folder: Path, *opts: str):
+    flags = [o for o in opts if o.startswith("--")]
+    rest = [o for o in opts if not o.startswith("--")]
+    arguments = ["--config-file", str(config), *flags, f"train.output_dir={folder}", *rest]
+    return run(argument_parser().parse_args(arguments))
+
+
+def test_lazy_main_trains_resumes_and_evaluates_the_student_alone(configs, tmp_path) -> None:
+    results = lazy_run(configs["student"], tmp_path)
+    assert "bbox" in results
+    saved = checkpoint(tmp_path)
+    assert saved["iteration"] == 1 and set(saved) == {"model", "distillers", "trainer", "iteration"}
+    assert set(saved["distillers"]) >= {"ssim.adapters.p3.weight"}
+    assert {"distill/ssim_p3", "loss_distill", "loss_cls"} <= set().union(*metrics(tmp_path))
+
+    lazy_run(configs["student"], tmp_path, "--resume", "train.max_iter=3")
+    again = checkpoint(tmp_path)
+    assert again["iteration"] == 2
+    assert "Resuming from" in log(tmp_path)
+
+    # The teacher's weights are gone: evaluation does not ask for them.
+    weights = configs["weights"]
+    weights.rename(weights.with_suffix(".gone"))
+    try:
+        opts = ("--eval-only", f"train.init_checkpoint={tmp_path / 'model_final.pth'}")
+        assert "bbox" in lazy_run(configs["student"], tmp_path / "evaluation", *opts)
+    finally:
+        weights.with_suffix(".gone").rename(weights)
+    # The plain student's model of the zoo reads the checkpoint.
+    plain = instantiate(LazyConfig.load(str(configs["student"])).model.student)
+    result = plain.load_state_dict(again["model"])
+    assert not result.missing_keys and not result.unexpected_keys
+
+
+def test_load_lazy_config_with_a_wrong_override(configs) -> None:
+    arguments = ["--config-file", str(configs["student"]), "train.max_iter"]
+    with pytest.raises(ValueError, match=r"train\.max_iter") as caught:
+        load_lazy_config(argument_parser().parse_args(arguments))
+    assert "key=value" in str(caught.value)
+
+
+def test_a_yaml_student_learns_from_a_lazy_teacher(configs, tmp_path_factory, tmp_path) -> None:
+    world = World(tmp_path_factory.mktemp("yaml"))
+    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(configs["teacher"]))
+    opts += ("MODEL.DISTILL.TEACHER.WEIGHTS", str(configs["weights"]))
+    world.main(tmp_path, *opts, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+    assert {"distill/ssim_p3", "distill/ssim_p6"} <= set(metrics(tmp_path)[-1])
+    assert "RetinaNet" in log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py", "COCO-Detection/fcos_R_50_FPN_1x.py"]
+)
+def test_a_lazy_config_of_the_zoo_is_a_teacher(name) -> None:
+    if "fcos" in name:
+        with pytest.raises(ValueError, match="WEIGHTS"):
+            FrozenTeacher.load_from(name)
+        teacher = FrozenTeacher.load_from(name, "somewhere.pth")
+    else:
+        teacher = FrozenTeacher.load_from(name)
+    # Its structure alone: nothing was downloaded.
+    assert not teacher.loaded
+    assert {p.device.type for p in teacher.backbone.parameters()} == {"meta"}
+    assert teacher.input_format == "BGR"
+    assert {"p3", "p4", "p5"} <= set(teacher.levels)
+
+
+def test_distilled_detector_is_instantiated_from_a_lazy_config(configs) -> None:
+    model = instantiate(LazyConfig.load(str(configs["student"])).model)
+    assert type(model) is DistilledDetector and model.max_iter == 2
+    assert model.distillers["ssim"].levels == ["p3", "p4"]
