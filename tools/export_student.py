@@ -28,12 +28,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects import add_project_configs
 from ssim_kd.config import write_stock_config
 from ssim_kd.config_files import merge_file
 from ssim_kd.data import register_datasets
 from ssim_kd.engine.defaults import load_config
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
+from ssim_kd.projects import add_project_configs
 from tools.exporting import (
     ExportedDetector,
     ExportError,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from detectron2 import model_zoo
 
-from ssim_kd.projects import add_project_configs
 from ssim_kd.engine import argument_parser, load_config, run
 from ssim_kd.engine import main as main_function
 from ssim_kd.engine.preflight import check_start
 from ssim_kd.modeling.teacher_config import teacher_config
+from ssim_kd.projects import add_project_configs
 from tests.engine.runs import World
 
 main_module = sys.modules[main_function.__module__]

@@ -147,5 +147,5 @@ def test_distiller_with_a_bad_weight_names_the_key(weight) -> None:
 
 
 def test_distillers_are_registered() -> None:
-    for name in ("FeatureDistiller", "SSIMDistiller", "LpDistiller", "PKDDistiller"):
+    for name in ("FeatureDistiller", "SSIMDistiller", "LpDistiller"):
         assert name in DISTILLER_REGISTRY
