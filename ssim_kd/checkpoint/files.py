@@ -128,11 +128,13 @@ def local_file(path: str, *, key: str) -> str:
     if not path:
         raise ValueError(f"{key} is empty; expected a .pth or .pkl file or a URL.")
     try:
-        local = PathManager.get_local_path(os.path.expanduser(path))
+        local = PathManager.get_local_path(os.path.expanduser(path.removeprefix("file://")))
     except Exception as error:
         raise ValueError(f"{key} is {path!r}, which is not available: {_reason(error)}") from error
     if not os.path.isfile(local):
-        raise ValueError(f"{key} is {path!r}: no such file.")
+        url = "://" in str(local)
+        reason = "no handler of Detectron2's PathManager reads such URLs" if url else "no such file"
+        raise ValueError(f"{key} is {path!r}: {reason}.")
     return str(local)
 
 

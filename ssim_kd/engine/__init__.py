@@ -1,7 +1,20 @@
 """Training and evaluation."""
 
-from .defaults import load_config, main, run
-from .launch import argument_parser
-from .trainer import DistillTrainer
+import warnings
+
+# Of torch and Detectron2, on what they call in each other; a user can do nothing about them. Before
+# the imports below, which cause the first of them.
+for _message in (
+    "`torch.jit.script` is deprecated",
+    "torch.meshgrid: in an upcoming release",
+    "TypedStorage is deprecated",
+    "`broadcast_buffers` is deprecated",
+    ".*USDT",
+):
+    warnings.filterwarnings("ignore", message=_message)
+
+from .defaults import load_config, main, run  # noqa: E402
+from .launch import argument_parser  # noqa: E402
+from .trainer import DistillTrainer  # noqa: E402
 
 __all__ = ["DistillTrainer", "argument_parser", "load_config", "main", "run"]

@@ -1,9 +1,10 @@
-"""From a command line to processes: one, spawned ones, or those of torchrun and SLURM."""
+"""Processes: this one, spawned ones, or those that torchrun or SLURM started."""
 
 import argparse
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +21,7 @@ from .signals import EXIT_NOT_SAVED, EXIT_STOPPED, Stopped, die_with_parent, for
 # What torchrun sets beside RANK.
 _VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-#: How long a process waits for another before it gives up.
+#: How long a process waits for another.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -38,11 +39,11 @@ def argument_parser() -> argparse.ArgumentParser:
 def launch_processes(
     main: Callable[..., Any], args: argparse.Namespace, *, device: str, main_args: tuple
 ) -> Any:
-    """Run ``main(*main_args)`` in as many processes as were asked for.
+    """Run ``main(*main_args)`` in the processes that the command line or the launcher asks for.
 
     - ``RANK`` in the environment (torchrun and the like): this process is one of them.
-    - ``SLURM_NTASKS`` > 1 inside a job step: likewise.
-    - else ``--num-gpus`` x ``--num-machines`` > 1: Detectron2's ``launch()``; on a CPU, so many
+    - more than one task in this step of SLURM: likewise.
+    - else ``--num-gpus`` x ``--num-machines`` > 1: Detectron2's ``launch()``; on a CPU, that many
       processes over Gloo.
 
     Args:
@@ -52,10 +53,10 @@ def launch_processes(
         main_args: arguments of ``main``.
 
     Returns:
-        what ``main`` returns where it runs in this process, else None.
+        what ``main`` returns if it runs in this process, else None.
 
     Raises:
-        ValueError: the numbers that were asked for contradict the environment or one another.
+        ValueError: the numbers contradict the environment or one another.
     """
     cuda = device.startswith("cuda")
     environment = _rank_from_environment()
@@ -69,7 +70,7 @@ def launch_processes(
             ranks_per_machine=int(environment["LOCAL_WORLD_SIZE"]),
         )
         result = main(*main_args)
-        # After an exception the group is left as it is: to leave it would wait for the others.
+        # Not after an exception: it waits for the others.
         dist.destroy_process_group()
         return result
     processes = args.num_gpus * args.num_machines
@@ -92,7 +93,7 @@ def launch_processes(
             ranks = (processes, args.num_gpus, args.machine_rank, _free_url(args))
             mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(*ranks, *guarded))
     except mp.ProcessExitedException as error:
-        # Those that SIGTERM ended by itself had not begun to train.
+        # A process that SIGTERM itself ended had not begun to train.
         if error.exit_code in (EXIT_STOPPED, -signal.SIGTERM):
             raise Stopped from None
         if error.exit_code == EXIT_NOT_SAVED:
@@ -116,7 +117,7 @@ def _cpu_worker(
     main: Callable[..., Any],
     main_args: tuple,
 ) -> None:
-    # Before it waits for any other.
+    # First: the next lines wait for the other processes.
     die_with_parent(parent)
     _join(
         cuda=False,
@@ -133,12 +134,12 @@ def _cpu_worker(
 def _join(
     *, cuda: bool, init_method: str, local_rank: int, ranks_per_machine: int, **rank: Any
 ) -> None:
-    """Join the process group, and make the group of this machine that Detectron2 relies on."""
+    """Join the process group, and make the group of this machine, which Detectron2 needs."""
     if cuda:
         # SLURM may show each process its own GPU alone, which is then number 0.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     else:
-        # Each of the processes would otherwise take every core.
+        # By default each process takes every core.
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_per_machine))
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=init_method, timeout=TIMEOUT, **rank)
@@ -156,7 +157,7 @@ def _join(
 def _check_numbers(
     args: argparse.Namespace, environment: dict[str, str] | None, *, cuda: bool
 ) -> None:
-    """Refuse numbers of processes that contradict one another."""
+    """Raise for numbers of processes that contradict one another."""
     asked = f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}"
     if args.num_gpus < 0 or args.num_machines < 1 or args.num_gpus < 1 < args.num_machines:
         raise ValueError(
@@ -170,9 +171,9 @@ def _check_numbers(
         if processes not in (0, 1, size):
             raise ValueError(
                 f"{asked}, {processes} processes, but this process is one of {size} that torchrun "
-                "or srun started (RANK or SLURM_PROCID is set in the environment). Expected "
-                f"--num-gpus to be left out, or {size} processes in all. Have the launcher start "
-                "as many as you want, or unset RANK and SLURM_PROCID to have them started here."
+                "or srun started (RANK or SLURM_PROCID is set in the environment). Expected no "
+                f"--num-gpus, or {size} processes in all. Change the number that the launcher "
+                "starts, or unset RANK and SLURM_PROCID to start the processes here."
             )
     elif cuda and processes > 1 and args.num_gpus > torch.cuda.device_count():
         raise ValueError(
@@ -182,18 +183,22 @@ def _check_numbers(
 
 
 def _rank_from_environment() -> dict[str, str] | None:
-    """The variables of torchrun, or their equals out of SLURM's; None outside both."""
+    """The variables of torchrun, or SLURM's under their names; None outside both.
+
+    SLURM's are those of the step: submitit's TorchDistributedEnvironment reads the job's, which
+    are others in an interactive step and in a step smaller than its job.
+    """
     env = os.environ
     if "RANK" in env:
         missing = [name for name in _VARIABLES if name not in env]
         if missing:
             raise ValueError(
                 f"RANK is set in the environment, but {missing} are not; expected all variables "
-                "that torchrun sets. Start by torchrun, set them, or unset RANK for one process."
+                "of torchrun. Start with torchrun, set them, or unset RANK for one process."
             )
         return {name: env[name] for name in ("RANK", *_VARIABLES)}
-    # In an allocation without srun, or in an interactive step, there is but this one process.
-    # SLURM_NTASKS is the job's there, and elsewhere where SLURM is old the only one.
+    # An allocation without srun and an interactive step are one process, but SLURM_NTASKS is the
+    # job's. Old SLURM has no other variable.
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if int(tasks) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", tasks))
@@ -203,7 +208,7 @@ def _rank_from_environment() -> dict[str, str] | None:
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "LOCAL_WORLD_SIZE": per_node.group() if per_node else "1",
             "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env),
-            # One port a job, so that jobs that share a machine do not meet.
+            # Another port for each job: two may share a machine.
             "MASTER_PORT": env.get("MASTER_PORT")
             or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
         }
@@ -229,6 +234,6 @@ def _free_url(args: argparse.Namespace) -> str:
             f"--dist-url is auto and --num-machines {args.num_machines}; expected tcp://HOST:PORT "
             "of the first machine, the same on all."
         )
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
-    return f"tcp://127.0.0.1:{get_free_port()}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"

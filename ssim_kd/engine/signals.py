@@ -22,18 +22,17 @@ from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
-#: Exit status of a run that SIGTERM ended with all that it had trained saved: 128 + 15, as shells
-#: have it.
+#: Exit status of a run that saved and ended on SIGTERM: 128 + 15, as in shells.
 EXIT_STOPPED = 128 + signal.SIGTERM
-#: Exit status of a run that SIGTERM ended and that could not save in time: EX_TEMPFAIL.
+#: Exit status of a run that did not save within the grace period: EX_TEMPFAIL.
 EXIT_NOT_SAVED = 75
 
-# Seconds until a process ends by force where there is nothing to save.
+# Seconds until a process with nothing to save is ended by force.
 _PROMPTLY = 2.0
 
 
 class Stopped(SystemExit):
-    """The run was asked to end, and has saved."""
+    """The run ends on SIGTERM, with everything saved."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STOPPED)
@@ -42,10 +41,10 @@ class Stopped(SystemExit):
 class StopOnSignal(HookBase):
     """On SIGTERM: finish the step, save a checkpoint, exit with :data:`EXIT_STOPPED`.
 
-    SLURM and spot instances send it some seconds before they kill. All processes stop after the
-    same step, whichever of them got the signal. What runs inside :meth:`saved`, an evaluation, is
-    broken off at once by each process that got it. If a process has not ended after the grace
-    period (as where it waits for one that has died), it is ended with :data:`EXIT_NOT_SAVED`.
+    SLURM and spot instances send it seconds before they kill. All processes stop after the same
+    step, whichever of them gets the signal. Inside :meth:`saved` (an evaluation) each process that
+    gets it stops at once. A process that has not ended after the grace period, for example because
+    it waits for a dead one, is ended with :data:`EXIT_NOT_SAVED`.
     """
 
     def __init__(self, grace_period: float) -> None:
@@ -59,12 +58,12 @@ class StopOnSignal(HookBase):
         self._leaving = False
 
     def before_train(self) -> None:
-        """Take over the signal; only the main thread may."""
+        """Take over the signal, which only the main thread can."""
         if threading.current_thread() is threading.main_thread():
             self._watch = SigtermWatch(self._request, self._end_if_late)
 
     def after_step(self) -> None:
-        """Save and leave if any process was asked to; the last step is saved by other hooks."""
+        """Save and leave if any process was asked to; other hooks save the last step."""
         if self.trainer.should_stop and self.trainer.iter + 1 < self.trainer.max_iter:
             iteration = self.trainer.iter
             logger.warning(
@@ -77,12 +76,12 @@ class StopOnSignal(HookBase):
 
     @contextmanager
     def saved(self) -> Iterator[None]:
-        """Inside, all that was trained is saved, so that SIGTERM may end the process anywhere.
+        """Mark that everything is saved: inside, SIGTERM may end the process anywhere.
 
         Every process must enter. If any was asked to end before, all leave here.
 
         Raises:
-            Stopped: wherever the signal meets the process.
+            Stopped: at any point, on the signal.
         """
         asked = any(comm.all_gather(self.trainer.stop_requested))
         self._saved = True
@@ -93,16 +92,16 @@ class StopOnSignal(HookBase):
         self._saved = False
 
     def give_back(self) -> None:
-        """Give the signal back: the training, its last evaluation included, is over."""
+        """Restore the handler: the training and its last evaluation are over."""
         if self._watch is not None:
             self._watch.close()
             self._watch = None
 
     def _request(self) -> None:
         self.trainer.request_stop()
-        # Once: a second signal must not interrupt the leaving.
+        # Once: a second signal must not interrupt the exit.
         if self._saved and not self._leaving:
-            # Not by the log, whose file this may have interrupted.
+            # Not by the log: the signal may have interrupted a write to it.
             os.write(2, b"SIGTERM: stopping; all that was trained is saved.\n")
             self._leave()
 
@@ -111,38 +110,38 @@ class StopOnSignal(HookBase):
         raise Stopped
 
     def _end_if_late(self, over: threading.Event) -> None:
-        """In a thread of its own: end the process if that has not happened in time."""
+        """In a thread of its own: end the process if it is late."""
         if over.wait(min(self.grace_period, _PROMPTLY) if self._saved else self.grace_period):
             return
         if not self._saved:
             message = f"SIGTERM: not saved within SOLVER.GRACE_PERIOD ({self.grace_period:g} s).\n"
             os.write(2, message.encode())
-        # A thread that waits for a dead process cannot be interrupted otherwise.
+        # Nothing else interrupts a thread that waits for a dead process.
         os._exit(EXIT_STOPPED if self._saved else EXIT_NOT_SAVED)
 
 
 class SigtermWatch:
-    """Takes SIGTERM over: a handler in the main thread, and a thread that sees that it acts.
+    """Takes over SIGTERM: a handler in the main thread, and a thread that ends a late process.
 
-    Python runs handlers in the main thread alone, and not while that waits for another process
-    inside of torch. What Python does at once is to write the signal's number to a file, which
-    wakes the thread.
+    Python runs handlers in the main thread alone, and not while that waits inside of torch for
+    another process. Python does write the signal's number to a file at once, which wakes the
+    thread.
     """
 
     def __init__(
-        self, handler: Callable[[], None], see_to_it: Callable[[threading.Event], None]
+        self, handler: Callable[[], None], on_first: Callable[[threading.Event], None]
     ) -> None:
         """
         Args:
             handler: called in the main thread, on each signal.
-            see_to_it: called in the other, on the first, with an event that is set by
+            on_first: called in the other, on the first, with an event that is set by
                 :meth:`close`.
 
         Raises:
             ValueError: this is not the main thread.
         """
         global _watching
-        self._see_to_it = see_to_it
+        self._on_first = on_first
         self._over = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -153,13 +152,13 @@ class SigtermWatch:
         _watching = True
 
     def close(self) -> None:
-        """Give the signal back."""
+        """Restore the handler."""
         global _watching
         _watching = False
         signal.set_wakeup_fd(self._file_before)
         signal.signal(signal.SIGTERM, self._handler_before)
         self._over.set()
-        with suppress(BlockingIOError):  # full, but then the thread has long been woken
+        with suppress(BlockingIOError):  # full: the thread is awake
             os.write(self._write, b"\0")
         self._thread.join()
         os.close(self._read)
@@ -170,11 +169,11 @@ class SigtermWatch:
         while signal.SIGTERM not in os.read(self._read, 512):
             if self._over.is_set():
                 return
-        self._see_to_it(self._over)
+        self._on_first(self._over)
 
 
-# A forked child (of multiprocessing.Pool) has the handler and the file: it must use neither. No
-# signal may reach it before it has let go of them.
+# A forked child (of multiprocessing.Pool) inherits the handler and the file and must use neither:
+# signals are blocked until it has dropped both.
 _watching = False
 _forking = threading.local()
 
@@ -200,9 +199,9 @@ os.register_at_fork(
 
 
 def forward_sigterm() -> None:
-    """Make this process, which waits for those it spawns, pass SIGTERM on to them.
+    """Pass SIGTERM on from this process to those that it spawns.
 
-    Before there are any, it ends (:class:`Stopped`).
+    Before there are any, this process ends (:class:`Stopped`).
     """
 
     def forward(_signal: int, _frame: FrameType | None) -> None:
@@ -216,10 +215,10 @@ def forward_sigterm() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that ends. Linux alone.
+    """Let the kernel end this process when its parent ends, in any way. Linux only.
 
     Args:
-        parent: its process id. If that has ended already, this process ends here.
+        parent: its process id. If it has ended already, this process ends here.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1

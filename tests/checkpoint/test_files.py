@@ -65,7 +65,7 @@ def test_read_weights_no_file(model, tmp_path) -> None:
     refused(model, "", "is empty; expected a .pth or .pkl file or a URL")
     refused(model, tmp_path / "none.pth", "no such file")
     refused(model, tmp_path, "no such file")
-    refused(model, "nowhere://weights.pkl", "")
+    refused(model, "nowhere://weights.pkl", "nowhere://weights.pkl.*no handler")
     refused(model, "https://192.0.2.1/weights.pkl", "not available")
 
 
@@ -207,3 +207,9 @@ def test_read_checkpoint_names_what_it_refuses(protocol, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"pathlib\.PosixPath") as raised:
         read_checkpoint(str(path))
     assert "\x1b" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["{path}", "file://{path}", "~/{path.name}"])
+def test_local_file_forms_of_a_path(form, path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert files.local_file(form.format(path=path), key=KEY) == str(path)

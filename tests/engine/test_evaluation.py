@@ -27,18 +27,18 @@ def student(world: World, tmp_path_factory) -> Path:
     return path
 
 
-def test_eval_only_never_touches_the_teacher(world: World, student: Path, tmp_path) -> None:
+def test_student_for_evaluation_without_teacher(world: World, student: Path, tmp_path) -> None:
     results = world.main(tmp_path, "--eval-only", "MODEL.WEIGHTS", student, *NO_TEACHER)
     assert "AP" in results["bbox"]
     assert (tmp_path / "inference" / "coco_instances_results.json").exists()
 
 
-def test_eval_only_without_weights_is_an_error(world: World, tmp_path) -> None:
+def test_student_for_evaluation_without_weights(world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"MODEL.WEIGHTS is empty; --eval-only expects"):
         world.main(tmp_path, "--eval-only", *NO_TEACHER)
 
 
-def test_eval_only_with_weights_that_fit_in_part_is_an_error(
+def test_student_for_evaluation_weights_that_fit_in_part(
     world: World, student: Path, tmp_path
 ) -> None:
     state = torch.load(student)["model"]
@@ -49,7 +49,7 @@ def test_eval_only_with_weights_that_fit_in_part_is_an_error(
             world.main(tmp_path, "--eval-only", "MODEL.WEIGHTS", path, *NO_TEACHER)
 
 
-def test_eval_only_takes_the_last_checkpoint(world: World, student: Path, tmp_path) -> None:
+def test_student_for_evaluation_resumed(world: World, student: Path, tmp_path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "model_0000004.pth").write_bytes(student.read_bytes())
@@ -62,7 +62,7 @@ def test_eval_only_takes_the_last_checkpoint(world: World, student: Path, tmp_pa
         world.main(folder, *options)
 
 
-def test_eval_teacher(world: World, tmp_path) -> None:
+def test_teacher_for_evaluation(world: World, tmp_path) -> None:
     results = world.main(tmp_path, "--eval-teacher")
     assert "AP" in results["bbox"]
     assert (tmp_path / "teacher" / "inference" / "coco_instances_results.json").exists()
@@ -70,7 +70,7 @@ def test_eval_teacher(world: World, tmp_path) -> None:
         world.main(tmp_path, "--eval-teacher", "MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere.pth")
 
 
-def test_a_teacher_that_falls_short_stops_the_run(world: World, tmp_path) -> None:
+def test_check_teacher_stops_the_run(world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"AP on digits_val, but .*EXPECTED_AP is 30\.0"):
         world.main(tmp_path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 30.0)
     assert not list(tmp_path.glob("*.pth"))
@@ -79,7 +79,7 @@ def test_a_teacher_that_falls_short_stops_the_run(world: World, tmp_path) -> Non
 @pytest.mark.parametrize(
     ("reached", "passes"), [(30.0, True), (29.9, False), (float("nan"), False)]
 )
-def test_the_ap_that_is_expected(reached, passes, world: World, tmp_path) -> None:
+def test_check_teacher(reached, passes, world: World, tmp_path) -> None:
     trainer = SimpleNamespace(test=lambda cfg, model: {"bbox": {"AP": reached}})
     cfg = world.cfg(tmp_path)
     if passes:
@@ -89,7 +89,7 @@ def test_the_ap_that_is_expected(reached, passes, world: World, tmp_path) -> Non
             check_teacher(cfg, trainer, 30.0)
 
 
-def test_expected_results_are_verified(world: World, student: Path, tmp_path) -> None:
+def test_main_expected_results(world: World, student: Path, tmp_path) -> None:
     expected = json.dumps([["bbox", "AP", 50.0, 0.1]])
     with pytest.raises(SystemExit) as stopped:
         world.main(
@@ -104,7 +104,7 @@ def test_expected_results_are_verified(world: World, student: Path, tmp_path) ->
     assert stopped.value.code == 1
 
 
-def test_an_unknown_kind_of_data_set(world: World, tmp_path) -> None:
+def test_build_evaluator_unknown_kind(world: World, tmp_path) -> None:
     from detectron2.data import MetadataCatalog
 
     MetadataCatalog.get("of_an_unknown_kind").evaluator_type = "panorama"

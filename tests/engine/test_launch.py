@@ -37,7 +37,7 @@ def environment(monkeypatch):
     return set_all
 
 
-def test_outside_of_both(environment) -> None:
+def test_rank_from_environment_outside(environment) -> None:
     assert environment({}) is None
 
 
@@ -51,17 +51,17 @@ TORCHRUN = {
 }
 
 
-def test_torchrun(environment) -> None:
+def test_rank_from_environment_torchrun(environment) -> None:
     assert environment(TORCHRUN) == TORCHRUN
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "RANK"])
-def test_a_rank_that_lacks_a_variable(name, environment) -> None:
-    with pytest.raises(ValueError, match=rf"RANK is set .* \['{name}'\] are not; .* unset RANK"):
+def test_rank_from_environment_missing_variable(name, environment) -> None:
+    with pytest.raises(ValueError, match=rf"RANK .*\['{name}'\]"):
         environment({k: v for k, v in TORCHRUN.items() if k != name})
 
 
-def test_slurm(environment) -> None:
+def test_rank_from_environment_slurm(environment) -> None:
     assert environment(SLURM) == {
         "RANK": "3",
         "WORLD_SIZE": "4",
@@ -72,7 +72,7 @@ def test_slurm(environment) -> None:
     }
 
 
-def test_slurm_with_several_hosts(environment, monkeypatch) -> None:
+def test_rank_from_environment_slurm_hosts(environment, monkeypatch) -> None:
     def show(command, **_):
         assert command == ["scontrol", "show", "hostnames", "node[7-8]"]
         return SimpleNamespace(stdout="node7\nnode8\n")
@@ -82,7 +82,7 @@ def test_slurm_with_several_hosts(environment, monkeypatch) -> None:
     assert found is not None and (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node7", "5")
 
 
-def test_an_allocation_without_srun_is_one_process(environment) -> None:
+def test_rank_from_environment_interactive(environment) -> None:
     assert environment({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
     assert environment({**SLURM, "SLURM_NTASKS": "1"}) is None
     # An interactive step of salloc, whose SLURM_NTASKS is the job's.
@@ -91,7 +91,7 @@ def test_an_allocation_without_srun_is_one_process(environment) -> None:
     )
 
 
-def test_a_step_smaller_than_its_job(environment) -> None:
+def test_rank_from_environment_small_step(environment) -> None:
     found = environment({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"})
     assert found is not None and found["WORLD_SIZE"] == "4"
 
@@ -102,45 +102,45 @@ def start(*arguments: str, device: str = "cpu") -> object:
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN | {"WORLD_SIZE": "1"}, SLURM])
-def test_numbers_that_contradict_the_launcher(variables, environment) -> None:
+def test_launch_processes_contradicts_the_launcher(variables, environment) -> None:
     environment(variables)
-    expected = (
-        r"--num-gpus is 2 and --num-machines 3, 6 processes, but .* is one of \d that torchrun"
-    )
+    expected = r"--num-gpus is 2 and --num-machines 3, 6 processes"
     with pytest.raises(ValueError, match=expected):
         start("--num-gpus", "2", "--num-machines", "3")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--num-gpus", "2"), ("--num-gpus", "0")])
-def test_numbers_that_do_not(arguments, environment, monkeypatch) -> None:
+def test_launch_processes_agrees_with_the_launcher(arguments, environment, monkeypatch) -> None:
     environment(TORCHRUN)
     monkeypatch.setattr(launch, "_join", lambda **_: None)
     monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: None)
     assert start(*arguments) == "ran"
 
 
-def test_numbers_of_no_process(environment) -> None:
+def test_launch_processes_of_no_process(environment) -> None:
     environment({})
     for wrong in (("0", "2"), ("-1", "1"), ("1", "0"), ("2", "-1")):
-        with pytest.raises(ValueError, match="expected at least one process on each"):
+        with pytest.raises(
+            ValueError, match=rf"--num-gpus is {wrong[0]} and --num-machines {wrong[1]}"
+        ):
             start("--num-gpus", wrong[0], "--num-machines", wrong[1])
     assert start("--num-gpus", "0") == "ran"
 
 
-def test_more_processes_than_gpus(environment, monkeypatch) -> None:
+def test_launch_processes_too_few_gpus(environment, monkeypatch) -> None:
     environment({})
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="this machine has 1 GPUs; expected at most"):
+    with pytest.raises(ValueError, match=r"--num-gpus is 2 .* 1 GPUs"):
         start("--num-gpus", "2", device="cuda")
 
 
-def test_auto_is_of_one_machine(environment) -> None:
+def test_launch_processes_auto_url(environment) -> None:
     environment({})
-    with pytest.raises(ValueError, match="--dist-url is auto and --num-machines 2; expected tcp"):
+    with pytest.raises(ValueError, match="--dist-url is auto and --num-machines 2"):
         start("--num-gpus", "1", "--num-machines", "2", "--dist-url", "auto")
 
 
-def test_each_process_may_see_its_own_gpu_alone(monkeypatch) -> None:
+def test_join_one_visible_gpu(monkeypatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch.torch.cuda, "set_device", chosen.append)

@@ -7,7 +7,7 @@ from detectron2.config import get_cfg
 from ssim_kd.engine.resume import differences, settings_of
 
 
-def test_differences_name_key_and_both_values() -> None:
+def test_differences_name_key_and_values() -> None:
     started, now = get_cfg(), get_cfg()
     assert differences(settings_of(now), settings_of(started)) == []
     now.OUTPUT_DIR = "elsewhere"

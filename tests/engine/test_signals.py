@@ -49,7 +49,7 @@ def start(hook: StopOnSignal, **options: int) -> Trainer:
     return hook.trainer
 
 
-def test_sigterm_saves_after_the_step(hook) -> None:
+def test_stop_on_signal_saves_after_the_step(hook) -> None:
     trainer = start(hook)
     hook.after_step()
     assert not trainer.saved
@@ -60,14 +60,14 @@ def test_sigterm_saves_after_the_step(hook) -> None:
     assert trainer.saved == ["model_0000003"]
 
 
-def test_the_last_step_is_left_to_the_final_checkpoint(hook) -> None:
+def test_stop_on_signal_last_step(hook) -> None:
     trainer = start(hook, iteration=9)
     os.kill(os.getpid(), signal.SIGTERM)
     hook.after_step()
     assert not trainer.saved
 
 
-def test_what_is_saved_is_broken_off_at_once(hook) -> None:
+def test_saved_is_cut_at_once(hook) -> None:
     trainer = start(hook)
     with hook.saved():
         pass
@@ -81,14 +81,14 @@ def test_what_is_saved_is_broken_off_at_once(hook) -> None:
     assert not trainer.saved
 
 
-def test_who_was_asked_before_begins_no_evaluation(hook) -> None:
+def test_saved_after_a_signal(hook) -> None:
     start(hook)
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped), hook.saved():
         pytest.fail("went on")
 
 
-def test_the_signal_is_given_back(hook) -> None:
+def test_give_back_restores_the_handler(hook) -> None:
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
     start(hook)
@@ -97,7 +97,7 @@ def test_the_signal_is_given_back(hook) -> None:
     assert "SIGTERM" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_forked_child_ends_by_sigterm_and_the_parent_does_not_notice(hook) -> None:
+def test_sigterm_watch_forked_child(hook) -> None:
     """Those of multiprocessing.Pool, which panoptic evaluation uses, are ended so."""
     trainer = start(hook)
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -138,7 +138,7 @@ def ended(wait: str) -> tuple[int, float, str]:
 
 
 @pytest.mark.parametrize("wait", list(WAITS))
-def test_the_grace_period_is_the_longest(wait: str) -> None:
+def test_stop_on_signal_grace_period(wait: str) -> None:
     """In a process of its own, since it is ended by force: a step that never ends."""
     code, seconds, error = ended(WAITS[wait])
     if "saved" in wait:

@@ -80,7 +80,7 @@ def run(step: DistillStep, steps: int) -> EventStorage:
         ("proposals", "student features p3"),
     ],
 )
-def test_what_is_not_finite_is_named_and_written_down(wrong, named, tmp_path) -> None:
+def test_run_step_not_finite(wrong, named, tmp_path) -> None:
     step = make(tmp_path, "", wrong)
     run(step, 1)
     before = {name: value.clone() for name, value in step.model.named_parameters()}
@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_named_and_written_down(wrong, named, tmp_path) ->
 
 
 @pytest.mark.parametrize("wrong", ["student", "loss", "level", "gradient", "proposals"])
-def test_steps_are_skipped_up_to_a_number(wrong, tmp_path) -> None:
+def test_run_step_skipped(wrong, tmp_path) -> None:
     step = make(tmp_path, "", wrong, "", wrong, wrong, max_skipped=2)
     run(step, 1)
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
@@ -113,13 +113,13 @@ def test_steps_are_skipped_up_to_a_number(wrong, tmp_path) -> None:
     assert len(list(tmp_path.glob("not_finite_*.json"))) == 3
 
 
-def test_a_teacher_is_never_skipped(tmp_path) -> None:
+def test_run_step_teacher_not_finite(tmp_path) -> None:
     step = make(tmp_path, "teacher", max_skipped=10)
     with pytest.raises(NonFiniteError, match="teacher features p3"):
         run(step, 1)
 
 
-def test_a_request_to_stop_is_known_after_the_step_even_a_skipped_one(tmp_path) -> None:
+def test_run_step_stop_requested(tmp_path) -> None:
     step = make(tmp_path, "", "", "loss", max_skipped=1)
     run(step, 1)
     assert not step.should_stop
@@ -131,7 +131,7 @@ def test_a_request_to_stop_is_known_after_the_step_even_a_skipped_one(tmp_path) 
     assert step.should_stop and step.skipped == 1
 
 
-def test_metrics_are_logged_under_their_own_iteration(tmp_path) -> None:
+def test_run_step_logs_under_its_iteration(tmp_path) -> None:
     storage = run(make(tmp_path, "", ""), 2)
     for name in ("loss_cls", "loss_distill", "total_loss", "distill/ssim_p3", "grad_norm"):
         assert [iteration for _, iteration in storage.history(name).values()] == [0, 1]
@@ -140,7 +140,7 @@ def test_metrics_are_logged_under_their_own_iteration(tmp_path) -> None:
     assert not any("features" in name for name in storage.histories())
 
 
-def test_mixed_precision_on_a_cpu_is_bfloat16(tmp_path) -> None:
+def test_run_step_bfloat16(tmp_path) -> None:
     step = make(tmp_path, "", amp=True)
     run(step, 1)
     assert step.model.dtypes == [torch.bfloat16]
@@ -148,7 +148,7 @@ def test_mixed_precision_on_a_cpu_is_bfloat16(tmp_path) -> None:
     assert all(p.dtype == torch.float32 for p in step.model.parameters())
 
 
-def test_a_model_in_eval_mode_is_not_trained(tmp_path) -> None:
+def test_run_step_eval_mode(tmp_path) -> None:
     step = make(tmp_path, "")
     step.model.eval()
     with pytest.raises(RuntimeError, match="eval mode"):
@@ -172,18 +172,18 @@ def report(**values: float) -> StepReport:
     return found
 
 
-def test_features_are_named_before_losses_before_metrics() -> None:
+def test_not_finite_order() -> None:
     found = report(metric_a=NAN, loss_b=math.inf, loss_ok=1.0, health_c=NAN, health_ok=0.0)
     assert found.not_finite() == ["health_c", "loss_b", "metric_a"]
     assert report(loss=1.0).not_finite() == []
 
 
-def test_the_wish_to_stop_is_no_value() -> None:
+def test_read_stop() -> None:
     assert report(loss=1.0, stop=1).stop and not report(loss=1.0).stop
     assert "stop" not in report(loss=1.0, stop=1).values
 
 
-def test_a_report_leaves_the_iteration_of_the_storage_as_it_was() -> None:
+def test_log_keeps_the_iteration() -> None:
     with EventStorage(9) as storage:
         report(loss=1.5).log(storage)
         assert storage.iter == 9
@@ -191,7 +191,7 @@ def test_a_report_leaves_the_iteration_of_the_storage_as_it_was() -> None:
     assert storage.history("data_time").latest() == 0.5
 
 
-def test_gradients_that_no_loss_scale_helps_stop_the_run(tmp_path) -> None:
+def test_run_step_gradients_not_finite_at_any_scale(tmp_path) -> None:
     step = make(tmp_path, *[""] * 40)
     step.grad_scaler = torch.amp.GradScaler("cpu")
     step.model.layer.weight.register_hook(lambda gradient: gradient * NAN)
@@ -201,3 +201,10 @@ def test_gradients_that_no_loss_scale_helps_stop_the_run(tmp_path) -> None:
     step = make(tmp_path, "", "")
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     run(step, 2)
+
+
+def test_run_step_report_that_cannot_be_written(tmp_path) -> None:
+    """A full disk hides neither what is not finite nor the images."""
+    step = make(tmp_path / "missing", "loss")
+    with pytest.raises(NonFiniteError, match=r"iteration 0: loss_distill.*0-0.*No such file"):
+        run(step, 1)
