@@ -125,8 +125,9 @@ def _add_model_keys(cfg: CN) -> None:
 
     teacher = distill.TEACHER = CN()
     # The teacher: the folder of a run, a name of the model zoo (.yaml or .py), a .yaml or .py
-    # (LazyConfig) file, or a checkpoint with its config.yaml beside it. Relative to the working
-    # directory or to the folder of --config-file.
+    # (LazyConfig) file, or a checkpoint with its config.yaml beside it; or an RT-DETR of
+    # transformers: "hf://owner/name", or its folder. Relative to the working directory or to the
+    # folder of --config-file.
     teacher.CONFIG_FILE = ""
     # The teacher's weights: a .pth or .pkl file, a URL that Detectron2 knows, or a name of the
     # model zoo. "" takes those that belong to CONFIG_FILE: the zoo's, or a model_final.pth beside.

@@ -1,7 +1,15 @@
 """Checkpoints: read with suspicion, loaded strictly, written atomically, resumed from."""
 
 from .checkpointer import ResumeError, StudentCheckpointer
-from .files import Weights, local_file, read_checkpoint, read_file, read_weights, write_atomically
+from .files import (
+    Weights,
+    local_file,
+    read_checkpoint,
+    read_file,
+    read_weights,
+    sha256_of,
+    write_atomically,
+)
 from .strict import load_strictly
 
 __all__ = [
@@ -13,5 +21,6 @@ __all__ = [
     "read_checkpoint",
     "read_file",
     "read_weights",
+    "sha256_of",
     "write_atomically",
 ]

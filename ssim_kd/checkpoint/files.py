@@ -197,7 +197,7 @@ def _check_sums(path: str) -> None:
         raise zipfile.BadZipFile(f"bytes of {damaged} were changed after they were written")
 
 
-def _sha256_of(path: str) -> str:
+def sha256_of(path: str) -> str:
     """The SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -245,7 +245,7 @@ def read_weights(path: str, *, key: str) -> Weights:
         tensors=found,
         author=str(data.get("__author__", "")),
         backbone_only=bool(data.get("matching_heuristics", False)),
-        sha256=_sha256_of(local),
+        sha256=sha256_of(local),
     )
 
 

@@ -135,8 +135,15 @@ def check_teachers_classes(cfg: CfgNode, teacher: TeacherSource) -> None:
     That of a LazyConfig is known only once it is built.
 
     Raises:
-        ValueError: they differ: it can teach, but not be scored.
+        ValueError: they differ, or only its feature path is built (RT-DETR): it can teach, but not
+            be scored.
     """
+    if teacher.read is not None:
+        raise ValueError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {teacher.name!r}, a teacher of features only: "
+            "evaluate it by its own library. Set MODEL.DISTILL.TEACHER.EXPECTED_AP to 0, and leave "
+            "--eval-teacher out."
+        )
     if teacher.cfg is not None:
         _check_equal_classes(cfg, num_classes(teacher.cfg))
 

@@ -1,6 +1,5 @@
 """Teachers that are no Detectron2 models: any Module that returns maps, and RT-DETR."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,36 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
-#: Prefix of a name on the Hugging Face hub, where a config names a teacher.
+#: Prefix of a name on the Hugging Face hub: "hf://PekingU/rtdetr_r50vd".
 HUB = "hf://"
+_CONFIG, _WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+
+
+class HubPathHandler(PathHandler):
+    """Reads "hf://owner/name/file": a file of the Hugging Face hub, downloaded once."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [HUB]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        self._check_kwargs(kwargs)
+        _import_transformers()
+        from huggingface_hub import hf_hub_download
+
+        owner, name, file = path.removeprefix(HUB).split("/", 2)
+        return str(hf_hub_download(f"{owner}/{name}", file, force_download=force))
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
+        return PathManager.open(self._get_local_path(path), mode, buffering=buffering, **kwargs)
+
+
+PathManager.register_handler(HubPathHandler(), allow_override=True)
 
 
 class ModuleTeacher(nn.Module):
@@ -139,6 +162,42 @@ class _HybridEncoder(nn.Module):
         return list(self.encoder(projected).last_hidden_state)
 
 
+def is_rtdetr(name: str) -> bool:
+    """Whether a teacher's name is a name of the hub or a folder of ``save_pretrained``."""
+    return name.startswith(HUB) or os.path.isfile(os.path.join(os.path.expanduser(name), _CONFIG))
+
+
+def rtdetr_weights(name: str) -> str:
+    """The file of weights that belongs to such a name; it is not downloaded.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    if name.startswith(HUB):
+        return f"{name.rstrip('/')}/{_WEIGHTS[0]}"
+    for file in _WEIGHTS:
+        path = os.path.join(os.path.expanduser(name), file)
+        if os.path.isfile(path):
+            return path
+    raise ValueError(
+        f"The folder {name!r} of a teacher has a {_CONFIG}, but none of {_WEIGHTS} as its weights."
+    )
+
+
+def build_rtdetr(name: str) -> ModuleTeacher:
+    """As :func:`load_rtdetr`, with random weights: only the model's config is read."""
+    transformers = _import_transformers()
+    path = os.path.expanduser(name.removeprefix(HUB))
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        model = transformers.AutoModelForObjectDetection.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {name!r} is not available as a detector of transformers: {error}"
+        ) from error
+    return rtdetr_teacher(model)
+
+
 def load_rtdetr(name: str) -> ModuleTeacher:
     """An RT-DETR, RT-DETRv2 or D-FINE of ``transformers`` as a teacher.
 
@@ -232,12 +291,3 @@ def _import_transformers() -> Any:
             "pip install 'ssim_kd[detr]'."
         ) from error
     return transformers
-
-
-def sha256_of_module(module: nn.Module) -> str:
-    """The SHA-256 of a Module's tensors and their names, hexadecimal."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

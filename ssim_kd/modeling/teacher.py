@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..checkpoint import Weights, load_strictly, read_weights
+from ..checkpoint import Weights, load_strictly, local_file, read_weights, sha256_of
 from .taps import Tap, tappable_levels
 from .teacher_config import KEY, TeacherSource, source_of, teacher_source
 
@@ -35,7 +35,11 @@ def load_detector(source: TeacherSource, *, strict_prefix: str = "") -> tuple[nn
     Raises:
         ValueError: it cannot be built, or what :func:`load_strictly` raises.
     """
-    weights = read_weights(source.weights, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+    key = "MODEL.DISTILL.TEACHER.WEIGHTS"
+    if source.read is not None:
+        sha256 = sha256_of(local_file(source.weights, key=key))
+        return source.read(), Weights(source.weights, key, {}, "", False, sha256)
+    weights = read_weights(source.weights, key=key)
     model = _build(source, "cpu")
     unfit = load_strictly(model, weights, feature_path=strict_prefix)
     if unfit:

@@ -14,12 +14,13 @@ from torch import nn
 
 from ..config import add_distill_config, student_config
 from ..config_files import merge_file
+from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
 
 KEY = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
 EXPECTED = (
     "expected the folder of a run, a name of the model zoo (e.g. "
-    "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml), a .yaml or .py file, or a checkpoint with a "
-    "config.yaml beside it."
+    "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml), a .yaml or .py file, a checkpoint with a "
+    "config.yaml beside it, or an RT-DETR (hf://owner/name, or its folder)."
 )
 #: Weights that the folder of a run holds, the first that is there is taken.
 RUN_WEIGHTS = ("model_final.pth", "model_best.pth", "model_final.pkl")
@@ -42,6 +43,7 @@ class TeacherSource:
         input_format: the channel order that it was trained on; "" for ``input_format`` of the
             detector, or BGR if it has none.
         cfg: its config where that is a YAML, else None.
+        read: makes the detector with its weights, where they are not in Detectron2's format.
     """
 
     name: str
@@ -49,6 +51,7 @@ class TeacherSource:
     build: Callable[[str], nn.Module]
     input_format: str = ""
     cfg: CfgNode | None = None
+    read: Callable[[], nn.Module] | None = None
 
 
 def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
@@ -124,6 +127,9 @@ def teacher_source(cfg: CfgNode) -> TeacherSource:
 
 def source_of(name: str, weights: str = "", opts: Sequence[Any] = ()) -> TeacherSource:
     """As :func:`teacher_source`, for the values of CONFIG_FILE, WEIGHTS and OPTS."""
+    run = any(os.path.isfile(os.path.join(os.path.expanduser(name), f)) for f in RUN_CONFIGS)
+    if is_rtdetr(name) and not run:
+        return _rtdetr_source(name, weights, opts)
     path, weights = find_teacher(name, weights)
     try:
         if path.endswith(".py"):
@@ -156,7 +162,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """
     source = teacher_source(cfg)
     if source.cfg is None:
-        raise ValueError(f"{KEY} is {source.name!r}, a LazyConfig; expected a YAML here.")
+        raise ValueError(f"{KEY} is {source.name!r}, which is no YAML; expected one here.")
     return source.cfg
 
 
@@ -180,3 +186,18 @@ def _lazy_source(name: str, path: str, weights: str, opts: Sequence[Any]) -> Tea
     # A LazyConfig student that was distilled: its student is the teacher.
     node = config.model.get("student", config.model)
     return TeacherSource(name, weights, lambda device: instantiate(node).to(device))
+
+
+def _rtdetr_source(name: str, weights: str, opts: Sequence[Any]) -> TeacherSource:
+    if weights or opts:
+        raise ValueError(
+            f"{KEY} is {name!r}, a model of transformers, whose weights and config are its own; "
+            f"expected MODEL.DISTILL.TEACHER.WEIGHTS '' and OPTS [], not {weights!r} and "
+            f"{list(opts)}."
+        )
+    return TeacherSource(
+        name,
+        rtdetr_weights(name),
+        lambda device: build_rtdetr(name).to(device),
+        read=lambda: load_rtdetr(name),
+    )

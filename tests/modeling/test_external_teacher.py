@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import builtins
 import copy
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.utils.file_io import PathManager
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from ssim_kd.engine.evaluation import teacher_for_evaluation
 from ssim_kd.modeling import FrozenTeacher
 from ssim_kd.modeling.external_teacher import (
     ModuleTeacher,
     load_rtdetr,
     rtdetr_teacher,
-    sha256_of_module,
+    rtdetr_weights,
 )
+from ssim_kd.modeling.teacher_config import source_of
+from tests.helpers import build, distilled_config, train_losses
 
 LEVELS = {"res3": ShapeSpec(channels=128, stride=8), "res4": ShapeSpec(channels=256, stride=16)}
 PIXELS = {"pixel_mean": [123.7, 116.3, 103.5], "pixel_std": [58.4, 57.1, 57.4]}
@@ -233,9 +240,70 @@ def test_missing_transformers_is_named_with_its_extra(monkeypatch) -> None:
         load_rtdetr("hf://PekingU/rtdetr_r50vd")
 
 
-def test_sha256_of_module_changes_with_its_values() -> None:
-    model = nn.BatchNorm2d(2)
-    first = sha256_of_module(model)
-    assert first == sha256_of_module(nn.BatchNorm2d(2)) and len(first) == 64
-    model.bias.data += 1
-    assert sha256_of_module(model) != first
+def rtdetr_config(folder: Path) -> CfgNode:
+    """A small Faster R-CNN with the RT-DETR of a folder as its teacher."""
+    cfg = distilled_config("faster", "faster", "")
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(folder)
+    cfg.MODEL.DISTILL.TEACHER.OPTS = []
+    return cfg
+
+
+def test_faster_rcnn_learns_from_rtdetr_by_its_folder(rtdetr, tmp_path) -> None:
+    rtdetr.save_pretrained(tmp_path)
+    model = build(rtdetr_config(tmp_path))
+    assert not model.teacher.loaded
+    losses = train_losses(model)
+    (distiller,) = model.distillers.values()
+    assert distiller.levels == ["p3", "p4", "p5"] and model.teacher.input_format == "RGB"
+    assert losses["loss_distill"] > 0 and torch.isfinite(losses["loss_distill"])
+    losses["loss_distill"].backward()
+    assert any(p.grad is not None for p in model.student.backbone.parameters())
+    weights = tmp_path / "model.safetensors"
+    assert model.teacher.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    expected = rtdetr.model.encoder.state_dict()
+    found = model.teacher.backbone.module.encoder.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("WEIGHTS", "teacher.pth"), ("OPTS", ["MODEL.RESNETS.DEPTH", 50])]
+)
+def test_rtdetr_with_keys_of_detectron2_is_an_error(rtdetr, tmp_path, key, value) -> None:
+    rtdetr.save_pretrained(tmp_path)
+    cfg = rtdetr_config(tmp_path)
+    cfg.MODEL.DISTILL.TEACHER[key] = value
+    with pytest.raises(ValueError, match=rf"TEACHER\.{key}" if key == "WEIGHTS" else key):
+        build(cfg)
+
+
+def test_rtdetr_without_weights_is_an_error(rtdetr, tmp_path) -> None:
+    rtdetr.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        build(rtdetr_config(tmp_path))
+
+
+def test_rtdetr_is_not_evaluated_by_detectron2(rtdetr, tmp_path) -> None:
+    rtdetr.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="EXPECTED_AP"):
+        teacher_for_evaluation(rtdetr_config(tmp_path))
+
+
+def test_folder_of_a_run_is_no_rtdetr(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("VERSION: 2")
+    with pytest.raises(ValueError, match=r"model_final\.pth"):
+        source_of(str(tmp_path))
+
+
+def test_files_of_the_hub_are_read_by_their_path(monkeypatch, tmp_path) -> None:
+    (tmp_path / "model.safetensors").write_text("weights")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda repository, file, **_: asked.append((repository, file)) or str(tmp_path / file),
+    )
+    path = rtdetr_weights("hf://PekingU/rtdetr_r50vd")
+    with PathManager.open(path) as file:
+        assert file.read() == "weights"
+    assert asked == [("PekingU/rtdetr_r50vd", "model.safetensors")]
