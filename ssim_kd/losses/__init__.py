@@ -13,12 +13,13 @@ from .attention import (
 )
 from .boxes import background_weights, box_cells, covered_cells, foreground_weights
 from .lp import LpLoss, lp_loss
-from .masking import masked_mean, masked_sum
+from .masking import channel_moments, masked_mean, masked_sum
 from .reference import ReferenceSize, reference_size
 from .scaling import minmax_scale
 from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 
 __all__ = [
+    "channel_moments",
     "LpLoss",
     "ReferenceSize",
     "SSIMComponents",

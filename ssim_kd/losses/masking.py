@@ -91,3 +91,32 @@ def cell_weights(x: Tensor, mask: Tensor | None, crop: int = 0) -> Tensor | None
     samples = (cells > 0).sum()
     dtype = compute_dtype(x)
     return counted.to(dtype) / (c * cells.clamp(min=1) * samples.clamp(min=1)).to(dtype)
+
+
+def channel_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over the valid cells of the batch.
+
+    Args:
+        values: (N, C, H, W), floating point.
+        mask: (N, H, W) bool, True where a cell is valid.
+
+    Returns:
+        two (1, C, 1, 1). The deviation has n - 1 in its denominator, and is 0 with a zero gradient
+        for a channel that is constant and for less than two valid cells.
+
+    Example:
+        >>> values = torch.tensor([[[[1.0, 3.0, 9.0]]]])
+        >>> mean, std = channel_moments(values, torch.tensor([[[True, True, False]]]))
+        >>> mean.item(), std.square().item()
+        (2.0, 2.0)
+    """
+    cells = mask[:, None].to(values.dtype)
+    count = cells.sum()
+    # `where` first: 0 * inf would be NaN.
+    values = torch.where(mask[:, None], values, 0.0)
+    mean = values.sum(dim=(0, 2, 3), keepdim=True) / count.clamp(min=1)
+    squares = ((values - mean) * cells).square().sum(dim=(0, 2, 3), keepdim=True)
+    variance = squares / (count - 1).clamp(min=1)
+    # The root has no finite gradient at 0.
+    constant = variance == 0
+    return mean, torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt())

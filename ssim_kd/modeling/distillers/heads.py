@@ -199,16 +199,40 @@ def decode(detector: Any, predictions: DensePredictions) -> torch.Tensor:
 
 
 @torch.no_grad()
-def anchor_labels(detector: Any, anchors: list[Boxes], batch: DistillBatch) -> torch.Tensor:
-    """Class of each anchor by the detector's own matching, (N, R): K is background, -1 is ignored.
+def anchor_targets(
+    detector: Any, anchors: list[Boxes], batch: DistillBatch
+) -> tuple[torch.Tensor, list[Any]]:
+    """What the detector's own matching assigns to each anchor.
+
+    Returns:
+        classes (N, R): K is background, -1 is ignored; and the matched boxes (R, 4) of each image,
+        tensors or Boxes as the detector has them, of any value where the class is not positive.
 
     Raises:
         ValueError: the batch has no ground truth.
     """
     if batch.instances is None:
         raise ValueError("The training images have no instances, which the method needs.")
-    labels, _ = detector.label_anchors(anchors, batch.instances)
-    return torch.stack(list(labels))
+    labels, boxes = detector.label_anchors(anchors, batch.instances)
+    return torch.stack(list(labels)), list(boxes)
+
+
+def anchor_labels(detector: Any, anchors: list[Boxes], batch: DistillBatch) -> torch.Tensor:
+    """The classes of :func:`anchor_targets`."""
+    return anchor_targets(detector, anchors, batch)[0]
+
+
+def anchor_normalizer(detector: Any, positive: torch.Tensor) -> Any:
+    """The number of positive anchors by which the detector divides its own losses.
+
+    Detectron2's dense detectors keep a running mean of it, ``loss_normalizer``, without which a
+    batch with few or no positives would weigh many times as much as the others.
+
+    Args:
+        detector: after its forward of this step.
+        positive: (N, R) bool; their number, at least 1, is taken of a detector without that mean.
+    """
+    return getattr(detector, "loss_normalizer", None) or positive.sum().clamp(min=1)
 
 
 def quality_bce(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

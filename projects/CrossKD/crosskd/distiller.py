@@ -1,0 +1,272 @@
+"""CrossKD of dense heads (Wang et al., CVPR 2024), and BCKD (Yang et al., ICCV 2023)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.fcos import FCOS
+from torch import nn
+
+from ssim_kd.losses import channel_moments
+from ssim_kd.modeling import DISTILLER_REGISTRY, DenseHeadDistiller, DistillBatch, FrozenTeacher
+from ssim_kd.modeling.adapters import adapt, build_adapters
+from ssim_kd.modeling.distillers.heads import (
+    anchor_normalizer,
+    anchor_targets,
+    decode,
+    dense_predictions,
+    quality_bce,
+    teacher_dense_outputs,
+    weighted_giou,
+)
+
+#: Each tower of Detectron2's dense heads, and the layer that predicts from it.
+TOWERS = {"cls_subnet": "cls_score", "bbox_subnet": "bbox_pred"}
+
+# Class logits and box deltas, each by level.
+Outputs = Sequence[Sequence[torch.Tensor]]
+
+
+def activation_after(tower: nn.Sequential, depth: int) -> int:
+    """The index of the activation behind the ``depth``-th convolution of a tower.
+
+    Raises:
+        ValueError: the tower has fewer convolutions.
+    """
+    convs = 0
+    for index, layer in enumerate(tower):
+        convs += isinstance(layer, nn.Conv2d)
+        if convs == depth and isinstance(layer, nn.ReLU):
+            return index
+    raise ValueError(
+        f"MODEL.DISTILL.CROSSKD.DEPTH is {depth}; expected 1 to {convs}, the number of "
+        "convolutions in the towers of student and teacher, or 0 (BCKD)."
+    )
+
+
+def match_statistics(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """The student's map with the mean and the standard deviation of the teacher's channels.
+
+    Args:
+        student, teacher: (N, C, H, W), float32.
+        mask: (N, H, W) bool, the cells whose moments are taken.
+        eps: added to the student's standard deviation.
+
+    Returns:
+        (N, C, H, W).
+    """
+    mean, std = channel_moments(student, mask)
+    target_mean, target_std = channel_moments(teacher, mask)
+    return (student - mean) / (std + eps) * target_std + target_mean
+
+
+def weighted_iou(
+    student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The sum over boxes of weight (-log IoU), FCOS' loss; IoU is at least 1e-6.
+
+    Args:
+        student, teacher: boxes (..., 4) in pixels.
+        weights: (...), >= 0.
+    """
+    corner = torch.minimum(student[..., 2:], teacher[..., 2:])
+    overlap = (corner - torch.maximum(student[..., :2], teacher[..., :2])).clamp(min=0).prod(-1)
+    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (student, teacher)]
+    union = areas[0] + areas[1] - overlap
+    iou = overlap / union.clamp(min=1e-6)
+    return -(iou.clamp(min=1e-6).log() * weights).sum()
+
+
+@DISTILLER_REGISTRY.register()
+class CrossKDDistiller(DenseHeadDistiller):
+    """Predictions that the teacher's head makes of the student's features, against the teacher's.
+
+    The student's maps behind the ``depth``-th convolution of each tower take on the teacher's
+    moments and pass through the rest of the teacher's frozen tower, with gradient. The losses are
+    :func:`quality_bce`, and :func:`weighted_giou` weighted by the teacher's highest class
+    probability (FCOS: :func:`weighted_iou`); both over the anchors that are not ignored, divided
+    by the student's own number of positives.
+
+    Depth 0 compares the student's own predictions, BCKD: boxes are weighted by the highest
+    difference of a class probability, over all anchors.
+
+        CrossKDDistiller(depth=3)                                    # RetinaNet
+        CrossKDDistiller(depth=2, cls_weight=0.4, box_weight=0.75)   # FCOS
+        CrossKDDistiller(depth=0, box_weight=4.0)                    # BCKD
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str = "",
+        depth: int = 3,
+        adapter: str = "auto",
+        mask_padding: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            name: see :class:`Distiller`; "crosskd", or "bckd" at depth 0, by default.
+            depth: convolutions of the student's towers before the teacher's, >= 0.
+            adapter: of the tower's features, see :func:`build_adapters`.
+            mask_padding: whether cells in the padding are left out.
+            kwargs: of :class:`DenseHeadDistiller`.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        super().__init__(name=name or ("crosskd" if depth else "bckd"), **kwargs)
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+            raise ValueError(
+                f"MODEL.DISTILL.CROSSKD.DEPTH is {depth!r}; expected a whole number >= 0."
+            )
+        self.depth, self.adapter, self.mask_padding = depth, adapter, mask_padding
+        self.adapters = nn.ModuleDict()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What :class:`DenseHeadDistiller` takes, the depth, ADAPTER and MASK_PADDING."""
+        distill = cfg.MODEL.DISTILL
+        return {
+            **super().from_config(cfg),
+            "depth": distill.CROSSKD.DEPTH,
+            "adapter": distill.ADAPTER,
+            "mask_padding": distill.MASK_PADDING,
+        }
+
+    def bind(self, student: Any, teacher: FrozenTeacher) -> None:
+        """Check heads and towers, and build the adapters.
+
+        Raises:
+            ValueError: what :func:`check_dense_heads` and :func:`activation_after` raise.
+        """
+        super().bind(student, teacher)
+        shapes = student.backbone.output_shape()
+        self.strides = [shapes[level].stride for level in student.head_in_features]
+        self.is_fcos = isinstance(student, FCOS)
+        if not self.depth:
+            self.student_taps = ("head",)
+            return
+        taps, channels = [], []
+        for model in (student, teacher.model):
+            for tower in TOWERS:
+                layers = getattr(model.head, tower, None)
+                if not isinstance(layers, nn.Sequential):
+                    raise ValueError(
+                        f"CrossKD needs towers like those of RetinaNetHead, but "
+                        f"{type(model.head).__name__} has no {tower}."
+                    )
+                index = activation_after(layers, self.depth)
+                taps.append(f"head.{tower}.{index}")
+                convs = [layer for layer in layers[:index] if isinstance(layer, nn.Conv2d)]
+                channels.append(ShapeSpec(channels=convs[-1].out_channels))
+        self.student_taps = taps[:2]
+        ours, theirs = (dict(zip(TOWERS, pair, strict=True)) for pair in (channels[:2], channels[2:]))
+        self.adapters = build_adapters(self.adapter, ours, theirs)
+
+    def forward(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :meth:`Distiller.forward`."""
+        detector: Any = batch.teacher
+        with torch.autocast(batch.device.type, enabled=False):
+            if self.depth:
+                maps = [teacher[level].float() for level in self.teacher_taps]
+                entering = [[c.inputs[0] for c in student[tap]] for tap in self.student_taps]
+                outputs = self._cross(detector.head, entering, maps, batch)
+            else:
+                outputs = student["head"][0].output[:2], teacher_dense_outputs(detector, teacher)
+            # Logits and deltas; student and teacher; by level.
+            ours, theirs = zip(
+                *[
+                    zip(*[crop(*pair) for pair in zip(s, t, strict=True)], strict=True)
+                    for s, t in zip(*(x[:2] for x in outputs), strict=True)
+                ],
+                strict=True,
+            )
+            return self._losses(ours, theirs, batch)
+
+    def _cross(
+        self,
+        head: Any,
+        entering: Sequence[Sequence[torch.Tensor]],
+        maps: Sequence[torch.Tensor],
+        batch: DistillBatch,
+    ) -> tuple[Outputs, Outputs]:
+        """What the teacher's head predicts of the student's features, and of its own."""
+        crossed: list[Any] = []
+        own: list[Any] = []
+        for (tower, score), features in zip(TOWERS.items(), entering, strict=True):
+            layers = getattr(head, tower)
+            index = activation_after(layers, self.depth)
+            rest = nn.Sequential(*layers[index:], getattr(head, score))
+            # Every level once through each layer, then again: a norm may count the levels.
+            with torch.no_grad():
+                targets = [layers[:index](x) for x in maps]
+                own.append([rest(x) for x in targets])
+            aligned = []
+            for x, target, stride in zip(features, targets, self.strides, strict=True):
+                x, target = crop(adapt(self.adapters, tower, x.float()), target)
+                aligned.append(match_statistics(x, target, self._mask(x, stride, batch)))
+            crossed.append([rest(x) for x in aligned])
+        return (crossed[0], crossed[1]), (own[0], own[1])
+
+    def _mask(self, maps: torch.Tensor, stride: int, batch: DistillBatch) -> torch.Tensor:
+        size = (len(maps), *maps.shape[-2:])
+        if self.mask_padding and batch.is_padded(*size[1:], stride):
+            return batch.valid_mask(*size[1:], stride)
+        return torch.ones(size, dtype=torch.bool, device=maps.device)
+
+    def _losses(
+        self, ours: Outputs, theirs: Outputs, batch: DistillBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        detector: Any = batch.student
+        # The teacher's layers predict for the teacher's anchors.
+        predictor = batch.teacher if self.depth else detector
+        s, t = dense_predictions(predictor, ours), dense_predictions(batch.teacher, theirs)
+        anchors = detector.anchor_generator(list(ours[0]))
+        labels, boxes = anchor_targets(detector, anchors, batch)
+        masks = [
+            self._mask(x, stride, batch).flatten(1).repeat_interleave(a, dim=1)
+            for x, stride, a in zip(
+                ours[0], self.strides, detector.anchor_generator.num_anchors, strict=True
+            )
+        ]
+        inside = torch.cat(masks, dim=1)
+        counts = inside & (labels >= 0)
+        positive = counts & (labels < detector.num_classes)
+        normalizer = anchor_normalizer(detector, positive)
+        cls = (quality_bce(s.logits, t.logits).sum(dim=2) * counts).sum() / normalizer
+        probabilities = t.logits.sigmoid()
+        if self.depth:
+            weights = probabilities.amax(dim=2) * counts
+        else:
+            weights = (probabilities - s.logits.detach().sigmoid()).abs().amax(dim=2) * inside
+        pair = decode(predictor, s), decode(batch.teacher, t)
+        if self.is_fcos:
+            normalizer = normalizer * _mean_centerness(detector, anchors, boxes, positive)
+            return self._sum(cls, weighted_iou(*pair, weights) / normalizer)
+        return self._sum(cls, weighted_giou(*pair, weights) / normalizer)
+
+
+def _mean_centerness(
+    detector: Any, anchors: Sequence[Any], boxes: Sequence[Any], positive: torch.Tensor
+) -> torch.Tensor:
+    """FCOS' target of the positives, their mean; 1 without any."""
+    with torch.no_grad():
+        centerness = detector.compute_ctrness_targets(list(anchors), list(boxes))
+        count = positive.sum()
+        mean = torch.where(positive, centerness, 0.0).sum() / count.clamp(min=1)
+        return torch.where(count > 0, mean, 1.0)
+
+
+def crop(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both maps (N, C, H, W) without the padding that only one of them has."""
+    height = min(first.shape[-2], second.shape[-2])
+    width = min(first.shape[-1], second.shape[-1])
+    return first[..., :height, :width], second[..., :height, :width]

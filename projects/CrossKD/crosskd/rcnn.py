@@ -1,0 +1,102 @@
+"""CrossKD of R-CNN box heads (Wang et al., CVPR 2024)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import nn
+
+from ssim_kd.modeling import (
+    DISTILLER_REGISTRY,
+    DistillBatch,
+    FrozenTeacher,
+    RCNNHeadDistiller,
+    tappable_levels,
+)
+from ssim_kd.modeling.adapters import adapt, build_adapters
+from ssim_kd.modeling.distillers.heads import (
+    roi_predictions,
+    softmax_kd,
+    top_class_delta_l1,
+)
+
+
+@DISTILLER_REGISTRY.register()
+class CrossKDRCNNDistiller(RCNNHeadDistiller):
+    """Predictions of the teacher's box head on the student's maps, against those on its own.
+
+    Both on the proposals that the student trains with. :func:`softmax_kd` of the class logits and
+    :func:`top_class_delta_l1` of the box deltas.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str = "crosskd",
+        temperature: float = 3.0,
+        cls_weight: float = 0.5,
+        box_weight: float = 1.0,
+        adapter: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            name: see :class:`Distiller`.
+            temperature, cls_weight, box_weight: see :class:`RCNNHeadDistiller`; by default those of
+                the paper.
+            adapter: of the student's maps, see :func:`build_adapters`.
+            kwargs: of :class:`Distiller`.
+        """
+        super().__init__(
+            **{"name": name, "temperature": temperature, **kwargs},
+            cls_weight=cls_weight,
+            box_weight=box_weight,
+        )
+        self.adapter = adapter
+        self.adapters = nn.ModuleDict()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What :class:`RCNNHeadDistiller` takes, and ADAPTER."""
+        return {**super().from_config(cfg), "adapter": cfg.MODEL.DISTILL.ADAPTER}
+
+    def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
+        """Check the heads and build the adapters.
+
+        Raises:
+            ValueError: what :func:`check_roi_heads` raises, or the student lacks a level of the
+                teacher's box head.
+        """
+        super().bind(student, teacher)
+        ours, theirs = tappable_levels(student), teacher.levels
+        unlike = {
+            level: (ours[level].stride if level in ours else None, theirs[level].stride)
+            for level in self.teacher_taps
+            if level not in ours or ours[level].stride != theirs[level].stride
+        }
+        if unlike:
+            raise ValueError(
+                "CrossKD gives the student's maps to the teacher's box head, which reads "
+                f"{list(self.teacher_taps)}; expected these levels in the student at the same "
+                f"strides, found (student, teacher): {unlike}."
+            )
+        self.student_taps = ["roi_heads.box_pooler", *self.teacher_taps]
+        self.adapters = build_adapters(
+            self.adapter,
+            {level: ours[level] for level in self.teacher_taps},
+            {level: theirs[level] for level in self.teacher_taps},
+        )
+
+    def forward(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :meth:`Distiller.forward`."""
+        boxes = student["roi_heads.box_pooler"][0].inputs[1]
+        adapted = {level: adapt(self.adapters, level, student[level]) for level in teacher}
+        logits, deltas = roi_predictions(batch.teacher, adapted, boxes)
+        with torch.no_grad():
+            soft_logits, soft_deltas = roi_predictions(batch.teacher, teacher, boxes)
+        cls = softmax_kd(logits, soft_logits, self.temperature)
+        return self._sum(cls, top_class_delta_l1(deltas, soft_deltas, soft_logits))
