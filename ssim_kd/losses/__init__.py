@@ -19,7 +19,6 @@ from .scaling import minmax_scale
 from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 
 __all__ = [
-    "channel_moments",
     "LpLoss",
     "ReferenceSize",
     "SSIMComponents",
@@ -29,6 +28,7 @@ __all__ = [
     "box_cells",
     "cell_means",
     "channel_attention",
+    "channel_moments",
     "check_ssim_options",
     "covered_cells",
     "foreground_weights",

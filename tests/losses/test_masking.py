@@ -1,9 +1,9 @@
-"""masked_mean and masked_sum: values by hand, masks, empty batches, gradients."""
+"""masked_mean, masked_sum, channel_moments: values by hand, masks, empty batches, gradients."""
 
 import pytest
 import torch
 
-from ssim_kd.losses import masked_mean, masked_sum
+from ssim_kd.losses import channel_moments, masked_mean, masked_sum
 
 VALUES = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 100.0]]], [[[7.0, 7.0]]]])  # 3 maps of 1 x 2 cells
 MASK = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
@@ -76,3 +76,32 @@ def test_masked_sum_by_hand(mask):
     assert values.grad.flatten().tolist() == [1, 1, 1, 0, 0, 0]
     assert masked_sum(VALUES) == 123
     assert masked_sum(VALUES.bfloat16(), MASK).dtype == torch.float32
+
+
+def test_channel_moments_by_hand():
+    # Over the batch: 1, 3, 5 of the first channel, three times that in the second.
+    values = torch.cat([VALUES, 3 * VALUES], 1).masked_fill(~MASK[:, None], float("inf"))
+    mean, std = channel_moments(values, MASK)
+    assert mean.flatten().tolist() == [3, 9] and mean.shape == std.shape == (1, 2, 1, 1)
+    assert std.flatten().tolist() == pytest.approx([2, 6])  # (4 + 0 + 4) / (3 - 1)
+
+
+def test_channel_moments_equals_torch():
+    values = torch.randn(3, 4, 5, 6, dtype=torch.double, requires_grad=True)
+    mask = torch.ones(3, 5, 6, dtype=torch.bool)
+    mean, std = channel_moments(values, mask)
+    torch.testing.assert_close(mean, values.mean(dim=(0, 2, 3), keepdim=True))
+    torch.testing.assert_close(std, values.std(dim=(0, 2, 3), keepdim=True))
+    mask[1, 2:] = mask[2] = False
+    inputs = values[..., :2].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: channel_moments(x, mask[..., :2]), (inputs,))
+
+
+@pytest.mark.parametrize("valid", [0, 1, 2])
+def test_channel_moments_of_hardly_any_cell_and_of_a_constant(valid):
+    values = torch.full((1, 2, 1, 3), 7.0, requires_grad=True)
+    mask = torch.arange(3).view(1, 1, 3) < valid
+    mean, std = channel_moments(values, mask)
+    assert mean.flatten().tolist() == [7.0 * (valid > 0)] * 2 and not std.any()
+    std.sum().backward()
+    assert not values.grad.any()

@@ -1,4 +1,4 @@
-"""CrossKD: Cross-Head Knowledge Distillation for Object Detection; and BCKD, without the crossing."""
+"""CrossKD: Cross-Head Knowledge Distillation for Object Detection. Without the crossing: BCKD."""
 
 from .config import add_config
 from .distiller import CrossKDDistiller

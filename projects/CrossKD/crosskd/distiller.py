@@ -165,8 +165,10 @@ class CrossKDDistiller(DenseHeadDistiller):
                 taps.append(f"head.{tower}.{index}")
                 convs = [layer for layer in layers[:index] if isinstance(layer, nn.Conv2d)]
                 channels.append(ShapeSpec(channels=convs[-1].out_channels))
-        self.student_taps = taps[:2]
-        ours, theirs = (dict(zip(TOWERS, pair, strict=True)) for pair in (channels[:2], channels[2:]))
+        self.student_taps = tuple(taps[:2])
+        ours, theirs = (
+            dict(zip(TOWERS, pair, strict=True)) for pair in (channels[:2], channels[2:])
+        )
         self.adapters = build_adapters(self.adapter, ours, theirs)
 
     def forward(
@@ -217,10 +219,10 @@ class CrossKDDistiller(DenseHeadDistiller):
         return (crossed[0], crossed[1]), (own[0], own[1])
 
     def _mask(self, maps: torch.Tensor, stride: int, batch: DistillBatch) -> torch.Tensor:
-        size = (len(maps), *maps.shape[-2:])
-        if self.mask_padding and batch.is_padded(*size[1:], stride):
-            return batch.valid_mask(*size[1:], stride)
-        return torch.ones(size, dtype=torch.bool, device=maps.device)
+        n, _, height, width = maps.shape
+        if self.mask_padding:
+            return batch.valid_mask(height, width, stride)
+        return torch.ones(n, height, width, dtype=torch.bool, device=maps.device)
 
     def _losses(
         self, ours: Outputs, theirs: Outputs, batch: DistillBatch

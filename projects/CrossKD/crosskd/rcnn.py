@@ -82,7 +82,7 @@ class CrossKDRCNNDistiller(RCNNHeadDistiller):
                 f"{list(self.teacher_taps)}; expected these levels in the student at the same "
                 f"strides, found (student, teacher): {unlike}."
             )
-        self.student_taps = ["roi_heads.box_pooler", *self.teacher_taps]
+        self.student_taps = ("roi_heads.box_pooler", *self.teacher_taps)
         self.adapters = build_adapters(
             self.adapter,
             {level: ours[level] for level in self.teacher_taps},

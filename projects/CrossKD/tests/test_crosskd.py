@@ -187,9 +187,7 @@ def expected_losses(model: DistilledDetector, kind: str, inputs: list[Any]) -> t
                     ]
                     ours = [s[i, c, y, z] for i, y, z in inside]
                     his = [t[i, c, y, z] for i, y, z in inside]
-                    deviations = [
-                        np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in (ours, his)
-                    ]
+                    deviations = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in (ours, his)]
                     scaled = (s[:, c] - np.mean(ours)) / (deviations[0] + 1e-6)
                     out[:, c] = scaled * deviations[1] + np.mean(his)
                 y = torch.tensor(out, dtype=torch.float32)

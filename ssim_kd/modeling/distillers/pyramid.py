@@ -47,7 +47,13 @@ class PyramidDistiller(Distiller):
                 return masked_mean(1 - cosine[:, None], maps.mask)
 
         DistilledDetector(student=..., teacher=..., distillers=[Cosine(name="cosine")])
+
+    Attributes:
+        adapts: False for a method that brings the student's channels to the teacher's by modules of
+            its own: it gets the student's maps as they are, and ``adapter`` has no effect.
     """
+
+    adapts: bool = True
 
     def __init__(
         self,
@@ -121,7 +127,8 @@ class PyramidDistiller(Distiller):
                 f"{len(self.levels)} levels {self.levels}."
             )
         self.scalar_weights = dict(zip(self.levels, self.level_weights, strict=True))
-        self.adapters = build_adapters(self.adapter, student, teacher)
+        if self.adapts:
+            self.adapters = build_adapters(self.adapter, student, teacher)
         self.build(student, teacher)
 
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
@@ -129,7 +136,7 @@ class PyramidDistiller(Distiller):
 
         Args:
             student, teacher: channels and stride by level. The maps that the method gets have the
-                teacher's channels, unless ``adapter`` is "none".
+                teacher's channels if it ``adapts``.
         """
 
     def _check_strides(self) -> None:

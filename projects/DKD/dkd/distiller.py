@@ -1,0 +1,113 @@
+"""The distiller of DKD at the RoI head (Zhao et al., CVPR 2022, arXiv 2203.08679)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import nn
+from torch.nn import functional as F
+
+from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, Distiller, FrozenTeacher
+from ssim_kd.modeling.distillers.base import check_weight
+from ssim_kd.modeling.distillers.heads import check_roi_heads, roi_predictions
+
+
+def decoupled_kl(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts of KL(teacher || student), both times T^2 and as the mean over the rows.
+
+    Args:
+        student, teacher: logits (R, K), K >= 2.
+        target: class of each row, (R,) int64.
+        temperature: T > 0.
+
+    Returns:
+        TCKD, of the target against all others: KL over (p_target, 1 - p_target); and NCKD, among
+        the others: KL of their softmax. 0 without rows.
+    """
+    target = target[:, None]
+    # The indices of all classes but the target.
+    others = torch.arange(student.shape[1] - 1, device=target.device).expand(len(target), -1)
+    others = others + (others >= target)
+    binary, among = [], []
+    for logits in (student, teacher):
+        log_p = (logits.float() / temperature).log_softmax(dim=1)
+        rest = log_p.gather(1, others)
+        log_rest = rest.logsumexp(dim=1, keepdim=True)
+        binary.append(torch.cat([log_p.gather(1, target), log_rest], dim=1))
+        among.append(rest - log_rest)
+    scale = temperature**2 / max(len(target), 1)
+    tckd, nckd = (
+        F.kl_div(s, t, reduction="sum", log_target=True) * scale for s, t in (binary, among)
+    )
+    return tckd, nckd
+
+
+@DISTILLER_REGISTRY.register()
+class DKDDistiller(Distiller):
+    """alpha TCKD + beta NCKD of the class logits, on the proposals that the student trains with.
+
+    Both box heads read their own maps; the background is a class. See :func:`decoupled_kl`.
+    """
+
+    student_taps = ("roi_heads", "roi_heads.box_pooler", "roi_heads.box_predictor")
+    needs_teacher_heads = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str = "dkd",
+        alpha: float = 1.0,
+        beta: float = 0.25,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            name: see :class:`Distiller`.
+            alpha, beta: weights of the two parts, >= 0.
+            temperature: T of the softmax, > 0.
+            kwargs: of :class:`Distiller`.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        super().__init__(name=name, **kwargs)
+        self.scalar_weights = {
+            "target": check_weight("MODEL.DISTILL.DKD.ALPHA", alpha),
+            "others": check_weight("MODEL.DISTILL.DKD.BETA", beta),
+        }
+        if check_weight("MODEL.DISTILL.DKD.TEMPERATURE", temperature) == 0:
+            raise ValueError("MODEL.DISTILL.DKD.TEMPERATURE is 0; expected a number > 0.")
+        self.temperature = temperature
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What :class:`Distiller` takes, and the keys of DKD."""
+        node = cfg.MODEL.DISTILL.DKD
+        return {
+            **super().from_config(cfg),
+            **{"alpha": node.ALPHA, "beta": node.BETA, "temperature": node.TEMPERATURE},
+        }
+
+    def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
+        """See :func:`check_roi_heads`."""
+        check_roi_heads(student, teacher, method=type(self).__name__)
+        self.teacher_taps = list(teacher.model.roi_heads.box_in_features)
+
+    def forward(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :meth:`Distiller.forward`."""
+        proposals, _ = student["roi_heads"][0].output
+        boxes = student["roi_heads.box_pooler"][0].inputs[1]
+        logits, _ = student["roi_heads.box_predictor"][0].output
+        with torch.no_grad():
+            soft, _ = roi_predictions(batch.teacher, teacher, boxes)
+        target = torch.cat([x.gt_classes for x in proposals])
+        tckd, nckd = decoupled_kl(logits, soft, target, self.temperature)
+        total = self.scalar_weights["target"] * tckd + self.scalar_weights["others"] * nckd
+        return total, {"target": tckd.detach(), "others": nckd.detach()}
