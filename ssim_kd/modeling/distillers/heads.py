@@ -295,7 +295,7 @@ class RCNNHeadDistiller(_HeadDistiller):
     teacher's box head reads the teacher's maps.
     """
 
-    student_taps = ("roi_heads.box_pooler", "roi_heads.box_predictor")
+    student_taps: Sequence[str] = ("roi_heads.box_pooler", "roi_heads.box_predictor")
 
     @configurable
     def __init__(
@@ -355,7 +355,7 @@ class DenseHeadDistiller(_HeadDistiller):
     divided by the number of positive anchors.
     """
 
-    student_taps = ("head",)
+    student_taps: Sequence[str] = ("head",)
 
     @configurable
     def __init__(
