@@ -184,6 +184,7 @@ class DistilledDetector(nn.Module):
                 self.health = _health(teacher=theirs, student=ours)
         batch = DistillBatch.from_inputs(
             batched_inputs,
+            images=[x["image"] for x in inputs],
             device=device,
             iteration=iteration,
             max_iter=self.max_iter,

@@ -161,7 +161,7 @@ class FrozenTeacher:
         return cls._from_source(
             teacher_source(cfg),
             image_format=cfg.INPUT.FORMAT,
-            dtype=_dtype_of(cfg),
+            dtype=teacher_dtype(cfg),
             fold_bn=node.FOLD_BN,
             channels_last=node.CHANNELS_LAST,
             compiled=node.COMPILE,
@@ -260,12 +260,12 @@ class FrozenTeacher:
         return self
 
     def load(self) -> None:
-        """Load the weights now, if that has not happened.
+        """Load the weights now, if that has not happened and anything of the teacher is used.
 
         Raises:
             ValueError: what :func:`load_detector` raises.
         """
-        if self._load is None:
+        if self._load is None or not (self._names or self._heads or self._kept_prefixes):
             return
         model, self.sha256 = self._load()
         self._load = None
@@ -284,6 +284,8 @@ class FrozenTeacher:
             the tapped outputs by name; maps are (N, C, H, W).
         """
         self.load()
+        if not self._names and not self._heads:
+            return {}
         if self._tap is None:
             raise RuntimeError("No output of the teacher is tapped: call tap() first.")
         batch = self._preprocess(images)
@@ -350,7 +352,7 @@ class FrozenTeacher:
         return padded.tensor.to(self.dtype, memory_format=self._memory_format)
 
 
-def _dtype_of(cfg: CfgNode) -> torch.dtype:
+def teacher_dtype(cfg: CfgNode) -> torch.dtype:
     """The precision of ``TEACHER.PRECISION``.
 
     Raises:

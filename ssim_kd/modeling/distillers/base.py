@@ -28,6 +28,7 @@ class DistillBatch:
 
     Attributes:
         image_sizes: (height, width) of each image in pixels, without padding.
+        images: as the student is given them, (3, H, W) in [0, 255], on the device.
         device: where the features are.
         iteration: of the training, from 0.
         max_iter: number of iterations of the training.
@@ -41,6 +42,7 @@ class DistillBatch:
         image_sizes: Sequence[tuple[int, int]],
         instances: Sequence[Instances] | None = None,
         *,
+        images: Sequence[torch.Tensor] = (),
         device: torch.device | str = "cpu",
         iteration: int = 0,
         max_iter: int = 1,
@@ -48,6 +50,7 @@ class DistillBatch:
         student: nn.Module | None = None,
     ) -> None:
         self.image_sizes = list(image_sizes)
+        self.images = list(images)
         self.device = torch.device(device)
         self.iteration, self.max_iter = iteration, max_iter
         self.teacher, self.student = teacher, student

@@ -1,0 +1,108 @@
+"""The distiller of a vision foundation model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch.nn import functional as F
+
+from ssim_kd.losses import masked_mean
+from ssim_kd.modeling import (
+    DISTILLER_REGISTRY,
+    DistillBatch,
+    FrozenTeacher,
+    LevelMaps,
+    PyramidDistiller,
+    tappable_levels,
+)
+from ssim_kd.modeling.teacher import teacher_dtype
+
+from .vit import TOKENS, vit_teacher
+
+
+@DISTILLER_REGISTRY.register()
+class VFMDistiller(PyramidDistiller):
+    """1 - cosine of the student's cells, projected, and the patch tokens of a ViT.
+
+    The ViT is a teacher beside the detector, which this method does not use. It sees the student's
+    images. Its tokens are resized to the student's grid.
+
+        VFMDistiller(vit=vit_teacher("vit_small_patch16_dinov3"), levels=["p4"])
+
+    Attributes:
+        vit: hidden as every :class:`FrozenTeacher`: no module, no parameters.
+    """
+
+    @configurable
+    def __init__(self, *, vit: FrozenTeacher, name: str = "vfm", **kwargs: Any) -> None:
+        """
+        Args:
+            vit: from :func:`vit_teacher`, or a FrozenTeacher with one level "tokens".
+            name: see :class:`Distiller`.
+            kwargs: of :class:`PyramidDistiller`.
+
+        Raises:
+            ValueError: not exactly one level.
+        """
+        # The projection is the adapter; ViTs have strides of their own.
+        super().__init__(name=name, **{**kwargs, "adapter": "always", "resize": "bilinear"})
+        if len(self.levels) != 1:
+            raise ValueError(
+                f"MODEL.DISTILL.IN_FEATURES is {self.levels}; VFMDistiller expects one level, "
+                "e.g. ['p4']."
+            )
+        self.vit = vit
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What :class:`PyramidDistiller` takes, and the ViT of ``MODEL.DISTILL.VFM``.
+
+        Raises:
+            ValueError: OPTS that are no pairs; what :func:`vit_teacher` raises.
+        """
+        node = cfg.MODEL.DISTILL.VFM
+        if len(node.OPTS) % 2:
+            raise ValueError(f"MODEL.DISTILL.VFM.OPTS is {node.OPTS}; expected [NAME, VALUE, ...].")
+        options = dict(zip(node.OPTS[::2], node.OPTS[1::2], strict=True))
+        vit = vit_teacher(node.NAME, node.WEIGHTS, options, dtype=teacher_dtype(cfg))
+        return {**super().from_config(cfg), "vit": vit}
+
+    def bind(self, student: Any, teacher: FrozenTeacher) -> None:
+        """Build the projection.
+
+        Raises:
+            ValueError: a level that the student lacks.
+        """
+        (level,) = self.levels
+        levels = tappable_levels(student)
+        if level not in levels:
+            raise ValueError(
+                f"MODEL.DISTILL.IN_FEATURES names {level!r}, which the student lacks; it has "
+                f"{list(levels)}."
+            )
+        self.vit.set_image_format(getattr(student, "input_format", None) or "BGR")
+        self.vit.tap([TOKENS])
+        self.bind_shapes({level: levels[level]}, {level: self.vit.levels[TOKENS]})
+        self.teacher_taps = ()
+
+    def forward(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :meth:`Distiller.forward`."""
+        tokens = self.vit(batch.images)[TOKENS]
+        return super().forward(student, {self.levels[0]: tokens}, batch)
+
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
+        """The mean over the images of the mean of 1 - cosine over the cells."""
+        # In half precision the norms lose their digits.
+        with torch.autocast(maps.student.device.type, enabled=False):
+            cosine = F.cosine_similarity(maps.student.float(), maps.teacher.float(), dim=1)
+            return masked_mean(1 - cosine[:, None], maps.mask if maps.padded else None)
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "VFMDistiller":
+        super()._apply(fn, *args, **kwargs)
+        parameter = next(self.parameters(), None)
+        if parameter is not None:
+            self.vit.to(parameter.device)
+        return self
