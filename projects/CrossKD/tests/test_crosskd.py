@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes
@@ -429,3 +431,36 @@ def test_crosskd_beside_another_term(kind, terms, names, tmp_path) -> None:
     assert any("adapters" in name for name in gradients(model.distillers["crosskd"]))
     assert not any("crosskd" in name for name in model.student.state_dict())
     assert any("distillers.crosskd.adapters" in name for name in model.state_dict())
+
+
+LAZY = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", LAZY, ids=lambda file: file.stem)
+def test_a_lazy_config_builds(file) -> None:
+    config = LazyConfig.load(str(file))
+    with torch.device("meta"):
+        model = instantiate(config.model)
+    student = getattr(model, "student", model)
+    assert type(student) is FCOS
+    assert config.train.max_iter % config.train.eval_period == 0 or "COCO" in file.stem
+    if file.stem.startswith("crosskd"):
+        assert list(model.distillers) == ["crosskd"] and not model.teacher.loaded
+        assert model.distillers["crosskd"].scalar_weights == {"cls": 0.4, "box": 0.75}
+        assert model.max_iter == config.train.max_iter
+        plain = LazyConfig.load(str(file.with_name(file.name.replace("crosskd", "plain"))))
+        for part in ("optimizer", "lr_multiplier", "dataloader", "train"):
+            assert config[part] == plain[part]
+        assert config.model.student == plain.model
+
+
+def test_a_lazy_config_takes_a_step() -> None:
+    config = LazyConfig.load(str(LAZY[0].with_name("crosskd_fcos_R_50_w4_demo.py")))
+    teacher = LazyConfig.load(str(LAZY[0].with_name("teacher_fcos_R_50_w8_demo.py")))
+    model = instantiate(config.model)
+    model.teacher._load = lambda: (instantiate(teacher.model), "")
+    losses = train_losses(model, make_batch(SIZES))
+    sum(losses.values()).backward()
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_distill"}
+    assert all(torch.isfinite(loss) for loss in losses.values()) and losses["loss_distill"] > 0
+    assert gradients(model.distillers)["crosskd.adapters.cls_subnet.weight"].any()
