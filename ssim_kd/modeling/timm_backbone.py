@@ -71,7 +71,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"MODEL.TIMM.NORM is {norm!r}; expected one of {NORMS}.")
-        timm = _import_timm()
+        timm = import_timm("MODEL.BACKBONE.NAME")
         arguments = {"in_chans": in_channels, **(options or {})}
         levels = _levels(timm, name, arguments)
         wanted = {*out_features, *([f"res{freeze_at}"] if freeze_at else [])}
@@ -83,7 +83,7 @@ class TimmBackbone(Backbone):
         names = sorted(wanted, key=lambda level: levels[level])
         indices = [levels[level] for level in names]
         if pretrained:
-            overlay = _checked_overlay(timm, name, pretrained, arguments)
+            overlay = checked_overlay(timm, name, pretrained, arguments)
             arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
         try:
             self.body = timm.create_model(
@@ -178,13 +178,20 @@ def _reached(model: nn.Module, maps: list[torch.Tensor]) -> set[nn.Parameter]:
     return {p for p, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 
-def _import_timm() -> Any:
+def import_timm(key: str) -> Any:
+    """The package timm.
+
+    Args:
+        key: of the config that asks for it, for the message.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import timm
     except ImportError as error:
         raise ImportError(
-            "MODEL.BACKBONE.NAME asks for a backbone of timm, which is not installed: "
-            "pip install 'ssim_kd[timm]'."
+            f"{key} asks for a model of timm, which is not installed: pip install 'ssim_kd[timm]'."
         ) from error
     return timm
 
@@ -210,13 +217,28 @@ def _levels(timm: Any, name: str, arguments: dict[str, Any]) -> dict[str, int]:
     return {f"res{int(math.log2(s))}": i for s, i in zip(strides, indices, strict=True)}
 
 
-def _checked_overlay(
-    timm: Any, name: str, pretrained: str, arguments: dict[str, Any]
+def checked_overlay(
+    timm: Any,
+    name: str,
+    pretrained: str,
+    arguments: dict[str, Any],
+    *,
+    key: str = "MODEL.TIMM.PRETRAINED",
 ) -> dict[str, Any]:
-    """What timm is asked to load; a file must hold the whole model, its classifier aside."""
+    """What timm is asked to load: its ``pretrained_cfg_overlay``.
+
+    Args:
+        timm: the package.
+        name, arguments: of ``timm.create_model``.
+        pretrained: "timm", or a file of the whole model, its classifier aside.
+        key: of the config that names it, for the message.
+
+    Raises:
+        ValueError: a file that is not there, not readable, or of another model.
+    """
     if pretrained == "timm":
         return {}
-    path = local_file(pretrained, key="MODEL.TIMM.PRETRAINED")
+    path = local_file(pretrained, key=key)
     model = timm.create_model(name, **arguments)
     try:
         tensors = timm.models.load_state_dict(path)
@@ -224,7 +246,7 @@ def _checked_overlay(
         tensors = convert(tensors, model) if convert else tensors
     except Exception as error:
         raise ValueError(
-            f"MODEL.TIMM.PRETRAINED is {pretrained!r}, which timm cannot read as weights of "
+            f"{key} is {pretrained!r}, which timm cannot read as weights of "
             f"{name} ({type(error).__name__}: {error})."
         ) from error
     heads = model.pretrained_cfg.get("classifier") or ()
@@ -235,7 +257,7 @@ def _checked_overlay(
     unfit = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
     if unfit:
         raise ValueError(
-            f"MODEL.TIMM.PRETRAINED is {pretrained!r}, which does not fit {name}: {len(unfit)} of "
+            f"{key} is {pretrained!r}, which does not fit {name}: {len(unfit)} of "
             f"{len(expected)} tensors are missing, unexpected or of another shape (e.g. "
             f"{unfit[:3]}). Expected weights of this very model."
         )
