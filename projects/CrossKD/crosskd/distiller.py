@@ -57,11 +57,13 @@ def match_statistics(
         eps: added to the student's standard deviation.
 
     Returns:
-        (N, C, H, W).
+        (N, C, H, W). A channel whose deviation is at most ``eps`` becomes the teacher's mean, without
+        a gradient, which would be as great as 1 / eps.
     """
     mean, std = channel_moments(student, mask)
     target_mean, target_std = channel_moments(teacher, mask)
-    return (student - mean) / (std + eps) * target_std + target_mean
+    scale = torch.where(std > eps, target_std / (std + eps), 0.0)
+    return (student - mean) * scale + target_mean
 
 
 def weighted_iou(

@@ -87,12 +87,12 @@ def test_match_statistics_worked_by_hand() -> None:
 
 def test_match_statistics_of_one_cell_and_of_a_constant() -> None:
     for shape in ((1, 2, 1, 1), (2, 2, 3, 3)):
-        student = torch.ones(shape, requires_grad=True)
+        student = torch.full(shape, 0.3, requires_grad=True)
         teacher = torch.randn(shape)
         mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
         found = match_statistics(student, teacher, mask)
         torch.testing.assert_close(found, teacher.mean(dim=(0, 2, 3), keepdim=True).expand(shape))
-        found.sum().backward()
+        (found * torch.randn(shape)).sum().backward()
         assert not student.grad.any()
 
 
