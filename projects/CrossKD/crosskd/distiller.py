@@ -57,8 +57,8 @@ def match_statistics(
         eps: added to the student's standard deviation.
 
     Returns:
-        (N, C, H, W). A channel whose deviation is at most ``eps`` becomes the teacher's mean, and has
-        no gradient: it would be as great as 1 / eps.
+        (N, C, H, W). A channel with a deviation of ``eps`` or less becomes the teacher's mean and
+        has no gradient, which would be as great as 1 / eps.
     """
     mean, std = channel_moments(student, mask)
     target_mean, target_std = channel_moments(teacher, mask)
