@@ -1,5 +1,7 @@
 """Every config key that ``ssim_kd`` adds to Detectron2's, each with its meaning and values."""
 
+from collections.abc import Callable
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
@@ -28,30 +30,41 @@ def student_config(cfg: CN) -> CN:
 
 
 def write_stock_config(cfg: CN, path: str) -> None:
-    """Write the student's config without the keys that stock Detectron2 does not know.
+    """Write the student's config without the keys of ssim_kd, for stock Detectron2.
 
-    Those of a timm backbone stay, with a comment that says how Detectron2 learns them.
+    Keys of the user's own (of a backbone that their code registers) and those of a timm backbone
+    stay; a comment names them, since Detectron2 has to know them before it merges the file.
 
     Args:
         cfg: of the training.
         path: a .yaml file.
     """
-
-    def keep_known(node: CN, known: CN) -> CN:
-        return CN(
-            {
-                key: keep_known(value, known[key]) if isinstance(value, CN) else value
-                for key, value in node.items()
-                if key in known
-            }
-        )
-
-    known, comment = get_cfg(), ""
+    stock, ours = get_cfg(), get_cfg()
+    add_distill_config(ours)
     if "timm" in cfg.MODEL.BACKBONE.NAME:
-        add_timm_config(known)
-        comment = _TIMM_COMMENT
+        del ours.MODEL["TIMM"]
+    further: list[str] = []
+
+    def keep(node: CN, stock: CN, ours: CN, prefix: str = "") -> CN:
+        kept = CN()
+        for key, value in node.items():
+            if key in stock:
+                is_node = isinstance(value, CN)
+                kept[key] = (
+                    keep(value, stock[key], ours[key], f"{prefix}{key}.") if is_node else value
+                )
+            elif key not in ours:
+                further.append(prefix + key)
+                kept[key] = value
+        return kept
+
+    text = keep(student_config(cfg), stock, ours).dump()
     with PathManager.open(path, "w") as file:
-        file.write(comment + keep_known(student_config(cfg), known).dump())
+        if "MODEL.TIMM" in further:
+            file.write(_TIMM_COMMENT)
+        elif further:
+            file.write(_KEYS_COMMENT.format(keys=", ".join(further)))
+        file.write(text)
 
 
 _TIMM_COMMENT = """\
@@ -59,6 +72,30 @@ _TIMM_COMMENT = """\
 #   from ssim_kd.modeling.timm_backbone import add_timm_config
 #   add_timm_config(cfg)
 """
+_KEYS_COMMENT = """\
+# Before it merges this file, stock Detectron2 needs the keys of your own code: {keys}.
+"""
+
+# What adds keys to the config of a run, see :func:`share_keys`.
+_shared: list[Callable[[CN], None]] = []
+
+
+def share_keys(add_config: Callable[[CN], None]) -> None:
+    """Give the configs of teachers the keys of the run's config as well.
+
+    A backbone with config keys of its own can then be a teacher.
+
+    Args:
+        add_config: adds keys with their defaults to a config.
+    """
+    if add_config not in _shared:
+        _shared.append(add_config)
+
+
+def add_shared_keys(cfg: CN) -> None:
+    """Add the keys of every function that was given to :func:`share_keys`, in place."""
+    for add_config in _shared:
+        add_config(cfg)
 
 
 def _add_model_keys(cfg: CN) -> None:

@@ -18,7 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_distill_config, write_stock_config
+from ..config import add_distill_config, share_keys, write_stock_config
 from ..config_files import merge_file
 from ..data import check_datasets, register_datasets
 from .errors import start_up, with_one_line_errors
@@ -123,6 +123,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     add_distill_config(cfg)
     if add_config is not None:
         add_config(cfg)
+        share_keys(add_config)
     config_file = os.path.expanduser(args.config_file)
     if config_file:
         _merge_file(cfg, config_file)

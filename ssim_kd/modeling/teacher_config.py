@@ -1,7 +1,8 @@
 """Where a teacher comes from: a name of the model zoo, a run, a config file or a checkpoint."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..config import add_distill_config, student_config
+from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
+
+logger = logging.getLogger(__name__)
 
 KEY = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
 EXPECTED = (
@@ -122,11 +125,18 @@ def teacher_source(cfg: CfgNode) -> TeacherSource:
         ValueError: its weights are not, or its config is not readable.
     """
     node = cfg.MODEL.DISTILL.TEACHER
-    return source_of(node.CONFIG_FILE, node.WEIGHTS, list(node.OPTS))
+    return source_of(node.CONFIG_FILE, node.WEIGHTS, list(node.OPTS), student=cfg)
 
 
-def source_of(name: str, weights: str = "", opts: Sequence[Any] = ()) -> TeacherSource:
-    """As :func:`teacher_source`, for the values of CONFIG_FILE, WEIGHTS and OPTS."""
+def source_of(
+    name: str, weights: str = "", opts: Sequence[Any] = (), *, student: CfgNode | None = None
+) -> TeacherSource:
+    """As :func:`teacher_source`, for the values of CONFIG_FILE, WEIGHTS and OPTS.
+
+    Args:
+        student: the student's config. Keys of the user's own that neither the teacher's file nor
+            a default gives have its values.
+    """
     run = any(os.path.isfile(os.path.join(os.path.expanduser(name), f)) for f in RUN_CONFIGS)
     if is_rtdetr(name) and not run:
         return _rtdetr_source(name, weights, opts)
@@ -134,7 +144,7 @@ def source_of(name: str, weights: str = "", opts: Sequence[Any] = ()) -> Teacher
     try:
         if path.endswith(".py"):
             return _lazy_source(name, path, weights, opts)
-        config = _yaml_config(path, weights, opts)
+        config = _yaml_config(path, weights, opts, student)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"{KEY} {name!r} asks to run code ({error.problem}), which is refused; expected plain "
@@ -166,16 +176,59 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return source.cfg
 
 
-def _yaml_config(path: str, weights: str, opts: Sequence[Any]) -> CfgNode:
+def _yaml_config(path: str, weights: str, opts: Sequence[Any], student: CfgNode | None) -> CfgNode:
     teacher = get_cfg()
     add_distill_config(teacher)
-    # A student that was distilled by another project can be a teacher: its keys are not ours.
-    teacher.MODEL.DISTILL.set_new_allowed(True)
+    add_shared_keys(teacher)
+    known = set(_keys(teacher))
+    # Keys of another Detectron2 or of another project: whoever reads them finds them.
+    teacher.set_new_allowed(True)
     merge_file(teacher, path)
+    unknown = [key for key in _keys(teacher) if key not in known]
+    missing = _fill(teacher, student) if student is not None else []
+    unknown = [key for key in unknown if not key.startswith("MODEL.DISTILL.")]
+    if student is not None:
+        unknown = [key for key in unknown if key not in set(_keys(student))]
+    if unknown:
+        logger.warning(
+            "%s %s has keys that neither this Detectron2 nor ssim_kd knows; only code of yours "
+            "can read them: %s.",
+            *(KEY, path, ", ".join(unknown)),
+        )
+    if missing:
+        logger.warning(
+            "%s %s does not set %s: the student's values are used. Expected them in that file or "
+            "in MODEL.DISTILL.TEACHER.OPTS.",
+            *(KEY, path, ", ".join(missing)),
+        )
     teacher.merge_from_list(list(opts))
     teacher.MODEL.WEIGHTS = weights
     teacher.MODEL.DEVICE = "cpu"
     return student_config(teacher)
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all values."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _fill(node: CfgNode, other: CfgNode, prefix: str = "") -> list[str]:
+    """Add the keys of another config that are missing in this one; returns them."""
+    added = []
+    for key, value in other.items():
+        name = prefix + key
+        if name == "MODEL.DISTILL":
+            continue
+        if key not in node:
+            node[key] = value.clone() if isinstance(value, CfgNode) else value
+            added.append(name)
+        elif isinstance(value, CfgNode) and isinstance(node[key], CfgNode):
+            added += _fill(node[key], value, f"{name}.")
+    return added
 
 
 def _lazy_source(name: str, path: str, weights: str, opts: Sequence[Any]) -> TeacherSource:
