@@ -1,5 +1,6 @@
 """The meta-architecture and its parts."""
 
+from .adapters import adapt, build_adapters
 from .distillers import (
     DISTILLER_REGISTRY,
     DenseHeadDistiller,
@@ -8,10 +9,12 @@ from .distillers import (
     FeatureDistiller,
     LevelMaps,
     LpDistiller,
+    PartsDistiller,
     PyramidDistiller,
     RCNNHeadDistiller,
     SSIMDistiller,
     build_distillers,
+    check_number,
 )
 from .meta_arch import DistilledDetector
 from .taps import Call, Tap, tappable_levels
@@ -29,12 +32,16 @@ __all__ = [
     "FrozenTeacher",
     "LevelMaps",
     "LpDistiller",
+    "PartsDistiller",
     "PyramidDistiller",
     "RCNNHeadDistiller",
     "SSIMDistiller",
     "Tap",
     "TeacherSource",
+    "adapt",
+    "build_adapters",
     "build_distillers",
+    "check_number",
     "find_teacher",
     "load_detector",
     "tappable_levels",

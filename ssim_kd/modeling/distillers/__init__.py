@@ -1,8 +1,9 @@
 """Distillers: the terms of the distillation loss."""
 
-from .base import DISTILLER_REGISTRY, DistillBatch, Distiller, build_distillers
+from .base import DISTILLER_REGISTRY, DistillBatch, Distiller, build_distillers, check_number
 from .heads import DenseHeadDistiller, RCNNHeadDistiller
 from .lp import LpDistiller
+from .parts import PartsDistiller
 from .pyramid import LevelMaps, PyramidDistiller
 from .ssim import FeatureDistiller, SSIMDistiller
 
@@ -14,8 +15,10 @@ __all__ = [
     "FeatureDistiller",
     "LevelMaps",
     "LpDistiller",
+    "PartsDistiller",
     "PyramidDistiller",
     "RCNNHeadDistiller",
     "SSIMDistiller",
     "build_distillers",
+    "check_number",
 ]

@@ -1,0 +1,95 @@
+"""The distiller of MGD (Yang et al., ECCV 2022, arXiv 2205.01529)."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from ssim_kd.losses import masked_mean, masked_sum, reference_size
+from ssim_kd.modeling import (
+    DISTILLER_REGISTRY,
+    DistillBatch,
+    LevelMaps,
+    PyramidDistiller,
+    check_number,
+)
+
+
+@DISTILLER_REGISTRY.register()
+class MGDDistiller(PyramidDistiller):
+    """||G(S o M) - T||^2 / N: the teacher's map, generated from a student's with holes.
+
+    M is 0 in a random share of the cells, the same for all channels; G is conv3x3-ReLU-conv3x3.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str = "mgd",
+        mask_ratio: float = 0.65,
+        reference: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            name: see :class:`Distiller`.
+            mask_ratio: share of the cells that are set to 0, in [0, 1).
+            reference: see :func:`reference_size`; () for the sum as it is.
+            kwargs: of :class:`PyramidDistiller`.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        super().__init__(name=name, **kwargs)
+        key = "MODEL.DISTILL.MGD"
+        self.mask_ratio = check_number(f"{key}.MASK_RATIO", mask_ratio, least=0, below=1)
+        self.reference = reference_size(f"{key}.REFERENCE", reference)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What :class:`PyramidDistiller` takes, and the keys of MGD."""
+        mgd = cfg.MODEL.DISTILL.MGD
+        return {
+            **super().from_config(cfg),
+            "mask_ratio": mgd.MASK_RATIO,
+            "reference": mgd.REFERENCE,
+        }
+
+    def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
+        """Make G of each level."""
+        self.generators = nn.ModuleDict()
+        for level, shape in teacher.items():
+            c = shape.channels
+            self.generators[level] = nn.Sequential(
+                nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)
+            )
+
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
+        """The loss of one level."""
+        holes = self.random_mask(maps, batch)
+        generated = self.generators[maps.level](maps.student * holes)
+        with torch.autocast(generated.device.type, enabled=False):
+            error = (generated.float() - maps.teacher.float()).square()
+            mask = maps.mask if maps.padded else None
+            if self.reference is None:
+                return masked_sum(error, mask) / len(error)
+            cells = self.reference.cells(self.strides[maps.level])
+            return self.reference.channels * cells * masked_mean(error, mask)
+
+    def random_mask(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
+        """Draw M, (N, 1, H, W) of 0 and 1.
+
+        It is a function of the process's seed, the iteration and the level: a resumed training
+        draws the same, and the random numbers that the student trains with stay as they are.
+        """
+        n, _, height, width = maps.student.shape
+        generator = torch.Generator(maps.student.device)
+        text = f"{torch.initial_seed()} {batch.iteration} {self.name} {maps.level}"
+        generator.manual_seed(zlib.crc32(text.encode()))
+        drawn = torch.rand(n, 1, height, width, generator=generator, device=maps.student.device)
+        return (drawn >= self.mask_ratio).to(maps.student.dtype)

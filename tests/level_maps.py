@@ -1,0 +1,67 @@
+"""Maps of single levels, and batches of boxes, for tests of the methods that compare features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, Instances
+
+from ssim_kd.modeling import DistillBatch, LevelMaps, PyramidDistiller
+
+D = TypeVar("D", bound=PyramidDistiller)
+
+
+def bind(
+    distiller: D, student: int, teacher: int | None = None, levels: Mapping[str, int] | None = None
+) -> D:
+    """Bind a distiller to a student and a teacher of these channels.
+
+    Args:
+        distiller: not bound yet.
+        student, teacher: channels; the teacher's are the student's by default.
+        levels: strides by level; p3 by default.
+    """
+    levels = levels or {"p3": 8}
+    specs = (
+        {level: ShapeSpec(channels=channels, stride=stride) for level, stride in levels.items()}
+        for channels in (student, teacher or student)
+    )
+    distiller.bind_shapes(*specs)
+    return distiller
+
+
+def maps_of(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    level: str = "p3",
+) -> LevelMaps:
+    """The maps of a level, as :meth:`PyramidDistiller.align` makes them."""
+    padded = mask is not None
+    if mask is None:
+        mask = torch.ones(len(student), *student.shape[-2:], dtype=torch.bool)
+    return LevelMaps(level, student, teacher, mask, padded)
+
+
+def batch_of(
+    boxes: Sequence[Sequence[Sequence[float]]], size: tuple[int, int] = (64, 64), **kwargs: int
+) -> DistillBatch:
+    """A batch with these ground-truth boxes of each image."""
+    instances = []
+    for found in boxes:
+        image = Instances(size)
+        image.gt_boxes = Boxes(torch.tensor(found, dtype=torch.float32).reshape(-1, 4))
+        image.gt_classes = torch.zeros(len(found), dtype=torch.int64)
+        instances.append(image)
+    return DistillBatch([size] * len(instances), instances, **kwargs)
+
+
+def mask_of(n: int, height: int, width: int, rows: int, columns: int) -> torch.Tensor:
+    """Masks (N, H, W): the last image has ``rows`` x ``columns`` valid cells, the others all."""
+    mask = torch.ones(n, height, width, dtype=torch.bool)
+    mask[-1, rows:] = False
+    mask[-1, :, columns:] = False
+    return mask
