@@ -22,7 +22,7 @@ def tune(study: Study, arms: Iterable[str], records: Records, place: Place) -> N
     that Optuna's TPE suggests. A weight is worth the mean AP over the tuning seeds. What is frozen
     stays, also where the study is changed later: remove it from the records to tune anew.
     """
-    tuning, models = study.content["tuning"], study.models
+    tuning, models = study.content.get("tuning", {}), study.models
     for arm in arms:
         if arm in records.tuned:
             continue
