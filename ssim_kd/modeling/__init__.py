@@ -1,6 +1,6 @@
 """The meta-architecture and its parts."""
 
-from .adapters import adapt, build_adapters
+from .adapters import build_adapters
 from .distillers import (
     DISTILLER_REGISTRY,
     DenseHeadDistiller,
@@ -38,7 +38,6 @@ __all__ = [
     "SSIMDistiller",
     "Tap",
     "TeacherSource",
-    "adapt",
     "build_adapters",
     "build_distillers",
     "check_number",

@@ -15,7 +15,7 @@ from ssim_kd.modeling import (
     DistillBatch,
     LevelMaps,
     PartsDistiller,
-    adapt,
+    build_adapters,
     check_number,
 )
 
@@ -37,6 +37,8 @@ class FBKDDistiller(PartsDistiller):
         spatial     || mean_channels T - D(mean_channels S) ||
         nonlocal    || NL_T(T) - A'(NL_S(S)) ||
     """
+
+    adapts = False
 
     @configurable
     def __init__(
@@ -106,8 +108,7 @@ class FBKDDistiller(PartsDistiller):
                     f"MODEL.DISTILL.FBKD.{key.upper()} has {len(values)} numbers ({values}) for "
                     f"the {len(self.levels)} levels {self.levels}; expected one a level."
                 )
-        # A is applied in level_parts: all but the features are compared by the student's own maps.
-        self.feature_adapters, self.adapters = self.adapters, nn.ModuleDict()
+        self.feature_maps = build_adapters("always", student, teacher)
         self.channel_maps, self.spatial_maps = nn.ModuleDict(), nn.ModuleDict()
         self.student_nonlocal, self.teacher_nonlocal = nn.ModuleDict(), nn.ModuleDict()
         self.nonlocal_maps = nn.ModuleDict()
@@ -130,7 +131,7 @@ class FBKDDistiller(PartsDistiller):
     def _parts(self, maps: LevelMaps, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
         level, student = maps.level, maps.student
         mask = maps.mask if maps.padded else None
-        adapted = adapt(self.feature_adapters, level, student)
+        adapted = self.feature_maps[level](student)
         attention = self._attention(student, adapted, teacher, mask)
         difference = (teacher - adapted) * attention.sqrt()
         channel = cell_means(teacher, mask) - self.channel_maps[level](cell_means(student, mask))

@@ -23,7 +23,7 @@ def pair(student: int = STUDENT) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make(student: int = STUDENT, *, random: bool = True, **options) -> FBKDDistiller:
-    options = {"pool_strides": [2], "inner_channels": [2], "adapter": "always", **options}
+    options = {"pool_strides": [2], "inner_channels": [2], **options}
     distiller = bind(FBKDDistiller(**options), student, TEACHER)
     if random:
         for p in distiller.parameters():
@@ -90,7 +90,7 @@ def loops(distiller: FBKDDistiller, student, teacher, mask) -> dict[str, float]:
     tau, level = distiller.temperature, "p3"
     for i in range(len(student)):
         s, t, cells = student[i].double(), teacher[i].double(), cells_of(mask[i])
-        a = {p: affine(distiller.feature_adapters[level], s[(slice(None), *p)]) for p in cells}
+        a = {p: affine(distiller.feature_maps[level], s[(slice(None), *p)]) for p in cells}
         weights = [
             (x + y) / 2 for x, y in zip(spatial(s, cells, tau), spatial(t, cells, tau), strict=True)
         ]
@@ -153,7 +153,7 @@ def test_channel_attention_is_of_the_students_own_map_where_channels_are_equal()
 def test_norms_by_hand() -> None:
     # T - S = 2 in each of 4 channels and 20 cells of 2 images. Flat maps: attention is 1.
     student = torch.ones(2, TEACHER, 4, 5)
-    distiller = make(TEACHER, random=False, adapter="auto")
+    distiller = make(TEACHER, random=False)
     make_identities(distiller)
     found = distiller.level_parts(maps_of(student, 3 * student), BATCH)
     assert float(found["feature"]) == pytest.approx(2 * math.sqrt(2 * TEACHER * 20))
@@ -166,12 +166,13 @@ def make_identities(distiller: FBKDDistiller) -> None:
     for linear in (distiller.channel_maps["p3"], distiller.nonlocal_maps["p3"]):
         torch.nn.init.eye_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
-    torch.nn.init.dirac_(distiller.spatial_maps["p3"].weight)
-    torch.nn.init.zeros_(distiller.spatial_maps["p3"].bias)
+    for conv in (distiller.feature_maps["p3"], distiller.spatial_maps["p3"]):
+        torch.nn.init.dirac_(conv.weight)
+        torch.nn.init.zeros_(conv.bias)
 
 
 def test_equal_maps_cost_nothing_and_have_a_finite_gradient() -> None:
-    distiller = make(TEACHER, random=False, adapter="auto")
+    distiller = make(TEACHER, random=False)
     make_identities(distiller)  # the non-local blocks begin as it
     _, teacher = pair()
     student = teacher.clone().requires_grad_()
