@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import add_distill_config, student_config
+    from .engine import DistillTrainer, distill
     from .modeling import (
         DISTILLER_REGISTRY,
         DistillBatch,
@@ -27,6 +28,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "config": ("add_distill_config", "student_config"),
+    "engine": ("DistillTrainer", "distill"),
     "modeling": (
         "DISTILLER_REGISTRY",
         "DistillBatch",
@@ -45,6 +47,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "DISTILLER_REGISTRY",
     "DistillBatch",
+    "DistillTrainer",
     "DistilledDetector",
     "Distiller",
     "FrozenTeacher",
@@ -55,6 +58,7 @@ __all__ = [
     "Tap",
     "__version__",
     "add_distill_config",
+    "distill",
     "student_config",
 ]
 

@@ -214,6 +214,12 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.MODEL.WEIGHTS_PARTIAL = False
 
     solver = cfg.SOLVER
+    # Length of the training in epochs, which sets MAX_ITER, STEPS and TEST.EVAL_PERIOD from the
+    # number of training images. 0: MAX_ITER is what counts.
+    solver.EPOCHS = 0.0
+    # Number of parts of a step's images on each process. The parts go through the model one after
+    # the other and their gradients add up, for a batch that does not fit into memory.
+    solver.ACCUMULATE = 1
     # How many of the periodic checkpoints stay on the disk, the newest ones. 0 keeps all.
     solver.CHECKPOINTS_TO_KEEP = 0
     # Seconds that a run has after SIGTERM to finish its step and save, before it is ended.
@@ -225,6 +231,9 @@ def _add_solver_keys(cfg: CN) -> None:
 
 def _add_dataset_keys(cfg: CN) -> None:
     datasets = cfg.DATASETS
+    # A YAML file that describes one's own data once, for teacher and student: it sets TRAIN, TEST
+    # and the number of classes. The same as --data. "": none.
+    datasets.DATA_FILE = ""
     # Data sets in COCO format to register: [[name, json file, image folder], ...].
     datasets.REGISTER_COCO = []
     # Boxes of zero area in a training set: "error" stops before training and names them;

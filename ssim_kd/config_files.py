@@ -1,6 +1,7 @@
 """Reads config files: with their bases, without running code, and with errors that say where."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -23,10 +24,27 @@ class _FileByFile(CN):
         return loaded
 
 
-def merge_file(cfg: CN, path: str) -> None:
+def find_config_file(name: str) -> str:
+    """A config file; or one that ssim_kd or Detectron2's model zoo ships, by its path there.
+
+    "COCO-Detection/ssim_retinanet_R_50_FPN_1x.yaml" needs no checkout.
+    """
+    if not name or PathManager.exists(name):
+        return name
+    # An installed ssim_kd has them inside, a checkout beside.
+    package = os.path.dirname(os.path.abspath(__file__))
+    folders = (os.path.join(f, "configs") for f in (package, os.path.dirname(package)))
+    shipped = [os.path.join(folder, name) for folder in (*folders, _ZOO)]
+    return next((path for path in shipped if os.path.isfile(path)), name)
+
+
+def merge_file(cfg: CN, path: str) -> set[str]:
     """Merge a config file that may not run code; its bases out of Detectron2's zoo may.
 
     Those come with Detectron2, and its RetinaNets compute their anchors so.
+
+    Returns:
+        the dotted names of the keys that the file and its bases set.
 
     Raises:
         ValueError: a file or base that cannot be opened or holds no keys; a mapping with a key
@@ -35,8 +53,17 @@ def merge_file(cfg: CN, path: str) -> None:
         others: as ``CfgNode.merge_from_file``.
     """
     _check_files(path)
-    _FileByFile.load_yaml_with_base(path)
+    loaded = _FileByFile.load_yaml_with_base(path)
     cfg.merge_from_file(path, allow_unsafe=True)
+    return set(_dotted(loaded))
+
+
+def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _check_files(path: str, above: tuple[str, ...] = ()) -> None:

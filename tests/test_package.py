@@ -181,4 +181,4 @@ def test_license_is_apache() -> None:
 
 def test_types_are_shipped() -> None:
     assert (ROOT / "ssim_kd" / "py.typed").is_file()
-    assert "py.typed" in setup_cfg()["options.package_data"]["ssim_kd"]
+    assert "py.typed" in (ROOT / "setup.py").read_text()

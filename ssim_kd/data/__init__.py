@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from .coco import register_coco
+from .coco import count_classes, register_coco
 from .digits import ensure_digits, register_digits
 from .mapper import CheckedMapper, UnreadableImageError
 from .train_loader import TrainLoader, build_train_loader
@@ -18,6 +18,7 @@ __all__ = [
     "build_evaluation_loader",
     "build_train_loader",
     "check_datasets",
+    "count_classes",
     "ensure_digits",
     "register_coco",
     "register_datasets",

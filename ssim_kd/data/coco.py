@@ -1,5 +1,6 @@
 """COCO data sets of the config: ``DATASETS.REGISTER_COCO`` and ``DATASETS.ZERO_AREA_BOXES``."""
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,23 @@ def load_records(where: str, names: str | Sequence[str], **options: Any) -> Any:
         return get_detection_dataset_dicts(names, **options)
     except Exception as error:
         raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}.") from error
+
+
+def count_classes(json_file: str) -> int:
+    """The number of categories of a COCO-format file.
+
+    Raises:
+        ValueError: it is not readable, or has no list "categories".
+    """
+    try:
+        with PathManager.open(json_file, "r") as file:
+            categories = json.load(file)["categories"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{json_file} is not readable as a COCO-format file: {type(error).__name__}: {error}. "
+            'Expected JSON with the lists "images", "annotations" and "categories".'
+        ) from error
+    return len(categories)
 
 
 def is_registered_here(name: str) -> bool:

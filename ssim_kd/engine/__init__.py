@@ -13,8 +13,9 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
+from .arguments import argument_parser  # noqa: E402
 from .defaults import load_config, main, run  # noqa: E402
-from .launch import argument_parser  # noqa: E402
+from .distill import distill  # noqa: E402
 from .trainer import DistillTrainer  # noqa: E402
 
-__all__ = ["DistillTrainer", "argument_parser", "load_config", "main", "run"]
+__all__ = ["DistillTrainer", "argument_parser", "distill", "load_config", "main", "run"]

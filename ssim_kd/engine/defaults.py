@@ -19,8 +19,15 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_distill_config, share_keys, write_stock_config
-from ..config_files import merge_file
+from ..config_files import find_config_file, merge_file
 from ..data import check_datasets, register_datasets
+from .arguments import (
+    apply_data,
+    apply_schedule,
+    apply_teacher,
+    resolved_options,
+    use_cpu_without_gpu,
+)
 from .errors import start_up, with_one_line_errors
 from .evaluation import (
     check_teacher,
@@ -65,7 +72,7 @@ def run(
     ``OUTPUT_DIR/log.txt``.
 
     Args:
-        args: of :func:`argument_parser`.
+        args: of :func:`ssim_kd.engine.argument_parser`.
         add_config: adds further keys to the config (those of projects); picklable.
         trainer: a subclass with loaders, evaluators, hooks or a model of its own; picklable.
 
@@ -87,6 +94,10 @@ def run(
             return launch_processes(lazy_main, args, device=device, main_args=(args,))
         with start_up():
             cfg = load_config(args, add_config)
+            if getattr(args, "epochs", None) or getattr(args, "batch", None) or cfg.SOLVER.EPOCHS:
+                # Once for all processes.
+                args.opts = [*args.opts, *resolved_options(cfg)]
+                args.epochs = args.batch = None
         return launch_processes(
             _run_process, args, device=cfg.MODEL.DEVICE, main_args=(args, add_config, trainer)
         )
@@ -124,23 +135,37 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     if add_config is not None:
         add_config(cfg)
         share_keys(add_config)
-    config_file = os.path.expanduser(args.config_file)
-    if config_file:
-        _merge_file(cfg, config_file)
+    config_file = find_config_file(os.path.expanduser(args.config_file))
+    in_file = _merge_file(cfg, config_file) if config_file else set()
+    by_hand = {str(key) for key in args.opts[::2]}
+    # Arguments of another program's may lack these.
+    flags = {k: getattr(args, k, None) for k in ("teacher", "data", "epochs", "batch")}
+    cfg.DATASETS.DATA_FILE = flags["data"] or cfg.DATASETS.DATA_FILE
+    notes = []
+    if cfg.DATASETS.DATA_FILE:
+        path = _beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
+        notes += apply_data(cfg, path, in_file)
     _merge_options(cfg, list(args.opts))
+    if flags["teacher"]:
+        apply_teacher(cfg, flags["teacher"])
     for key in _PATHS:
         _expand(cfg, key)
-    _resolve_teacher(cfg, config_file)
-    # Arguments of another program's may lack these.
+    teacher = cfg.MODEL.DISTILL.TEACHER
+    teacher.CONFIG_FILE = _beside(teacher.CONFIG_FILE, config_file)
     evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
+    if not evaluate:
+        notes += apply_schedule(cfg, epochs=flags["epochs"], batch=flags["batch"], by_hand=by_hand)
+    notes += use_cpu_without_gpu(cfg, by_hand | in_file)
+    args.notes = [*getattr(args, "notes", []), *notes]
     check_config(cfg, evaluate=evaluate)
     cfg.freeze()
     return cfg
 
 
-def _merge_file(cfg: CfgNode, path: str) -> None:
+def _merge_file(cfg: CfgNode, path: str) -> set[str]:
+    """Merge a config file; returns the keys that it and its bases set."""
     try:
-        merge_file(cfg, path)
+        return merge_file(cfg, path)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"--config-file {path} asks to run code ({error.problem}, line "
@@ -190,12 +215,10 @@ def _expand(cfg: CfgNode, key: str) -> None:
         node[name] = type(value)(os.path.expanduser(path) for path in value)
 
 
-def _resolve_teacher(cfg: CfgNode, config_file: str) -> None:
-    """A teacher's config may be named relative to the folder of the student's."""
-    teacher = cfg.MODEL.DISTILL.TEACHER
-    beside = os.path.join(os.path.dirname(config_file), teacher.CONFIG_FILE)
-    if teacher.CONFIG_FILE and not os.path.isfile(teacher.CONFIG_FILE) and os.path.isfile(beside):
-        teacher.CONFIG_FILE = beside
+def _beside(path: str, config_file: str) -> str:
+    """A path that is not there may be relative to the folder of ``--config-file``."""
+    beside = os.path.join(os.path.dirname(config_file), path)
+    return beside if path and not os.path.exists(path) and os.path.exists(beside) else path
 
 
 def _prepare(
@@ -267,6 +290,8 @@ def _prepare_training(
 ) -> Callable[[], Any]:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
+    for note in dict.fromkeys(args.notes):
+        logger.info("%s", note)
     check_schedule(cfg, trainer_class)
     register_datasets(cfg)
     _once(lambda: check_start(cfg, resume=args.resume))

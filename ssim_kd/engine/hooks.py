@@ -4,7 +4,10 @@ import contextlib
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,6 +19,7 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
+from ..checkpoint import write_atomically
 from ..visualization import loss_map_images
 from .signals import StopOnSignal
 
@@ -186,6 +190,50 @@ class VisualizeDistillation(HookBase):
         name = (*self._cfg.DATASETS.TEST, *self._cfg.DATASETS.TRAIN)[0]
         mapper = DatasetMapper(self._cfg, is_train=False)
         return [mapper(record) for record in DatasetCatalog.get(name)[: self._num_images]]
+
+
+class BestCheckpoint(HookBase):
+    """Keeps a copy of the checkpoint with the highest box AP on the first of ``DATASETS.TEST``.
+
+    It is ``model_best.pth``. Which one is best is part of the checkpoints, so that a resumed run
+    knows it. ``--resume`` takes the last checkpoint, not the best.
+    """
+
+    def __init__(self) -> None:
+        self._best: dict[str, float] = {}
+
+    def offer(self, results: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Compare the results of an evaluation, whose checkpoint was saved before it.
+
+        Args:
+            results: by task, or by data set where there are several; empty but on the main process.
+            names: of the data sets.
+        """
+        first = results.get(names[0], {}) if len(names) > 1 else results
+        ap = first.get("bbox", {}).get("AP", math.nan) if first else math.nan
+        saved = self.trainer.checkpointer.get_checkpoint_file() if first else ""
+        if not ap > self._best.get("AP", -1.0) or not os.path.isfile(saved):  # NaN is no best one
+            return
+        self._best = {"AP": float(ap), "iteration": int(self.trainer.iter)}
+        path = os.path.join(os.path.dirname(saved), "model_best.pth")
+        with open(saved, "rb") as file:
+            write_atomically(path, lambda copy: shutil.copyfileobj(file, copy))
+
+    def after_train(self) -> None:
+        """Log which checkpoint was the best."""
+        if self._best:
+            logger.info(
+                "Best checkpoint: model_best.pth, box AP %.2f at iteration %d.",
+                *(self._best["AP"], self._best["iteration"]),
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        """The best AP and its iteration; {} before the first evaluation."""
+        return dict(self._best)
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Take up :meth:`state_dict`."""
+        self._best = dict(state_dict)
 
 
 class SavedEvaluation(hooks.EvalHook):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
 
 from .signals import EXIT_NOT_SAVED, EXIT_STOPPED, Stopped, die_with_parent, forward_sigterm
@@ -23,17 +23,6 @@ _VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MA
 
 #: How long a process waits for another.
 TIMEOUT = timedelta(minutes=30)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's own arguments, and ``--eval-teacher``."""
-    parser = default_argument_parser()
-    parser.add_argument(
-        "--eval-teacher",
-        action="store_true",
-        help="evaluate the teacher of MODEL.DISTILL.TEACHER by itself on DATASETS.TEST",
-    )
-    return parser
 
 
 def launch_processes(
@@ -48,7 +37,7 @@ def launch_processes(
 
     Args:
         main: picklable.
-        args: of :func:`argument_parser`.
+        args: of :func:`ssim_kd.engine.argument_parser`.
         device: "cuda" or "cpu".
         main_args: arguments of ``main``.
 

@@ -114,6 +114,7 @@ class LazyTrainer(DistillStep):
 
     checkpointer: StudentCheckpointer
     results: Any = None
+    student: torch.nn.Module
 
     def request_stop(self) -> None:
         """Ask for an orderly end after the current step."""
@@ -166,6 +167,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Any:
         output_dir=cfg.train.output_dir,
         log_period=cfg.train.log_period,
     )
+    trainer.student = student
     trainer.checkpointer = StudentCheckpointer(
         student,
         cfg.train.output_dir,

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -119,6 +119,9 @@ class StepReport:
         storage.iter = now
 
 
+Scalars = dict[str, torch.Tensor]
+
+
 class DistillStep(TrainerBase):
     """Detectron2's SimpleTrainer and AMPTrainer in one, on any device.
 
@@ -142,6 +145,7 @@ class DistillStep(TrainerBase):
         max_skipped: int = 0,
         output_dir: str = ".",
         log_period: int = 20,
+        accumulate: int = 1,
     ) -> None:
         """
         Args:
@@ -152,6 +156,7 @@ class DistillStep(TrainerBase):
             max_skipped: steps that are not finite which are left out before the run stops.
             output_dir: for the report on such a step.
             log_period: in iterations; every so often the metrics are brought up to date.
+            accumulate: parts of the batch that go through the model one after the other.
         """
         super().__init__()
         model.train()
@@ -159,6 +164,7 @@ class DistillStep(TrainerBase):
         self.data_loader = data_loader
         self.optimizer = optimizer
         self.log_period = log_period
+        self.accumulate = accumulate
         self.max_skipped = max_skipped
         self.output_dir = output_dir
         self.skipped = 0
@@ -207,18 +213,19 @@ class DistillStep(TrainerBase):
     def _backward(self, batch: list[dict[str, Any]], data_time: float) -> None:
         """Make the gradients, and take in reports."""
         self.optimizer.zero_grad()
+        size = len(batch) // self.accumulate
+        if size * self.accumulate != len(batch):
+            raise ValueError(
+                f"SOLVER.ACCUMULATE is {self.accumulate}, but a process has {len(batch)} images a "
+                "step; expected a divisor."
+            )
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         with self._exact_jit():
-            with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
-                try:
-                    losses = self.model(batch)
-                except FloatingPointError as error:
-                    # Detectron2's own check of the proposals.
-                    self._raise_for_features(batch, error)
-                total = sum(losses.values())
-            self.grad_scaler.scale(total).backward()
+            found = [self._backward_part(part, last=part is parts[-1]) for part in parts]
+        losses, metrics, health = (_mean_of(scalars) for scalars in zip(*found, strict=True))
         if isinstance(self.model, DistributedDataParallel) and not self._gradients_checked:
             self._check_gradients()
-        self._pending.append(self._report(losses, batch, data_time))
+        self._pending.append(self._report(losses, metrics, health, batch, data_time))
         # Where nothing is gained by waiting, or something by not waiting, it is read at once.
         at_once = (
             self.device.type == "cpu"
@@ -230,6 +237,22 @@ class DistillStep(TrainerBase):
             # A step or two that overflow are the scaler's business; these are NaN at any scale.
             wrong = f"gradients (float16, down to a loss scale of {LEAST_SCALE:g})"
             self._raise([wrong], self.iter, _image_ids(batch), {}, fatal=True)
+
+    def _backward_part(self, part: list[dict[str, Any]], *, last: bool) -> tuple[Scalars, ...]:
+        """Add the gradients of a part of the batch; returns its losses, metrics and health."""
+        parallel = isinstance(self.model, DistributedDataParallel)
+        # Processes exchange gradients once a step.
+        with self.model.no_sync() if parallel and not last else nullcontext():  # type: ignore
+            with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
+                try:
+                    losses = self.model(part)
+                except FloatingPointError as error:
+                    # Detectron2's own check of the proposals.
+                    self._raise_for_features(part, error)
+                total = sum(losses.values()) / self.accumulate
+            self.grad_scaler.scale(total).backward()
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        return losses, dict(getattr(self._detector, "metrics", {})), self._health()
 
     def _exact_jit(self) -> AbstractContextManager[None]:
         """TorchScript rounds differently from its second call on, which a resumed run makes later.
@@ -286,9 +309,13 @@ class DistillStep(TrainerBase):
                 report.log(get_event_storage())
 
     def _report(
-        self, losses: dict[str, torch.Tensor], batch: list[dict[str, Any]], data_time: float
+        self,
+        losses: Scalars,
+        metrics: Scalars,
+        health: Scalars,
+        batch: list[dict[str, Any]],
+        data_time: float,
     ) -> StepReport:
-        metrics = dict(getattr(self._detector, "metrics", {}))
         # A gradient that overflows in float16 is the scaler's business.
         if not self.grad_scaler.is_enabled():
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -297,7 +324,7 @@ class DistillStep(TrainerBase):
             self.iter,
             losses=losses,
             metrics=metrics,
-            health=self._health(),
+            health=health,
             stop=self.stop_requested,
             data_time=data_time,
             images=_image_ids(batch),
@@ -361,6 +388,13 @@ class DistillStep(TrainerBase):
             # A teacher never changes: no later step can be better.
             fatal=fatal or any(name.startswith("teacher ") for name in wrong),
         )
+
+
+def _mean_of(parts: Sequence[Scalars]) -> Scalars:
+    """The mean of each scalar over the parts of a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
 
 def _image_ids(batch: list[dict[str, Any]]) -> list[str]:

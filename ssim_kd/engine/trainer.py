@@ -21,6 +21,7 @@ from ..data import EvaluationLoader, TrainLoader, build_evaluation_loader, build
 from ..modeling import DistilledDetector
 from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
 from .hooks import (
+    BestCheckpoint,
     GuardedWriter,
     PreciseBN,
     RankStates,
@@ -59,6 +60,7 @@ class DistillTrainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._started_with = settings_of(cfg)
         self._stop = StopOnSignal(cfg.SOLVER.GRACE_PERIOD)
+        self._best = BestCheckpoint()
 
         model = self.build_model(cfg)
         distills = isinstance(model, DistilledDetector) and model.teacher is not None
@@ -82,6 +84,7 @@ class DistillTrainer(DefaultTrainer):
             amp=cfg.SOLVER.AMP.ENABLED,
             max_skipped=cfg.SOLVER.MAX_SKIPPED_STEPS,
             output_dir=cfg.OUTPUT_DIR,
+            accumulate=cfg.SOLVER.ACCUMULATE,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         own = {"distillers": model.distillers} if distills else {}
@@ -121,6 +124,7 @@ class DistillTrainer(DefaultTrainer):
         for i, hook in enumerate(found):
             if isinstance(hook, hooks.EvalHook):
                 found[i] = SavedEvaluation(cfg.TEST.EVAL_PERIOD, self._test, self._stop)
+                found.insert(i + 1, self._best)
             if isinstance(hook, hooks.PreciseBN) and isinstance(self.data_loader, TrainLoader):
                 found[i] = PreciseBN.replacing(hook, self.student)
         # Behind all that changes the model or the learning rate, whose state after the step a
@@ -177,6 +181,7 @@ class DistillTrainer(DefaultTrainer):
     def _test(self) -> OrderedDict:
         # What train() returns.
         self._last_eval_results = self.test(self.cfg, self.model)
+        self._best.offer(self._last_eval_results, self.cfg.DATASETS.TEST)
         return self._last_eval_results
 
     def _test_with_augmentation(self) -> OrderedDict:

@@ -1,0 +1,231 @@
+"""The command line: Detectron2's arguments, and those that stand for several config keys.
+
+``--teacher``, ``--data``, ``--epochs`` and ``--batch`` set config keys; whatever a KEY VALUE pair
+sets by hand wins. What they chose is logged.
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.engine import default_argument_parser
+
+from ..data import count_classes, register_datasets
+
+logger = logging.getLogger(__name__)
+
+#: Keys that hold the number of classes of the detectors of Detectron2.
+CLASS_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+# Iterations of the config that follow the length of the training.
+_PERIODS = ("WARMUP_ITERS", "CHECKPOINT_PERIOD")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's own arguments, and those of distillation."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--eval-teacher",
+        action="store_true",
+        help="evaluate the teacher of MODEL.DISTILL.TEACHER by itself on DATASETS.TEST",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="NAME",
+        help="distil from this teacher: the folder of a run, a name of the model zoo (.yaml or "
+        ".py), a config file with weights beside it, or a checkpoint; the same as "
+        "MODEL.DISTILL.TEACHER.CONFIG_FILE",
+    )
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DATA.YAML",
+        help="train and test on the COCO-format sets of this file; the same as DATASETS.DATA_FILE",
+    )
+    parser.add_argument(
+        "--epochs", type=float, help="length of the training; the same as SOLVER.EPOCHS"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="images a step, all processes together; the learning rate is scaled linearly from the "
+        "config's, and without --epochs the schedule as well",
+    )
+    return parser
+
+
+def apply_teacher(cfg: CfgNode, name: str) -> None:
+    """Set the keys of ``--teacher``: the student is whatever META_ARCHITECTURE names."""
+    distill = cfg.MODEL.DISTILL
+    if cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":
+        distill.STUDENT_META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "DistilledDetector"
+    if name != distill.TEACHER.CONFIG_FILE:
+        # The weights and overrides in the config belong to the other teacher.
+        distill.TEACHER.WEIGHTS, distill.TEACHER.OPTS = "", []
+    distill.TEACHER.CONFIG_FILE = name
+    distill.ENABLED = True
+
+
+def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
+    """Set the data sets and the number of classes that a data file describes.
+
+    The file, with paths relative to its folder::
+
+        name: parts                                    # optional; by default the file's own
+        train: {json: train.json, images: train}
+        val: {json: val.json, images: val}
+        test: {json: test.json, images: test}          # optional
+
+    Args:
+        cfg: changed in place.
+        path: of the file.
+        in_file: keys that the config file sets; classes that it sets must be the data's.
+
+    Returns:
+        what was set, a line each.
+
+    Raises:
+        ValueError: a file that is not readable or not of this form, or other classes.
+    """
+    sets = _read_data_file(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    name = str(sets.pop("name", os.path.splitext(os.path.basename(path))[0]))
+    entries = {
+        split: [f"{name}_{split}", *(os.path.join(folder, sets[split][k]) for k in _SET_KEYS)]
+        for split in sets
+    }
+    registered = [entry for entry in cfg.DATASETS.REGISTER_COCO if entry not in entries.values()]
+    cfg.DATASETS.REGISTER_COCO = [*registered, *entries.values()]
+    cfg.DATASETS.TRAIN = (entries["train"][0],)
+    cfg.DATASETS.TEST = tuple(entries[split][0] for split in ("val", "test") if split in entries)
+    classes = count_classes(entries["train"][1])
+    for key in CLASS_KEYS:
+        *parents, leaf = key.split(".")
+        node = cfg
+        for part in parents:
+            node = node[part]
+        if key in in_file and node[leaf] != classes:
+            raise ValueError(
+                f"{key} is {node[leaf]} in the config file, but {entries['train'][1]} has "
+                f"{classes} categories; expected the same. Leave the key out of the file."
+            )
+        node[leaf] = classes
+    return [f"--data {path}: {classes} classes, {cfg.DATASETS.TRAIN} and {cfg.DATASETS.TEST}"]
+
+
+_SET_KEYS = ("json", "images")
+
+
+def _read_data_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            sets = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"DATASETS.DATA_FILE (--data) {path} is not readable: {error}") from error
+    splits = ("train", "val", "test")
+    valid = (
+        isinstance(sets, dict)
+        and "train" in sets
+        and set(sets) <= {"name", *splits}
+        and all(
+            isinstance(sets[s], dict)
+            and set(sets[s]) == set(_SET_KEYS)
+            and all(isinstance(value, str) for value in sets[s].values())
+            for s in splits
+            if s in sets
+        )
+    )
+    if not valid:
+        raise ValueError(
+            f"DATASETS.DATA_FILE (--data) {path} holds {sets!r}; expected 'train', 'val' and "
+            "'test' (train at least), each {json: FILE, images: FOLDER}, and 'name'."
+        )
+    return dict(sets)
+
+
+def apply_schedule(
+    cfg: CfgNode, *, epochs: float | None, batch: int | None, by_hand: Collection[str]
+) -> list[str]:
+    """Set the schedule that ``--epochs`` and ``--batch`` ask for.
+
+    With a batch of B images for the config's B0 the learning rate becomes B / B0 of the config's.
+    E epochs are E x images / B iterations; STEPS keep their share of MAX_ITER. Without epochs a
+    batch keeps the number of images that are seen.
+
+    Args:
+        cfg: changed in place; its data sets can be registered.
+        epochs: > 0; None: ``SOLVER.EPOCHS``, where 0 leaves MAX_ITER as it is.
+        batch: images a step, >= 1; None: as in the config.
+        by_hand: keys of KEY VALUE pairs, which stay as they are.
+
+    Returns:
+        what was set, a line; [] for nothing.
+
+    Raises:
+        ValueError: a value out of its range, or a length that is given twice.
+    """
+    solver = cfg.SOLVER
+    epochs = solver.EPOCHS if epochs is None else epochs
+    if epochs < 0 or (batch is not None and batch < 1):
+        raise ValueError(f"--epochs is {epochs} and --batch {batch}; expected positive numbers.")
+    if not epochs and batch is None:
+        return []
+    if epochs and "SOLVER.MAX_ITER" in by_hand:
+        raise ValueError(
+            f"SOLVER.EPOCHS (--epochs) is {epochs} and SOLVER.MAX_ITER {solver.MAX_ITER}; expected "
+            "one of them."
+        )
+    before, factor = int(solver.MAX_ITER), 1.0
+    if batch is not None:
+        factor = batch / solver.IMS_PER_BATCH
+        solver.IMS_PER_BATCH = batch
+        if "SOLVER.BASE_LR" not in by_hand:
+            solver.BASE_LR = float(solver.BASE_LR * factor)
+    images = None
+    if epochs:
+        register_datasets(cfg)
+        images = len(
+            get_detection_dataset_dicts(
+                list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            )
+        )
+        solver.MAX_ITER = max(1, round(epochs * images / solver.IMS_PER_BATCH))
+        if not cfg.TEST.EVAL_PERIOD and "TEST.EVAL_PERIOD" not in by_hand:
+            cfg.TEST.EVAL_PERIOD = max(1, images // solver.IMS_PER_BATCH)
+    elif "SOLVER.MAX_ITER" not in by_hand:
+        solver.MAX_ITER = max(1, round(before / factor))
+    ratio = solver.MAX_ITER / before
+    if "SOLVER.STEPS" not in by_hand:
+        solver.STEPS = tuple(sorted({s for s in (round(x * ratio) for x in solver.STEPS) if s}))
+    for key in _PERIODS:
+        if f"SOLVER.{key}" not in by_hand:
+            solver[key] = max(1, round(solver[key] * min(ratio, 1.0))) if solver[key] else 0
+    seen = f" for {images} images" if images is not None else ""
+    return [
+        f"Schedule{seen}: SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, MAX_ITER {solver.MAX_ITER}, "
+        f"STEPS {solver.STEPS}, BASE_LR {solver.BASE_LR:g}, WARMUP_ITERS {solver.WARMUP_ITERS}, "
+        f"CHECKPOINT_PERIOD {solver.CHECKPOINT_PERIOD}; TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}"
+    ]
+
+
+def resolved_options(cfg: CfgNode) -> list[Any]:
+    """The schedule as KEY VALUE pairs, for processes that need not count the images again."""
+    keys = ("IMS_PER_BATCH", "MAX_ITER", "STEPS", "BASE_LR", *_PERIODS)
+    pairs = [x for key in keys for x in (f"SOLVER.{key}", str(cfg.SOLVER[key]))]
+    return [*pairs, "SOLVER.EPOCHS", "0.0", "TEST.EVAL_PERIOD", str(cfg.TEST.EVAL_PERIOD)]
+
+
+def use_cpu_without_gpu(cfg: CfgNode, by_hand: Collection[str]) -> list[str]:
+    """Train on the CPU of a machine without a GPU, unless MODEL.DEVICE was set by hand."""
+    wants_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    if not wants_gpu or torch.cuda.is_available() or "MODEL.DEVICE" in by_hand:
+        return []
+    cfg.MODEL.DEVICE = "cpu"
+    return ["This machine has no GPU that PyTorch can use: MODEL.DEVICE is 'cpu'."]
