@@ -5,13 +5,15 @@
 of a training need, which may lie hours ahead.
 """
 
+import contextlib
 import filecmp
 import glob
 import importlib.util
 import logging
 import os
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
@@ -36,6 +38,24 @@ _PACKAGES = {
     "lvis": "lvis",
 }
 # Keys of a record that name files.
+
+
+@contextlib.contextmanager
+def named(keys: str) -> Iterator[None]:
+    """Name the keys that are read inside in errors of Detectron2's that do not.
+
+    Args:
+        keys: config keys, for the message.
+
+    Raises:
+        ValueError: for a ValueError, KeyError, AssertionError or TypeError.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, AssertionError, TypeError) as error:
+        if re.search(r"[A-Z]+\.[A-Z_]{2,}", str(error)):
+            raise
+        raise ValueError(f"{keys}: {type(error).__name__}: {error}") from error
 
 
 def check_config(cfg: CfgNode, *, evaluate: bool) -> None:

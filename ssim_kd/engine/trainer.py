@@ -30,7 +30,7 @@ from .hooks import (
     VisualizeDistillation,
 )
 from .optimizer import build_optimizer
-from .preflight import check_evaluation
+from .preflight import check_evaluation, named
 from .resume import differences, settings_of
 from .signals import StopOnSignal
 from .train_loop import DistillStep
@@ -56,7 +56,9 @@ class DistillTrainer(DefaultTrainer):
         # DefaultTrainer.__init__ can be extended at none of the points where this one differs;
         # its build_* methods, hooks and loop are used as they are.
         TrainerBase.__init__(self)
-        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        with named("SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH"):
+            cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._started_with = settings_of(cfg)
         self._stop = StopOnSignal(cfg.SOLVER.GRACE_PERIOD)
@@ -70,7 +72,8 @@ class DistillTrainer(DefaultTrainer):
             # This trainer logs the metrics itself, a step late.
             model.log_period = 0
         self.student = model.student if isinstance(model, DistilledDetector) else model
-        optimizer = self.build_optimizer(cfg, model)
+        with named("SOLVER (the optimizer)"):
+            optimizer = self.build_optimizer(cfg, model)
         on_gpu = next(model.parameters()).is_cuda
         ddp = create_ddp_model(
             model,
@@ -101,7 +104,8 @@ class DistillTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def _train_loader(self, cfg: CfgNode) -> Any:
-        loader = self.build_train_loader(cfg)
+        with named("DATASETS, DATALOADER or INPUT (the training loader)"):
+            loader = self.build_train_loader(cfg)
         if isinstance(loader, TrainLoader):
             self.seed = int(loader.seed)
         else:

@@ -103,6 +103,13 @@ class DistilledDetector(nn.Module):
 
     def _bind(self, teacher: FrozenTeacher, distillers: Sequence[Distiller]) -> None:
         teacher.set_image_format(getattr(self.student, "input_format", None) or "BGR")
+        mean = getattr(self.student, "pixel_mean", None)
+        if mean is not None and mean.numel() != teacher.pixel_mean.numel():
+            raise ValueError(
+                f"MODEL.PIXEL_MEAN has {mean.numel()} channels, but the teacher's has "
+                f"{teacher.pixel_mean.numel()}: both see the same images. Expected a teacher of as "
+                "many channels."
+            )
         # Adapters may not shift the random numbers that the student trains with: then a run without
         # distillation is comparable draw by draw.
         with torch.random.fork_rng(devices=[]):
@@ -193,7 +200,20 @@ class DistilledDetector(nn.Module):
         )
         if "loss_distill" in losses:
             raise ValueError("The student has a loss of the name 'loss_distill' of its own.")
+        self._check_taps(ours)
         return {**losses, "loss_distill": self._distill(ours, theirs, batch)}
+
+    def _check_taps(self, ours: Mapping[str, Any]) -> None:
+        distillers: Any = self.distillers.values()
+        missing = {
+            name for d in distillers for name in d.student_taps if not len(ours.get(name, ()))
+        }
+        if missing:
+            raise ValueError(
+                f"The forward of the student {type(self.student).__name__} gives no output of "
+                f"{sorted(missing)}: it does not call these modules, or calls .forward() of them, "
+                "which skips hooks. Expected module(x), as self.backbone(images.tensor)."
+            )
 
     def _distill(
         self, ours: Mapping[str, Any], theirs: Mapping[str, Any], batch: DistillBatch

@@ -57,6 +57,22 @@ def test_main_tta_of_a_retinanet(world: World, tmp_path: Path, monkeypatch) -> N
         world.main(tmp_path, "TEST.AUG.ENABLED", "True", config=world.retinanet)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("SOLVER.REFERENCE_WORLD_SIZE", 8, r"SOLVER\.REFERENCE_WORLD_SIZE"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full", r"SOLVER .*'full'"),
+        ("INPUT.RANDOM_FLIP", "both", r"INPUT"),
+    ],
+)
+def test_main_values_that_detectron2_does_not_name(
+    key, value, named, world: World, tmp_path: Path, monkeypatch
+) -> None:
+    no_training(monkeypatch)
+    with pytest.raises(ValueError, match=named):
+        world.main(tmp_path, "SOLVER.CLIP_GRADIENTS.ENABLED", "True", key, value)
+
+
 def records(folder: Path, number: int = 3) -> list[dict[str, Any]]:
     names = [str(folder / f"{i}.png") for i in range(number)]
     return [{"file_name": n, "image_id": i, "height": 8, "width": 8} for i, n in enumerate(names)]

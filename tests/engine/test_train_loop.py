@@ -208,3 +208,10 @@ def test_run_step_report_that_cannot_be_written(tmp_path) -> None:
     step = make(tmp_path / "missing", "loss")
     with pytest.raises(NonFiniteError, match=r"iteration 0: loss_distill.*0-0.*No such file"):
         run(step, 1)
+
+
+def test_run_step_loss_that_is_no_scalar(tmp_path) -> None:
+    step = make(tmp_path, "")
+    step.model.register_forward_hook(lambda *_: {"loss_x": torch.ones(2, requires_grad=True)})
+    with pytest.raises(ValueError, match=r"'loss_x': \(2,\)"):
+        run(step, 1)

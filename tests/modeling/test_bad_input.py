@@ -8,15 +8,17 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 import ssim_kd.modeling.teacher as teacher_module
-from ssim_kd.modeling import teacher_config
+from ssim_kd.modeling import DistilledDetector, SSIMDistiller, teacher_config
 from tests.helpers import (
     KINDS,
     build,
     distilled_config,
     full_config,
     make_batch,
+    stock_config,
     train_losses,
 )
 
@@ -116,7 +118,6 @@ def test_no_teachers_config(name, match, weights_of, tmp_path, monkeypatch) -> N
     "text",
     [
         "MODEL: [1, 2",
-        "MODEL:\n  NO_SUCH_KEY: 1\n",
         "MODEL:\n  WEIGHTS: 3\n",
         "_BASE_: nowhere.yaml\n",
         "just words",
@@ -249,3 +250,47 @@ def test_without_distillation_no_teacher_is_read(weights_of, monkeypatch) -> Non
         teacher_module, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
     )
     build(distilled_config("faster", "faster", weights_of("faster"), D + "ENABLED", False))
+
+
+class _Student(nn.Module):
+    """As much of a detector as distillers look at."""
+
+    def __init__(self, backbone: nn.Module | None, channels: int = 3, *, direct: bool = True):
+        super().__init__()
+        if backbone is not None:
+            self.backbone = backbone
+        self.direct = direct
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("pixel_mean", torch.zeros(channels, 1, 1))
+
+    def forward(self, inputs):
+        images = torch.stack([x["image"].float() for x in inputs])
+        call = self.backbone if self.direct else self.backbone.forward
+        return {"loss_x": sum(v.square().mean() for v in call(images).values())}
+
+
+@pytest.fixture(scope="module")
+def teacher(weights_of):
+    return build(distilled_config("faster", "faster", weights_of("faster"))).teacher
+
+
+def test_student_without_backbone(teacher) -> None:
+    with pytest.raises(ValueError, match="_Student has no 'backbone'"):
+        DistilledDetector(student=_Student(None), teacher=teacher, distillers=[SSIMDistiller()])
+
+
+def test_student_of_other_channels(teacher) -> None:
+    student = _Student(build(stock_config("faster")).backbone, channels=4)
+    with pytest.raises(ValueError, match=r"MODEL\.PIXEL_MEAN has 4 .* 3"):
+        DistilledDetector(student=student, teacher=teacher, distillers=[SSIMDistiller()])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_student_that_does_not_call_its_backbone_as_a_module(direct, teacher) -> None:
+    student = _Student(build(stock_config("faster")).backbone, direct=direct)
+    model = DistilledDetector(student=student, teacher=teacher, distillers=[SSIMDistiller()])
+    if direct:
+        assert "loss_distill" in train_losses(model, make_batch([(96, 96)]))
+    else:
+        with pytest.raises(ValueError, match=r"_Student .*'p2'"):
+            train_losses(model, make_batch([(96, 96)]))

@@ -110,6 +110,12 @@ class PyramidDistiller(Distiller):
             ValueError: levels that are not in both, strides or channels that differ.
         """
         ours, theirs = tappable_levels(student), teacher.levels
+        if not ours:
+            raise ValueError(
+                f"The student {type(student).__name__} has no 'backbone' with an output_shape(), "
+                "whose levels MODEL.DISTILL compares; expected a detector with a Detectron2 "
+                "backbone, or distillers that tap submodules by their path."
+            )
         levels = match_levels(self.levels, ours, theirs, student.backbone.output_shape())
         self.bind_shapes({k: ours[k] for k in levels}, {k: theirs[k] for k in levels})
 
