@@ -5,28 +5,23 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 
+from ssim_kd.losses import channel_moments
 from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, LevelMaps, PyramidDistiller
 
 
-def standardize(x: torch.Tensor, cells: torch.Tensor, eps: float) -> torch.Tensor:
+def standardize(x: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
     """Bring each channel to mean 0 and standard deviation 1 over the batch and its cells.
 
     Args:
         x: (N, C, H, W), float32.
-        cells: (N, 1, H, W) of 0 and 1: those that count.
+        mask: (N, H, W) bool, the cells that count.
         eps: added to the standard deviation.
 
     Returns:
         (N, C, H, W), 0 in the cells that do not count and in channels that are constant.
     """
-    count = cells.sum()
-    mean = (x * cells).sum(dim=(0, 2, 3), keepdim=True) / count.clamp(min=1)
-    deviation = (x - mean) * cells
-    variance = deviation.square().sum(dim=(0, 2, 3), keepdim=True) / (count - 1).clamp(min=1)
-    # The root has no finite gradient at 0: constant channels, and maps of a single cell.
-    constant = variance == 0
-    std = torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt())
-    return deviation / (std + eps)
+    mean, std = channel_moments(x, mask)
+    return torch.where(mask[:, None], x - mean, 0.0) / (std + eps)
 
 
 @DISTILLER_REGISTRY.register()
@@ -63,9 +58,8 @@ class PKDDistiller(PyramidDistiller):
         # In half precision the squares of a channel's deviations lose their digits.
         with torch.autocast(maps.student.device.type, enabled=False):
             student, teacher = maps.student.float(), maps.teacher.float()
-            cells = maps.mask[:, None].float()
-            difference = standardize(student, cells, self.eps) - standardize(
-                teacher, cells, self.eps
+            difference = standardize(student, maps.mask, self.eps) - standardize(
+                teacher, maps.mask, self.eps
             )
-            count = cells.sum().clamp(min=1) * student.shape[1]
+            count = maps.mask.sum().clamp(min=1) * student.shape[1]
             return difference.square().sum() / count / 2
