@@ -112,6 +112,17 @@ def test_align_crops_maps_that_were_padded_unlike() -> None:
     assert torch.equal(cropped.teacher, maps.teacher[..., :11, :15])
 
 
+def test_align_without_adapters_gives_the_students_channels() -> None:
+    class Own(PyramidDistiller):
+        adapts = False
+
+    # Not even "none" minds channels that differ.
+    distiller = Own(name="own", adapter="none")
+    distiller.bind_shapes(specs(3), specs(4))
+    maps = distiller.align("p3", features(seed=0, channels=3)["p3"], features(seed=1)["p3"], FULL)
+    assert not distiller.adapters and (maps.student.shape[1], maps.teacher.shape[1]) == (3, 4)
+
+
 def test_pyramid_loss_of_a_method_that_defines_nothing_names_it() -> None:
     class Empty(PyramidDistiller):
         pass
