@@ -22,6 +22,9 @@ RLE = "rle"
 OTHER_SIZE = "other size"  # a run-length encoding that is not of the image's size
 MALFORMED = "malformed"  # fails, or leaves it out
 
+# pycocotools walks along a polygon pixel by pixel: no image is as large.
+FARTHEST = 10**6
+
 _PLAIN = {int, float}
 
 
@@ -76,6 +79,8 @@ def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, 
             return MALFORMED, "is no list of polygons [[x1, y1, x2, y2, ...]]"
         if not are_numbers(points):
             return MALFORMED, "has a polygon that is no list of finite numbers"
+        if points and max(max(points), -min(points)) > FARTHEST:
+            return MALFORMED, f"has a polygon with a coordinate beyond {FARTHEST} pixels"
         valid += len(points) >= 6 and len(points) % 2 == 0
         pairs += len(points) == 2
     if pairs == len(segmentation) > 2:
@@ -90,15 +95,52 @@ def _rle_kind(rle: Annotation, height: Any, width: Any) -> tuple[str, str]:
     size, counts = rle.get("size"), rle.get("counts")
     if not (isinstance(size, list | tuple) and len(size) == 2 and are_numbers(size)):
         return MALFORMED, 'is a run-length encoding without "size": [height, width]'
-    if isinstance(counts, list):
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        if not whole or sum(counts) != size[0] * size[1]:
-            return MALFORMED, 'has "counts" whose sum is not height * width'
-    elif not isinstance(counts, str | bytes):
+    if isinstance(counts, str | bytes):
+        runs = _decompressed(counts)
+    elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
+        runs = counts
+    else:
         return MALFORMED, 'is a run-length encoding without "counts"'
+    # pycocotools does not look, and may take minutes or read what lies behind.
+    if sum(runs) != size[0] * size[1] or min(runs) < 0:
+        return MALFORMED, 'has "counts" whose sum is not height * width'
     if tuple(size) != (height, width):
         return OTHER_SIZE, f'has "size" {list(size)}, but the image has [{height}, {width}]'
     return RLE, ""
+
+
+def is_empty(segmentation: Any, height: int, width: int) -> bool:
+    """Whether a mask that can be read has no pixel: its polygons have no area in the image."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        return not any((counts if isinstance(counts, list) else _decompressed(counts))[1::2])
+    for polygon in segmentation:
+        x, y = polygon[::2], polygon[1::2]
+        if min(max(x), width) > max(min(x), 0) and min(max(y), height) > max(min(y), 0):
+            return False
+    return True
+
+
+def _decompressed(counts: str | bytes) -> list[int]:
+    """Return the runs of a compressed encoding; [-1] where it is none.
+
+    COCO's format: 5 bits a character from "0" on, least first, with a bit for more and a sign; from
+    the fourth on a run is the difference to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in counts.encode("latin-1", "replace") if isinstance(counts, str) else counts:
+        bits = code - 48
+        if not 0 <= bits < 64:
+            return [-1]
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return [-1] if shift or not runs else runs
 
 
 def keypoints_fault(keypoints: Any, count: int) -> str:
@@ -149,9 +191,12 @@ def inspect_masks(
         "notes".
     """
     by_kind: dict[str, list[tuple[Annotation, str]]] = {}
+    empty: list[Annotation] = []
     for annotation, size in zip(annotations, sizes, strict=True):
         kind, fault = segmentation_kind(annotation.get("segmentation"), *size)
         by_kind.setdefault(kind, []).append((annotation, fault))
+        if needs.masks and kind in (POLYGONS, RLE) and is_empty(annotation["segmentation"], *size):
+            empty.append(annotation)
 
     def several(*kinds: str, crowds: bool = True) -> list[tuple[Annotation, str]]:
         found = [pair for kind in kinds for pair in by_kind.get(kind, ())]
@@ -188,6 +233,8 @@ def inspect_masks(
             f"{len(partly)} annotations lose polygons of fewer than three points "
             f"({name(partly[0][0])})"
         )
+    if empty:
+        found["notes"].append(f"{len(empty)} masks without a pixel in the image ({name(empty[0])})")
     # Crowds are scored, but not trained on.
     for key, wrong in (
         ("untrainable", several(NONE, OTHER_SIZE, crowds=False)),

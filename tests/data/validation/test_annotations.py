@@ -52,10 +52,17 @@ KINDS = [
     ([["1", "1", "9", "1", "9", "9"]], "malformed", "all"),
     ([[1, 1, 9, 1, 9, None]], "malformed", "all"),
     ([[1, 1, 9, 1, 9, float("inf")]], "malformed", "all"),
+    ([[1, 1, 9, 1, 9, 1e9]], "malformed", "all"),
     ({"size": [24, 32]}, "malformed", "fails"),
     ({"counts": [100, 20, 648]}, "malformed", "fails"),
     ({"size": [24, 32], "counts": [100, 20]}, "malformed", "all"),
     ({"size": "24", "counts": RLE["counts"]}, "malformed", "all"),
+    ({"size": [24, 32], "counts": ""}, "malformed", "all"),
+    ({"size": [24, 32], "counts": RLE["counts"][:-1]}, "malformed", "all"),
+    ({"size": [24, 32], "counts": "zzzzzz"}, "malformed", "all"),
+    ({"size": [24, 32], "counts": "\xe9"}, "malformed", "all"),
+    ({"size": [24, 32], "counts": [100, -20, 688]}, "malformed", "fails"),
+    ({"size": [24, 32], "counts": []}, "malformed", "all"),
     ({"size": [24, 32], "counts": [100.5, 20, 647.5]}, "malformed", "all"),
 ]
 
@@ -71,7 +78,7 @@ def test_segmentation_kind(tmp_path, segmentation, kind, read):
     path.write_text(json.dumps(data))
     with contextlib.redirect_stdout(io.StringIO()):
         if read == "fails":
-            with pytest.raises((TypeError, KeyError, AttributeError)):
+            with pytest.raises((TypeError, KeyError, AttributeError, OverflowError)):
                 load_coco_json(str(path), "")
             return
         (record,) = load_coco_json(str(path), "")
@@ -79,6 +86,18 @@ def test_segmentation_kind(tmp_path, segmentation, kind, read):
     if kept == "box" and "segmentation" in record["annotations"][0]:
         kept = "all"
     assert kept == read
+
+
+def test_segmentation_kind_compressed_at_random():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = random.integers(1, 40, 2).tolist()
+        mask = random.random((height, width)) < random.choice([0, 0.03, 0.5, 1])
+        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert segmentation_kind(rle, height, width)[0] == "rle"
+        assert segmentation_kind({**rle, "counts": rle["counts"].decode()}, height, width)[1] == ""
+        other = {**rle, "size": [height + 1, width]}
+        assert segmentation_kind(other, height + 1, width)[0] == "malformed"
 
 
 def annotations(*segmentations, **more):
@@ -123,6 +142,29 @@ def test_inspect_masks_one_of_two(segmentation, keys):
     assert all("id 2 of image 1" in sentence for sentence in found.values())
     without = masks(GOOD, segmentation, needs=Needs())
     assert set(without) <= {"problems", "notes"}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "empty"),
+    [
+        ([[100, 100, 120, 100, 120, 120]], True),
+        ([[-9, -9, -1, -9, -1, -1]], True),
+        ([[1, 1, 1, 5, 1, 9]], True),
+        ([[100, 100, 120, 100, 120, 120], *GOOD], False),
+        ([[-5, -5, 50, -5, 50, 50]], False),
+        ({"size": [24, 32], "counts": [768]}, True),
+        (mask_util.encode(np.zeros((24, 32), dtype=np.uint8, order="F")), True),
+        (COUNTS, False),
+        (RLE, False),
+    ],
+)
+def test_inspect_masks_without_a_pixel(segmentation, empty):
+    needs = Needs(masks=True, mask_format="bitmask")
+    found = masks(GOOD, segmentation, needs=needs)
+    assert set(found) == ({"notes"} if empty else set())
+    assert masks(GOOD, segmentation, needs=Needs()) == {}
+    if empty:
+        assert "id 2 of image 1" in found["notes"]
 
 
 def test_inspect_masks_all_short():

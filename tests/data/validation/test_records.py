@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from detectron2.structures import BoxMode
+from pycocotools import mask as mask_util
 
 from ssim_kd.data.validation.annotations import Needs
 from ssim_kd.data.validation.records import inspect_for_mapper, inspect_records
 
 TRIANGLE = [[1, 1, 9, 1, 9, 9]]
-RLE = {"size": [24, 32], "counts": b"abc"}
+RLE = mask_util.encode(np.ones((24, 32), dtype=np.uint8, order="F"))
 
 
 def records(**change):
@@ -123,7 +124,7 @@ EVERYTHING = Needs(masks=True, keypoints=1)
         ({"segmentation": [1, 2, 3]}, '"segmentation"'),
         ({"segmentation": np.zeros((24, 32))}, '"segmentation"'),
         ({"segmentation": RLE}, "INPUT.MASK_FORMAT"),
-        ({"segmentation": {**RLE, "size": [9, 9]}}, '"size"'),
+        ({"segmentation": {**RLE, "size": [32, 24]}}, '"size"'),
         ({"keypoints": [5, 5, 2, 9]}, '"keypoints"'),
         ({"keypoints": [5, 5, 2] * 2}, '"keypoints"'),
     ],
