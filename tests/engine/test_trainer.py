@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssim_kd.data import build_train_loader, register_datasets
 from ssim_kd.engine import DistillTrainer
+from ssim_kd.engine import trainer as trainer_module
 from ssim_kd.engine.hooks import GuardedWriter, Reseed, SavedEvaluation
 from ssim_kd.engine.signals import StopOnSignal
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
@@ -208,6 +209,17 @@ def test_subclass_with_detectron2s_loader(world: World, tmp_path) -> None:
     world.main(tmp_path, "--resume", *options, "SOLVER.MAX_ITER", 4, trainer=UserTrainer)
     assert checkpoint(tmp_path)["trainer"]["hooks"]["Best"]["steps"] == 4
     assert "--resume: the training loader" in log(tmp_path)
+
+
+def test_tta_that_fails_leaves_the_plain_results(world: World, tmp_path, monkeypatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle of TTA")
+
+    monkeypatch.setattr(trainer_module, "test_time_augmentation", fail)
+    options = ("TEST.AUG.ENABLED", "True", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()")
+    with pytest.raises(RuntimeError, match="in the middle of TTA"):
+        world.main(tmp_path, *options)
+    assert "bbox/AP" in metrics(tmp_path)[-1]
 
 
 def test_subclass_with_a_mapper_is_resumed_exactly(world: World, tmp_path) -> None:

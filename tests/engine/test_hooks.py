@@ -1,0 +1,93 @@
+"""Hooks that no other test runs through a whole training: pictures, writers, states of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from detectron2.utils.events import EventStorage, EventWriter
+from torch import nn
+
+from ssim_kd.engine import hooks
+from ssim_kd.engine.hooks import GuardedWriter, RankStates, VisualizeDistillation
+from tests.engine.runs import World
+
+
+class Failing(EventWriter):
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def write(self) -> None:
+        self.calls.append("write")
+        raise OSError("No space left on device")
+
+    def close(self) -> None:
+        self.calls.append("close")
+        raise ConnectionError("offline")
+
+
+def test_guarded_writer_fails_once(caplog) -> None:
+    inner = Failing()
+    writer = GuardedWriter(inner)
+    for _ in range(3):
+        writer.write()
+    assert inner.calls == ["write"]
+    assert caplog.text.count("Failing") == 1 and "OSError: No space left" in caplog.text
+    writer.close()
+    assert inner.calls == ["write", "close"]
+
+
+def trainer(iteration: int) -> Any:
+    return SimpleNamespace(iter=iteration, model=nn.Identity())
+
+
+@pytest.mark.parametrize("error", [ValueError("no such mode"), FileNotFoundError("0.png")])
+def test_visualize_distillation_fails_once(
+    error, world: World, tmp_path: Path, monkeypatch, caplog
+):
+    """An unreadable picture, or one of a format that cannot be drawn."""
+    drawn: list[int] = []
+
+    def fail(*_args: Any, **_options: Any) -> None:
+        drawn.append(1)
+        raise error
+
+    monkeypatch.setattr(hooks, "loss_map_images", fail)
+    monkeypatch.setattr(VisualizeDistillation, "_load", lambda self: [{}])
+    hook = VisualizeDistillation(world.cfg(tmp_path, "VIS_PERIOD", 2))
+    for iteration in range(6):
+        hook.trainer = trainer(iteration)
+        hook.trainer.model.train()
+        hook.after_step()
+        assert hook.trainer.model.training
+    assert len(drawn) == 1 and caplog.text.count("VIS_PERIOD") == 1 and str(error) in caplog.text
+
+
+def test_visualize_distillation_draws(world: World, tmp_path: Path, monkeypatch) -> None:
+    import numpy as np
+
+    image = np.zeros((4, 6, 3), dtype=np.uint8)
+    monkeypatch.setattr(hooks, "loss_map_images", lambda *_, **__: {"p3": image})
+    monkeypatch.setattr(VisualizeDistillation, "_load", lambda self: [{}])
+    hook = VisualizeDistillation(world.cfg(tmp_path, "VIS_PERIOD", 2))
+    hook.trainer = trainer(1)
+    with EventStorage() as storage:
+        hook.after_step()
+    assert [name for name, *_ in storage._vis_data] == ["distill/p3"]
+
+
+def test_rank_states_of_a_step_without_checkpoint() -> None:
+    student: Any = SimpleNamespace(loss_normalizer=7.5)
+    due = [True, False]
+    hook = RankStates(student, lambda: due.pop(0))
+    hook.trainer = trainer(3)
+    hook.after_step()
+    assert hook.state_dict() == {"loss_normalizer": [7.5]}
+    # A checkpoint that the user's code saves later has the trainer's own value.
+    hook.trainer = trainer(4)
+    hook.after_step()
+    assert hook.state_dict() == {}
+    hook.load_state_dict({"loss_normalizer": [1.5, 2.5]})
+    assert student.loss_normalizer == 1.5
