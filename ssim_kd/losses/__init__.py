@@ -11,7 +11,14 @@ from .attention import (
     masked_softmax,
     spatial_attention,
 )
-from .boxes import background_weights, box_cells, covered_cells, foreground_weights
+from .boxes import (
+    background_weights,
+    box_cells,
+    covered_cells,
+    foreground_weights,
+    has_area,
+    roi_crops,
+)
 from .lp import LpLoss, lp_loss
 from .masking import channel_moments, masked_mean, masked_sum
 from .reference import ReferenceSize, reference_size
@@ -32,6 +39,7 @@ __all__ = [
     "check_ssim_options",
     "covered_cells",
     "foreground_weights",
+    "has_area",
     "lp_loss",
     "masked_log_softmax",
     "masked_mean",
@@ -40,6 +48,7 @@ __all__ = [
     "minmax_scale",
     "pyramid_ssim_loss",
     "reference_size",
+    "roi_crops",
     "spatial_attention",
     "ssim_loss",
     "ssim_map",

@@ -1,4 +1,4 @@
-"""Ground-truth boxes on the cells of a level: which cells they cover, and how much each counts.
+"""Ground-truth boxes on a level: the cells that they cover, how much each counts, and crops.
 
 Boxes are in pixels and are divided by the stride of the level, never by a share of the image: a map
 is padded, so that its cells are no share of any one image.
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.ops import roi_align
+
+from ssim_kd.ops.options import compute_dtype
 
 
 def box_cells(boxes: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -30,6 +33,15 @@ def box_cells(boxes: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
 
 
+def has_area(boxes: Tensor) -> Tensor:
+    """Which boxes have a width and a height > 0, (R,) bool.
+
+    Args:
+        boxes: (R, 4), x0, y0, x1, y1.
+    """
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
 def covered_cells(boxes: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Which cells of a map each box covers, by :func:`box_cells`.
 
@@ -42,7 +54,7 @@ def covered_cells(boxes: Tensor, height: int, width: int, stride: int) -> Tensor
         (R, H, W) bool.
     """
     first, last = box_cells(boxes, stride)
-    kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+    kept = has_area(boxes)
     columns = torch.arange(width, device=boxes.device)
     rows = torch.arange(height, device=boxes.device)
     across = (columns >= first[:, :1]) & (columns <= last[:, :1])
@@ -103,3 +115,31 @@ def background_weights(foreground: Tensor, mask: Tensor | None = None) -> Tensor
     if mask is not None:
         background = background & mask
     return background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+def roi_crops(maps: Tensor, boxes: Sequence[Tensor], stride: int, size: int) -> list[Tensor]:
+    """What a map holds in each box, by RoIAlign with pixels' centres at their halves.
+
+    Args:
+        maps: (N, C, H, W), floating point.
+        boxes: of each image, (R, 4), x0, y0, x1, y1 in pixels; R may be 0. Boxes without area are
+            left out.
+        stride: of the level, in pixels.
+        size: of a crop, in bins a side. A bin is the mean of its samples, one a cell at least.
+
+    Returns:
+        of each image (R, C, size, size), float32 (float64 for float64 input), R the number of its
+        boxes with an area. The gradient reaches ``maps``.
+
+    Example:
+        >>> maps = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> (crops,) = roi_crops(maps, [torch.tensor([[16.0, 0.0, 32.0, 16.0]])], stride=8, size=1)
+        >>> crops.flatten()  # the mean of 2, 3, 6 and 7
+        tensor([4.5000])
+    """
+    maps = maps.to(compute_dtype(maps))
+    kept = [tensor[has_area(tensor)].to(maps) for tensor in boxes]
+    # Autocast would give bfloat16 back.
+    with torch.autocast(maps.device.type, enabled=False):
+        crops = roi_align(maps, kept, size, spatial_scale=1 / stride, aligned=True)
+    return list(crops.split([len(tensor) for tensor in kept]))

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from ssim_kd.losses import background_weights, box_cells, covered_cells, foreground_weights
+from ssim_kd.losses import (
+    background_weights,
+    box_cells,
+    covered_cells,
+    foreground_weights,
+    has_area,
+    roi_crops,
+)
 
 BOXES = torch.tensor(
     [
@@ -93,3 +100,69 @@ def test_background_weights_in_padding_and_where_boxes_cover_all():
     found = background_weights(foreground_weights(boxes, 2, 3, 8, mask=mask), mask)
     assert found[0].tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0]]
     assert found.sum(dim=(1, 2)).tolist() == [1, pytest.approx(1)]
+
+
+def test_has_area():
+    assert has_area(BOXES).tolist() == [True, True, True, False, True]
+
+
+def bilinear(plane, y, x):
+    """A plane at a place between the centres of its cells; its border is continued by one cell."""
+    height, width = plane.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = (min(max(v, 0.0), n - 1) for v, n in ((y, height), (x, width)))
+    total = 0.0
+    for row in {math.floor(y), math.ceil(y)}:
+        for column in {math.floor(x), math.ceil(x)}:
+            share = (1 - abs(y - row)) * (1 - abs(x - column))
+            total += share * float(plane[row, column])
+    return total
+
+
+def crop(plane, box, stride, size):
+    """RoIAlign of one box in one channel, sample by sample."""
+    x0, y0, x1, y1 = (v / stride - 0.5 for v in box)
+    across, down = (x1 - x0) / size, (y1 - y0) / size
+    columns, rows = math.ceil(across), math.ceil(down)
+    found = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        for j in range(size):
+            for a in range(rows):
+                for b in range(columns):
+                    y = y0 + down * (i + (a + 0.5) / rows)
+                    x = x0 + across * (j + (b + 0.5) / columns)
+                    found[i, j] += bilinear(plane, y, x) / (rows * columns)
+    return found
+
+
+@pytest.mark.parametrize("stride", [4, 16])
+def test_roi_crops_are_roi_align_by_loops(stride):
+    maps = torch.randn(3, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    images = [BOXES, BOXES[:0], BOXES[:2] * 1.7 + 3]
+    found = roi_crops(maps, images, stride, 3)
+    assert [len(crops) for crops in found] == [4, 0, 2]
+    for image, crops in enumerate(found):
+        kept = [box for box in images[image].tolist() if box[0] < box[2] and box[1] < box[3]]
+        for box, of_box in zip(kept, crops, strict=True):
+            expected = [crop(plane, box, stride, 3) for plane in maps[image].detach()]
+            torch.testing.assert_close(of_box.detach(), torch.stack(expected))
+    sum(crops.sum() for crops in found).backward()
+    assert maps.grad[0].any() and not maps.grad[1].any()
+
+
+@pytest.mark.parametrize("boxes", [BOXES[:0], BOXES[3:4]], ids=["none", "flat"])
+def test_roi_crops_without_boxes_keep_a_gradient(boxes):
+    maps = torch.randn(1, 2, 1, 1, requires_grad=True)
+    (crops,) = roi_crops(maps, [boxes], 128, 3)
+    assert crops.shape == (0, 2, 3, 3)
+    crops.sum().backward()
+    assert not maps.grad.any()
+
+
+def test_roi_crops_of_half_precision_are_float32():
+    maps = torch.randn(1, 2, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = roi_crops(maps, [BOXES[:1]], 8, 2)
+    (expected,) = roi_crops(maps.float(), [BOXES[:1]], 8, 2)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -134,12 +134,7 @@ class FGDDistiller(PartsDistiller):
         Raises:
             ValueError: training images without ground truth.
         """
-        if batch.instances is None:
-            raise ValueError(
-                "FGDDistiller needs the ground-truth boxes, but the training images have no "
-                "'instances'. Use a mapper that keeps them, or a method that needs none."
-            )
-        boxes = [x.gt_boxes.tensor for x in batch.instances]
+        boxes = [x.gt_boxes.tensor for x in batch.ground_truth(type(self).__name__)]
         # Sums over the cells, and softmax: float32.
         with torch.autocast(maps.student.device.type, enabled=False):
             return self._parts(maps, boxes)

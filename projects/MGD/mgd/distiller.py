@@ -1,6 +1,5 @@
 """The distiller of MGD (Yang et al., ECCV 2022, arXiv 2205.01529)."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,14 +81,8 @@ class MGDDistiller(PyramidDistiller):
             return self.reference.channels * cells * masked_mean(error, mask)
 
     def random_mask(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
-        """Draw M, (N, 1, H, W) of 0 and 1.
-
-        It is a function of the process's seed, the iteration and the level: a resumed training
-        draws the same, and the random numbers that the student trains with stay as they are.
-        """
+        """Draw M, (N, 1, H, W) of 0 and 1."""
         n, _, height, width = maps.student.shape
-        generator = torch.Generator(maps.student.device)
-        text = f"{torch.initial_seed()} {batch.iteration} {self.name} {maps.level}"
-        generator.manual_seed(zlib.crc32(text.encode()))
-        drawn = torch.rand(n, 1, height, width, generator=generator, device=maps.student.device)
+        generator = batch.generator(self.name, maps.level)
+        drawn = torch.rand(n, 1, height, width, generator=generator, device=batch.device)
         return (drawn >= self.mask_ratio).to(maps.student.dtype)

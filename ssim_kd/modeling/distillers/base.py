@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -71,6 +72,31 @@ class DistillBatch:
         if self._instances is None:
             return None
         return [x.to(self.device) for x in self._instances]
+
+    def ground_truth(self, method: str) -> list[Instances]:
+        """:attr:`instances`, for a method that needs them.
+
+        Raises:
+            ValueError: the data has none.
+        """
+        if self.instances is None:
+            raise ValueError(
+                f"{method} needs the ground truth, but the training images have no 'instances'. "
+                "Use a mapper that keeps them, or a method that needs none."
+            )
+        return self.instances
+
+    def generator(self, *names: str) -> torch.Generator:
+        """What a method draws its random numbers with, on the device of the features.
+
+        It depends on the seed of the process, the iteration and the names alone: a resumed training
+        draws the same, and the random numbers that the student trains with stay as they are.
+
+        Args:
+            names: what tells the generators of a step apart.
+        """
+        text = " ".join([str(torch.initial_seed()), str(self.iteration), *names])
+        return torch.Generator(self.device).manual_seed(zlib.crc32(text.encode()))
 
     def is_padded(self, height: int, width: int, stride: int) -> bool:
         """Whether any cell of a map lies wholly in the padding of its image."""

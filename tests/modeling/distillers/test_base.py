@@ -82,6 +82,31 @@ def test_instances_are_on_the_device() -> None:
     assert {x.gt_boxes.device.type for x in batch.instances} == {"meta"}
 
 
+def test_ground_truth_is_the_instances_or_names_the_method() -> None:
+    batch = DistillBatch.from_inputs(make_batch())
+    assert batch.ground_truth("FGD") is batch.instances
+    with pytest.raises(ValueError, match="FGD needs the ground truth") as caught:
+        FULL.ground_truth("FGD")
+    assert "'instances'" in str(caught.value)
+
+
+def test_generator_depends_on_seed_iteration_and_names_alone() -> None:
+    def draw(*names: str, iteration: int = 7) -> list[float]:
+        batch = DistillBatch([(32, 32)], iteration=iteration)
+        return torch.rand(3, generator=batch.generator(*names)).tolist()
+
+    torch.manual_seed(3)
+    expected = draw("icd")
+    torch.rand(1)
+    state = torch.get_rng_state()
+    assert draw("icd") == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    others = [draw("icd", iteration=8), draw("icd_2"), draw("icd", "p3")]
+    torch.manual_seed(4)
+    others.append(draw("icd"))
+    assert expected not in others and len({tuple(x) for x in others}) == 4
+
+
 # The terms of a config
 
 
