@@ -20,6 +20,7 @@ from .meta_arch import DistilledDetector
 from .taps import Call, Tap, tappable_levels
 from .teacher import FrozenTeacher, load_detector
 from .teacher_config import TeacherSource, find_teacher, teacher_config, teacher_source
+from .timm_backbone import TimmBackbone
 
 __all__ = [
     "DISTILLER_REGISTRY",
@@ -38,6 +39,7 @@ __all__ = [
     "SSIMDistiller",
     "Tap",
     "TeacherSource",
+    "TimmBackbone",
     "build_adapters",
     "build_distillers",
     "check_number",

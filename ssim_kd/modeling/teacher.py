@@ -56,7 +56,7 @@ def _build(source: TeacherSource, device: str) -> nn.Module:
     try:
         # The teacher is built when it is first used: what is drawn for its weights, which are then
         # replaced, may not shift the random numbers that the student trains with.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             return source.build(device)
     except Exception as error:
         raise ValueError(
@@ -348,6 +348,14 @@ class FrozenTeacher:
         # 0.6 knows size_divisibility alone; main adds constraints such as ViT's square padding.
         constraints = getattr(self.backbone, "padding_constraints", None)
         options = {"padding_constraints": constraints} if constraints else {}
+        square = (constraints or {}).get("square_size", 0)
+        longest = max(side for image in images for side in image.shape[-2:])
+        if 0 < square < longest:
+            raise ValueError(
+                f"INPUT.MAX_SIZE_TRAIN: an image has a side of {longest} pixels, but the teacher "
+                f"pads images to squares of {square}; expected at most that. Set "
+                f"INPUT.MAX_SIZE_TRAIN to {square}."
+            )
         padded = ImageList.from_tensors(images, self.backbone.size_divisibility, **options)
         return padded.tensor.to(self.dtype, memory_format=self._memory_format)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from tests.helpers import (
     make_batch,
     train_losses,
 )
+from tools import pairs
 
+ROOT = Path(__file__).resolve().parents[2]
 P2_P6 = ["p2", "p3", "p4", "p5", "p6"]
 P3_P6 = ["p3", "p4", "p5", "p6"]
 RES = ["res2", "res3", "res4", "res5"]
@@ -175,3 +179,66 @@ def test_a_student_can_teach_in_its_turn(weights_of, tmp_path) -> None:
     for name, value in model.teacher.backbone.state_dict().items():
         assert torch.equal(value, expected[name])
     check_step(model)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "levels"),
+    [
+        ("fcos", "retinanet", "p3-p7"),
+        ("retinanet", "fcos", "p3-p7"),
+        ("faster", "fcos", "p3-p6"),
+        ("fcos", "keypoint", "p3-p6"),
+        ("keypoint", "panoptic", "p2-p6"),
+        ("panoptic", "dc5", None),
+        ("dc5", "dc5", "res5"),
+        ("c4", "panoptic", "res4"),
+        ("mobilenet", "keypoint", "p2-p6"),
+        ("fcos", "rtdetr", "p3-p5"),
+        ("c4", "rtdetr", None),
+        ("faster", "vitdet", "p2-p6"),
+        ("vitdet", "vitdet", "p2-p6"),
+    ],
+)
+def test_pairs_of_other_detectors_step_or_name_their_levels(student, teacher, levels) -> None:
+    for name in {student, teacher} & pairs.NEEDS.keys():
+        pytest.importorskip(pairs.NEEDS[name], reason=f"{name} needs it")
+    if levels:
+        assert pairs.step(student, teacher) == levels
+        return
+    with pytest.raises(ValueError, match=r"IN_FEATURES") as error:
+        pairs.step(student, teacher)
+    assert error.match("stride 16")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "distiller", "named"),
+    [
+        ("fcos", "fcos", "dense_head", None),
+        ("fcos", "retinanet", "dense_head", "anchor"),
+        ("faster", "panoptic", "rcnn_head", None),
+        ("faster", "retinanet", "rcnn_head", "RetinaNet"),
+    ],
+)
+def test_pairs_of_heads_step_or_name_what_differs(student, teacher, distiller, named) -> None:
+    if named is None:
+        assert pairs.step(student, teacher, distiller) == "yes"
+        return
+    with pytest.raises(ValueError, match=named):
+        pairs.step(student, teacher, distiller)
+
+
+def test_pairs_page_has_a_row_a_student_and_the_reasons(tmp_path) -> None:
+    page = tmp_path / "pairs.md"
+    options = ["--students", "c4", "retinanet", "--teachers", "faster", "c4"]
+    pairs.main([*options, "--distillers", "features", "dense_head", "--output", str(page)])
+    text = page.read_text()
+    assert "| Faster R-CNN C4 | res4 | res4 |" in text
+    assert "| RetinaNet | p3-p6 | no (1) |" in text
+    assert "From no teacher: Faster R-CNN C4 (1), RetinaNet (2)." in text
+    assert "1. Student and teacher share no level" in text
+
+
+def test_page_of_pairs_knows_every_detector() -> None:
+    text = (ROOT / "docs" / "pairs.md").read_text()
+    for title, _ in pairs.DETECTORS.values():
+        assert f"| {title} |" in text

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ssim_kd.modeling import FrozenTeacher
+from ssim_kd.modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
 from tests.helpers import (
     TEACHER_FPN,
     build,
@@ -204,3 +205,31 @@ def test_no_teacher_without_a_tap_or_a_backbone() -> None:
     teacher = FrozenTeacher(build_model(stock_config("faster")))
     with pytest.raises(RuntimeError, match=r"call tap\(\) first"):
         teacher([torch.zeros(3, 32, 32)])
+
+
+def test_teacher_that_pads_to_a_square_refuses_larger_images(monkeypatch) -> None:
+    model = build(stock_config("faster", fpn=TEACHER_FPN))
+    # As ViT has it in Detectron2 main; 0.6 has no such backbone.
+    square = {"square_size": 64}
+    monkeypatch.setattr(type(model.backbone), "padding_constraints", square, raising=False)
+    teacher = FrozenTeacher(model)
+    teacher.tap(["p3"])
+    with pytest.raises(ValueError, match=r"INPUT\.MAX_SIZE_TRAIN.* 65 .* 64"):
+        teacher([torch.zeros(3, 40, 65)])
+
+
+def test_vitdet_teacher_is_a_lazy_config(tmp_path) -> None:
+    pytest.importorskip("detectron2.modeling.backbone.vit", reason="ViT is in Detectron2 main")
+    config = Path("configs/COCO-Detection/teacher_mask_rcnn_vitdet_b.py")
+    small = ["net.embed_dim=32", "net.depth=2", "net.num_heads=2", "net.img_size=128"]
+    small += ["net.window_block_indexes=[0]", "square_pad=128"]
+    opts = [f"model.backbone.{x}" for x in small]
+    lazy = LazyConfig.apply_overrides(LazyConfig.load(str(config)), opts)
+    torch.save({"model": instantiate(lazy.model).state_dict()}, tmp_path / "teacher.pth")
+    teacher = FrozenTeacher.load_from(str(config), str(tmp_path / "teacher.pth"), opts)
+    model = DistilledDetector(
+        student=build(stock_config("faster")), teacher=teacher, distillers=[SSIMDistiller()]
+    )
+    losses = train_losses(model)
+    assert losses["loss_distill"] > 0 and teacher.input_format == "RGB"
+    assert list(teacher([torch.zeros(3, 96, 128)])) == ["p2", "p3", "p4", "p5", "p6"]
