@@ -26,18 +26,24 @@ def build_schedule(cfg: CfgNode) -> ParamScheduler:
     """
     node, total = cfg.MODEL.DISTILL.SCHEDULE, int(cfg.SOLVER.MAX_ITER)
     weight, end = cfg.MODEL.DISTILL.LOSS_WEIGHT, node.END_FACTOR
-    for key, value in (("LOSS_WEIGHT", weight), ("SCHEDULE.END_FACTOR", end)):
+    checked = {
+        "LOSS_WEIGHT": weight,
+        "SCHEDULE.END_FACTOR": end,
+        "SCHEDULE.GAMMA": node.GAMMA,
+    }
+    for key, value in checked.items():
         if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
             raise ValueError(f"MODEL.DISTILL.{key} is {value}; expected a finite number >= 0.")
     if node.NAME not in SCHEDULES:
         raise ValueError(
             f"MODEL.DISTILL.SCHEDULE.NAME is {node.NAME!r}; expected one of {SCHEDULES}."
         )
-    for key in ("WARMUP_ITERS", "STOP_ITER"):
-        if not 0 <= node[key] <= total:
+    # A warm-up has to end, for its last value is that of the schedule behind it.
+    for key, last in (("WARMUP_ITERS", total - 1), ("STOP_ITER", total)):
+        if not 0 <= node[key] <= last:
             raise ValueError(
-                f"MODEL.DISTILL.SCHEDULE.{key} is {node[key]}; expected an iteration from 0 to "
-                f"SOLVER.MAX_ITER ({total})."
+                f"MODEL.DISTILL.SCHEDULE.{key} is {node[key]}; expected 0 to {last} "
+                f"(SOLVER.MAX_ITER is {total})."
             )
     schedule = _decay(cfg, weight, end, total)
     if node.WARMUP_ITERS:
