@@ -275,6 +275,14 @@ class DistilledDetector(nn.Module):
         student = self.__dict__.get("_modules", {}).get("student")
         return DistilledDetector if student is None else type(student)
 
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        # As it is, pickle takes no object whose __class__ is not its type.
+        return _blank, (type(self),), self.__dict__
+
+
+def _blank(cls: Any) -> Any:
+    return cls.__new__(cls)
+
 
 def _health(**outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {

@@ -136,7 +136,7 @@ class FrozenTeacher:
         self.kept: dict[str, torch.Tensor] = {}
         self._kept_prefixes: list[str] = []
         self._fold_bn, self._compile = fold_bn, compiled
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._channels_last = channels_last
         self._device = torch.device("cpu")
         self._load = load
         self._names: list[str] = []
@@ -198,6 +198,11 @@ class FrozenTeacher:
 
         teacher = cls(_structure(source), input_format=source.input_format, load=load, **options)
         return teacher
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        # No attribute: torch.save takes no memory format.
+        return torch.channels_last if self._channels_last else torch.contiguous_format
 
     @property
     def strict_prefix(self) -> str:

@@ -149,6 +149,17 @@ def test_distillation_only_adds_its_loss(cfg) -> None:
     assert found["loss_distill"] > 0
 
 
+def test_a_model_can_be_pickled_whole(cfg, tmp_path) -> None:
+    model = build(cfg)
+    model.teacher.load()
+    torch.save(model, tmp_path / "whole.pth")
+    twin = torch.load(tmp_path / "whole.pth", weights_only=False)
+    assert type(twin) is type(model) and isinstance(twin, type(model.student))
+    found, expected = train_losses(twin), train_losses(model)
+    assert found.keys() == expected.keys() and "loss_distill" in found
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
 def test_the_inputs_are_left_as_they_were(cfg) -> None:
     batch, untouched = make_batch(), make_batch()
     train_losses(build(cfg), batch)
