@@ -86,6 +86,19 @@ def test_train_resumed_equals_the_whole(world: World, six: Path, tmp_path) -> No
     assert_same(whole, resumed)
 
 
+def test_train_resumed_from_an_unnamed_distiller(world: World, six: Path, tmp_path) -> None:
+    """Before there could be several distillers, the only one was stored without its name."""
+    folder = half_of(six, tmp_path / "resumed")
+    path = folder / "model_0000002.pth"
+    saved = torch.load(path, weights_only=False)
+    named = saved.pop("distillers")
+    saved["distiller"] = {key.removeprefix("ssim."): value for key, value in named.items()}
+    assert saved["distiller"].keys().isdisjoint(named)
+    torch.save(saved, path)
+    world.main(folder, "--resume", "SEED", -1, "VIS_PERIOD", 3)
+    assert_same(checkpoint(six), checkpoint(folder))
+
+
 def test_train_resumed_without_momentum_differs(world: World, six: Path, tmp_path) -> None:
     """Holds the test above to account: the state that is restored does matter."""
     folder = half_of(six, tmp_path / "resumed")
