@@ -7,6 +7,7 @@ do, and nothing is downloaded.
 
     python tools/benchmark_step.py --device cuda                     # 800 x 1333, two images
     python tools/benchmark_step.py --device cpu                      # a small size
+    python tools/benchmark_step.py --arms l2 ssim pkd mgd            # methods of projects/
 """
 
 import argparse
@@ -34,12 +35,13 @@ from tools.benchmarking import (
     Clock,
     environment,
     images,
+    method_config,
     shipped_config,
     stand_in,
     summary,
 )
 
-#: The stock student, distillation switched off, and by two losses.
+#: The stock student, distillation switched off, and by two losses: always timed.
 ARMS = ("student", "none", "l2", "ssim")
 
 
@@ -61,14 +63,21 @@ def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> di
     built: dict[str, nn.Module] = {"student": student, "none": DistilledDetector(student=student)}
     losses = [arm for arm in arms if arm not in built]
     if losses:
-        teacher = TimedTeacher(stand_in(teacher_config(cfg)), **args.teacher)
+        teacher = stand_in(teacher_config(cfg))
     for loss in losses:
         built[loss] = DistilledDetector(
             student=student,
-            teacher=teacher,
+            # Each arm taps what it needs of the one detector.
+            teacher=TimedTeacher(teacher, **args.teacher),
             distillers=build_distillers(shipped_config(name, args.device, loss)),
         ).to(args.device)
     return {arm: built[arm] for arm in arms}
+
+
+def arms_of(name: str, args: argparse.Namespace) -> tuple[str, ...]:
+    """What is timed of a pair: methods without a config for its detector are left out."""
+    asked = [arm for arm in args.arms if arm not in ARMS]
+    return (*ARMS, *(arm for arm in asked if method_config(name, arm)))
 
 
 class Stepper:
@@ -102,9 +111,9 @@ def _amp(args: argparse.Namespace) -> Any:
 
 
 def measure_pair(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of one pair: stock student, and distillation by none, l2 and ssim."""
+    """Steps of one pair: stock student, distillation by none, l2, ssim and other methods."""
     clock = Clock(args.device)
-    arms = build_arms(name, args, ARMS)
+    arms = build_arms(name, args, arms_of(name, args))
     steppers = {arm: Stepper(name, args, model, clock) for arm, model in arms.items()}
     teacher: Any = arms["ssim"].teacher
     batch = steppers["ssim"].batch
@@ -133,7 +142,7 @@ def measure_pair(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def measure_peaks(name: str, args: argparse.Namespace) -> dict[str, int]:
     """The most memory in bytes that each arm's step takes on a GPU, its own objects alone."""
     peaks = {}
-    for arm in ARMS:
+    for arm in arms_of(name, args):
         gc.collect()
         before = torch.cuda.memory_allocated()
         step = Stepper(name, args, build_arms(name, args, (arm,))[arm], Clock(args.device))
@@ -196,6 +205,9 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int)
     made.add_argument("--warmup", type=int, default=2)
     made.add_argument("--amp", action="store_true", help="mixed precision")
+    made.add_argument(
+        "--arms", nargs="+", default=[], help="methods of projects/, beside the losses"
+    )
     made.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     made.add_argument("--output", type=Path, default=ROOT / "output" / output)
     return made

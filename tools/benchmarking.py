@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ssim_kd.config import add_distill_config
+from ssim_kd.projects import add_project_configs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {
@@ -96,13 +97,35 @@ def describe(env: dict[str, Any]) -> str:
 
 
 def shipped_config(name: str, device: str, loss: str = "ssim") -> CfgNode:
-    """The config of a pair on a device."""
+    """The config of a pair, with "l1", "l2" or "ssim", or a method by the name of its configs.
+
+    A method's own keys and levels are those of its config for the same detector.
+
+    Raises:
+        ValueError: a method without a config for the pair's detector.
+    """
     cfg = get_cfg()
     add_distill_config(cfg)
+    add_project_configs(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / "COCO-Detection" / PAIRS[name]))
     cfg.MODEL.DEVICE = device
-    cfg.MODEL.DISTILL.LOSS = loss
+    if loss in ("l1", "l2", "ssim"):
+        cfg.MODEL.DISTILL.LOSS = loss
+        return cfg
+    file = method_config(name, loss)
+    if file is None:
+        raise ValueError(f"{loss!r} has no config for {name!r} in projects/*/configs.")
+    teacher = cfg.MODEL.DISTILL.TEACHER.clone()
+    cfg.merge_from_file(str(file))
+    cfg.MODEL.DISTILL.TEACHER = teacher
     return cfg
+
+
+def method_config(name: str, method: str) -> Path | None:
+    """The shipped config of a method for the detector of a pair, if there is one."""
+    student = PAIRS[name].removesuffix(".yaml").split("_", 1)[1].split("_from_")[0]
+    found = sorted(ROOT.glob(f"projects/*/configs/{method}_{student}.yaml"))
+    return found[0] if found else None
 
 
 def stand_in(cfg: CfgNode) -> Any:

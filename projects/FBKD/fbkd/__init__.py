@@ -4,4 +4,12 @@ from .config import add_config
 from .distiller import FBKDDistiller
 from .non_local import NonLocal
 
-__all__ = ["FBKDDistiller", "NonLocal", "add_config"]
+SUMMARY = {
+    "method": "FBKD",
+    "paper": "Zhang & Ma, ICLR 2021",
+    "levels": "p2-p6; RetinaNet p3-p7",
+    "needs": "",
+    "tests": "projects/FBKD/tests",
+}
+
+__all__ = ["SUMMARY", "FBKDDistiller", "NonLocal", "add_config"]

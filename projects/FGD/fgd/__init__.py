@@ -3,4 +3,12 @@
 from .config import add_config
 from .distiller import FGDDistiller, GlobalContext
 
-__all__ = ["FGDDistiller", "GlobalContext", "add_config"]
+SUMMARY = {
+    "method": "FGD",
+    "paper": "Yang et al., CVPR 2022",
+    "levels": "p2-p5; RetinaNet p3-p7",
+    "needs": "ground truth",
+    "tests": "projects/FGD/tests",
+}
+
+__all__ = ["SUMMARY", "FGDDistiller", "GlobalContext", "add_config"]

@@ -3,4 +3,12 @@
 from .config import add_config
 from .distiller import MGDDistiller
 
-__all__ = ["MGDDistiller", "add_config"]
+SUMMARY = {
+    "method": "MGD",
+    "paper": "Yang et al., ECCV 2022",
+    "levels": "p2-p5; RetinaNet p3-p7",
+    "needs": "",
+    "tests": "projects/MGD/tests",
+}
+
+__all__ = ["SUMMARY", "MGDDistiller", "add_config"]

@@ -3,4 +3,12 @@
 from .config import add_config
 from .distiller import PKDDistiller
 
-__all__ = ["PKDDistiller", "add_config"]
+SUMMARY = {
+    "method": "PKD",
+    "paper": "Cao et al., NeurIPS 2022",
+    "levels": "p2-p5; RetinaNet p3-p6",
+    "needs": "",
+    "tests": "projects/PKD/tests",
+}
+
+__all__ = ["SUMMARY", "PKDDistiller", "add_config"]

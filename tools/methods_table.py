@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""Writes the table of the methods in projects/README.md, from the projects and committed results.
+
+    tools/methods_table.py                              # writes the table
+    tools/methods_table.py --losses output/compare      # first takes the losses of a study's runs
+
+What a project says of itself is ``SUMMARY`` in its ``__init__.py``. Parameters are counted on the
+shipped configs. Costs are those of projects/results/step.json, written by
+
+    tools/benchmark_step.py --arms pkd cwd mgd ... --output projects/results/step.json
+
+and AP those of studies/results/methods.json, written by ``tools/compare.py studies/methods.yaml``.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ssim_kd.engine import load_config  # noqa: E402
+from ssim_kd.projects import add_project_configs, project_names  # noqa: E402
+
+PROJECTS = ROOT / "projects"
+README = PROJECTS / "README.md"
+STEP = PROJECTS / "results" / "step.json"
+LOSSES = PROJECTS / "results" / "losses.json"
+RECORDS = ROOT / "studies" / "results" / "methods.json"
+
+BEGIN, END = "<!-- methods: tools/methods_table.py -->", "<!-- end of methods -->"
+KEYS = ("method", "paper", "levels", "needs")
+COLUMNS = (
+    *("method", "paper", "levels or heads", "needs", "parameters", "step / l2"),
+    *("AP on digits", "its loss", "tests"),
+)
+
+
+def folders() -> dict[str, Path]:
+    """The folder of each project, by the name of its package."""
+    found = {}
+    for name in project_names():
+        module = importlib.import_module(f"ssim_kd.projects.{name}")
+        found[name] = Path(str(module.__file__)).resolve().parents[1]
+    return found
+
+
+def summary(name: str) -> dict[str, str]:
+    """What a project says of itself.
+
+    Raises:
+        ValueError: it has no ``SUMMARY``, or one without a key.
+    """
+    module = importlib.import_module(f"ssim_kd.projects.{name}")
+    found: dict[str, str] = getattr(module, "SUMMARY", {})
+    missing = [key for key in KEYS if key not in found]
+    if missing:
+        raise ValueError(
+            f"ssim_kd.projects.{name}: SUMMARY lacks {missing}; expected a dict of {list(KEYS)}."
+        )
+    return found
+
+
+def config_of(name: str, folder: Path) -> Path:
+    """The shipped config whose parameters are counted: Faster R-CNN on COCO, or else another."""
+    configs = sorted((folder / "configs").glob(f"{name}_*_FPN_1x.yaml"))
+    if not configs:
+        raise ValueError(f"{folder}/configs has no {name}_*_FPN_1x.yaml.")
+    return min(configs, key=lambda file: ("faster_rcnn_R_50" not in file.name, file.name))
+
+
+def parameters(config: Path) -> int:
+    """Number of trained parameters beside the student's."""
+    args = argparse.Namespace(config_file=str(config), opts=["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        model: Any = build_model(load_config(args, add_project_configs))
+    return sum(p.numel() for p in model.distillers.parameters() if p.requires_grad)
+
+
+def costs() -> dict[str, float]:
+    """Seconds of a step over those with l2, by method; from the first pair that has it."""
+    if not STEP.is_file():
+        return {}
+    found: dict[str, float] = {}
+    for pair in json.loads(STEP.read_text())["pairs"].values():
+        medians = {k: v["median_s"] for k, v in pair["times"].items() if ":" not in k}
+        for arm, seconds in medians.items():
+            found.setdefault(arm, seconds / medians["l2"])
+    return found
+
+
+def aps() -> dict[str, list[float]]:
+    """AP on the digits' test set by arm, seed after seed; "none" is the plain student."""
+    if not RECORDS.is_file():
+        return {}
+    found: dict[str, list[float]] = {}
+    for _, run in sorted(json.loads(RECORDS.read_text())["runs"].items()):
+        if "arm" in run:
+            found.setdefault(run["arm"], []).append(run["metrics"]["AP"])
+    return found
+
+
+def losses() -> dict[str, list[list[float]]]:
+    """[iteration, loss_distill] of the first seed, by arm."""
+    return json.loads(LOSSES.read_text()) if LOSSES.is_file() else {}
+
+
+def collect_losses(output: Path) -> None:
+    """Read them off the folders of a study's runs, and write them."""
+    found = losses()
+    for file in sorted(output.glob("*/*/*/*/metrics.json")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        curve = [
+            [row["iteration"] + 1, round(row["loss_distill"], 4)]
+            for row in rows
+            if "loss_distill" in row
+        ]
+        if curve:
+            # Every hundred iterations, the first and the last.
+            found[file.parts[-4]] = [*curve[:-1:5], curve[-1]]
+    LOSSES.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(found[k])}" for k in sorted(found))
+    LOSSES.write_text(f"{{\n{lines}\n}}\n")
+
+
+def rows() -> Iterator[dict[str, str]]:
+    """The cells of each project's row, by column."""
+    cost, ap, curves = costs(), aps(), losses()
+    for name, folder in sorted(folders().items(), key=lambda item: item[1].name.lower()):
+        found = summary(name)
+        count = parameters(config_of(name, folder)) / 1e6
+        curve = curves.get(name)
+        yield {
+            "method": f"[{found['method']}]({folder.name})",
+            "paper": found["paper"],
+            "levels or heads": found["levels"],
+            "needs": found["needs"] or "-",
+            "parameters": f"{count:.2f}M" if count else "0",
+            "step / l2": f"{cost[name]:.2f}" if name in cost else "-",
+            "AP on digits": _mean(ap.get(name)),
+            "its loss": f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}" if curve else "-",
+            "tests": f"[tests]({folder.name}/tests)",
+        }
+
+
+def _mean(values: list[float] | None) -> str:
+    return f"{sum(values) / len(values):.1f}" if values else "-"
+
+
+def table() -> str:
+    """The table, with its head."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(row[column] for column in COLUMNS)} |" for row in rows()]
+    return "\n".join(lines)
+
+
+def notes() -> str:
+    """Where the figures of the table come from."""
+    found = []
+    if STEP.is_file():
+        step = json.loads(STEP.read_text())
+        where = step["environment"]
+        found.append(
+            f"Step: {', '.join(step['pairs'])} at {step['size'][0]} x {step['size'][1]}, "
+            f"{step['images']} image, {where['device']}, {where['threads']} thread, commit "
+            f"{where['commit']}, the machine shared with other work. Medians; methods without a "
+            "config for the first pair are of the other."
+        )
+    if RECORDS.is_file():
+        runs = json.loads(RECORDS.read_text())["runs"].values()
+        students: list[Mapping[str, Any]] = [run for run in runs if "arm" in run]
+        plain = [run for run in students if run["arm"] == "none"]
+        count = len(plain)
+        commits = sorted({run["commit"] for run in students if run["arm"] != "none"})
+        seeds = "one seed: its differences are within noise" if count == 1 else f"{count} seeds"
+        found.append(
+            f"AP: `studies/methods.yaml`, {seeds}; the plain student has "
+            f"{_mean([run['metrics']['AP'] for run in plain])}. Commits {', '.join(commits)}. "
+            "Nothing was tuned: the weights are those of COCO."
+        )
+    return "\n\n".join(found)
+
+
+def write_table(readme: Path = README) -> None:
+    """Put the table and its notes between the marks of a file."""
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{BEGIN}\n{table()}\n\n{notes()}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Collect, and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--losses", type=Path, help="folder of the runs of tools/compare.py")
+    args = parser.parse_args()
+    if args.losses:
+        collect_losses(args.losses)
+    write_table()
+
+
+if __name__ == "__main__":
+    main()
