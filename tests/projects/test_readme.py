@@ -1,0 +1,100 @@
+"""projects/README.md: its table is up to date, and the method that it adds works as printed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode
+
+import ssim_kd.projects
+from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers
+from tests.helpers import full_config
+from tests.level_maps import bind, maps_of
+from tools import methods_table
+
+README = methods_table.README.read_text(encoding="utf-8")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def committed() -> dict[str, dict[str, str]]:
+    """The rows of the table in the README, by method."""
+    text = README.split(methods_table.BEGIN)[1].split(methods_table.END)[0]
+    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    found = [dict(zip(cells(head), cells(row), strict=True)) for row in rows]
+    return {row["method"]: row for row in found}
+
+
+def test_the_table_is_what_the_tool_writes() -> None:
+    """All but the figures of runs, which are those of the machine that committed them."""
+    expected = {row["method"]: row for row in methods_table.rows()}
+    found = committed()
+    assert list(found) == list(expected)
+    for method, row in expected.items():
+        assert list(found[method]) == list(methods_table.COLUMNS)
+        for column in ("paper", "levels or heads", "needs", "parameters", "tests"):
+            assert found[method][column] == row[column], (method, column)
+        for link in re.findall(r"\]\(([^)]+)\)", f"{row['method']} {row['tests']}"):
+            assert (methods_table.PROJECTS / link).is_dir(), link
+
+
+def test_write_table_replaces_what_is_between_the_marks(tmp_path: Path, monkeypatch) -> None:
+    row = dict.fromkeys(methods_table.COLUMNS, "cell")
+    monkeypatch.setattr(methods_table, "rows", lambda: iter([row]))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{methods_table.BEGIN}\nold\n{methods_table.END}\nafter\n")
+    methods_table.write_table(readme)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| cell ") == len(methods_table.COLUMNS)
+
+
+def test_summary_without_a_key(monkeypatch) -> None:
+    module = importlib.import_module("ssim_kd.projects.pkd")
+    monkeypatch.setattr(module, "SUMMARY", {"method": "PKD"})
+    with pytest.raises(ValueError, match=r"ssim_kd\.projects\.pkd: SUMMARY lacks") as caught:
+        methods_table.summary("pkd")
+    assert "'needs'" in str(caught.value)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch) -> str:
+    """The package that the README describes, as a folder beside the others."""
+    folder = tmp_path / "MyKD" / "mykd"
+    folder.mkdir(parents=True)
+    blocks = [textwrap.dedent(b) for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL)]
+    for name, block in zip(("distiller", "config", "__init__"), blocks, strict=True):
+        (folder / f"{name}.py").write_text(block)
+    paths = [*ssim_kd.projects.__path__, str(folder.parent)]
+    monkeypatch.setattr(ssim_kd.projects, "__path__", paths)
+    yield "mykd"
+    DISTILLER_REGISTRY._obj_map.pop("MyDistiller", None)
+    for module in [m for m in sys.modules if m.startswith("ssim_kd.projects.mykd")]:
+        del sys.modules[module]
+
+
+def test_the_method_of_the_readme_works(toy: str) -> None:
+    cfg = full_config()
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    content = yaml.safe_load(textwrap.dedent(block))
+    base = methods_table.PROJECTS / "MyKD" / "configs" / content.pop("_BASE_")
+    assert base.resolve().is_file()
+    cfg.merge_from_other_cfg(CfgNode(content))
+    (distiller,) = build_distillers(cfg)
+    bind(distiller, 2, levels={"p2": 4})
+    student, teacher = torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 3.0)
+    loss = distiller.level_loss(maps_of(student, teacher, level="p2"), None)
+    assert distiller.name == toy and loss == 9
+    assert methods_table.summary(toy)["method"] == "MyKD"
+    cfg.MODEL.DISTILL.MYKD.POWER = -1.0
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.MYKD\.POWER is -1\.0"):
+        build_distillers(cfg)
