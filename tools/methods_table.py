@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ssim_kd.config import student_config  # noqa: E402
 from ssim_kd.engine import load_config  # noqa: E402
+from ssim_kd.modeling import FrozenTeacher, build_distillers  # noqa: E402
 from ssim_kd.projects import add_project_configs, project_names  # noqa: E402
 
 PROJECTS = ROOT / "projects"
@@ -77,11 +80,27 @@ def config_of(name: str, folder: Path) -> Path:
 
 
 def parameters(config: Path) -> int:
-    """Number of trained parameters beside the student's."""
+    """Number of trained parameters beside the student's, between two R-50 of 256 channels."""
     args = argparse.Namespace(config_file=str(config), opts=["MODEL.DEVICE", "meta"])
+    cfg = load_config(args, add_project_configs)
+    student = _detector(cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE, student_config(cfg))
     with torch.device("meta"):
-        model: Any = build_model(load_config(args, add_project_configs))
-    return sum(p.numel() for p in model.distillers.parameters() if p.requires_grad)
+        distillers = build_distillers(cfg)
+        for distiller in distillers:
+            distiller.bind(student, FrozenTeacher(student))
+    found = [p for distiller in distillers for p in distiller.parameters() if p.requires_grad]
+    return sum(p.numel() for p in found)
+
+
+_DETECTORS: dict[str, Any] = {}
+
+
+def _detector(name: str, cfg: CfgNode) -> Any:
+    """A detector without memory, made once: its shapes are all that is asked for."""
+    if name not in _DETECTORS:
+        with torch.device("meta"):
+            _DETECTORS[name] = build_model(cfg)
+    return _DETECTORS[name]
 
 
 def costs() -> dict[str, float]:
