@@ -84,5 +84,5 @@ class MGDDistiller(PyramidDistiller):
         """Draw M, (N, 1, H, W) of 0 and 1."""
         n, _, height, width = maps.student.shape
         generator = batch.generator(self.name, maps.level)
-        drawn = torch.rand(n, 1, height, width, generator=generator, device=batch.device)
+        drawn = torch.rand(n, 1, height, width, generator=generator, device=generator.device)
         return (drawn >= self.mask_ratio).to(maps.student.dtype)
