@@ -33,10 +33,12 @@ def _page(study: Study, records: Records, stages: list[Stage], page: Path) -> st
     parts += ["## Models\n", tables.models_table(study, records)]
     for stage in stages:
         parts += [f"## {stage.title}\n", _asked(study, stage)]
-        baseline = study.content["stages"][stage.name].get("gates")
+        asked = study.content["stages"][stage.name]
+        baseline = asked.get("gates")
         if baseline in stage.summaries:
             parts.append(tables.gates(stage, study, records, baseline))
         parts.append(tables.arms_table(stage, study, records))
+        parts.append(tables.identical_table(stage, asked.get("identical", [])))
         if stage.contrasts:
             parts.append(tables.contrasts_table(stage))
             parts.append(_picture(plots.differences(stage), page, f"{study.name}_{stage.name}"))

@@ -57,6 +57,18 @@ def contrasts_table(stage: Stage) -> str:
     return table([*head, *METRICS[1:]], rows)
 
 
+def identical_table(stage: Stage, pairs: Sequence[Sequence[str]]) -> str:
+    """Whether two arms came to the same weights, bit for bit, by the hash of the student's."""
+    rows = []
+    for arm, against in pairs:
+        ours, theirs = stage.records.get(arm, {}), stage.records.get(against, {})
+        for seed in sorted(ours.keys() & theirs.keys()):
+            hashes = [found[seed]["weights_sha256"] for found in (ours, theirs)]
+            same = hashes[0] == hashes[1]
+            rows.append([f"{arm}, {against}", str(seed), *hashes, _ok(same)])
+    return table(["arms", "seed", "SHA-256", "SHA-256", "the same"], rows) if rows else ""
+
+
 def tuning_table(study: Study, records: Records) -> str:
     """Mean AP on the tuning split of each arm and weight; the frozen one is bold."""
     rows = []
