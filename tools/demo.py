@@ -216,7 +216,12 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
             f"{row['images_per_second']:10.1f}{row['seconds_trained']:8.0f}s"
         )
     gain = summary["distilled"]["AP"] - summary["student"]["AP"]
-    return "\n".join([*lines, "", f"Distillation changed the student's AP by {gain:+.1f}."])
+    meaning = (
+        f"Distillation changed the student's AP by {gain:+.1f}. One seed, and a student that is "
+        "stopped while it\nstill improves: this shows faster learning, not a better end. "
+        "docs/results.md has the study with seeds."
+    )
+    return "\n".join([*lines, "", meaning])
 
 
 def cpu_seconds() -> float:
