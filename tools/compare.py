@@ -90,8 +90,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # The trainings are then asked to save before this ends, as with Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The trainings are then asked to save before this ends. A shell that starts this in the
+    # background has SIGINT ignored, by the trainings too.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from .study import Run
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUEST, MEASURED, CONSOLE = "request.json", "measured.json", "console.txt"
+REQUEST, MEASURED, FINISHED = "request.json", "measured.json", "finished"
+CONSOLE = "console.txt"
 
 
 class TrainingError(RuntimeError):
@@ -173,21 +175,21 @@ def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    asked, done = out / REQUEST, out / MEASURED
+    asked, done = out / REQUEST, out / FINISHED
     same = (
         asked.is_file() and json.loads(asked.read_text())["fingerprint"] == request["fingerprint"]
     )
     if not same:
-        for path in (*out.glob("*.pth"), *out.glob("*.json"), out / "last_checkpoint"):
-            path.unlink(missing_ok=True)
+        shutil.rmtree(out)
+        out.mkdir()
     asked.write_text(json.dumps(dict(request), indent=1))
     if not done.is_file():
-        measured = _call([*request["command"], *request["opts"]], out, code)
-        done.write_text(json.dumps(measured))
-    return measure(out, code, request, json.loads(done.read_text()))
+        _call([*request["command"], *request["opts"]], out, code)
+        done.touch()
+    return measure(out, code, request, json.loads((out / MEASURED).read_text()))
 
 
-def _call(command: Sequence[str], out: Path, code: str) -> dict[str, float]:
+def _call(command: Sequence[str], out: Path, code: str) -> None:
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": code}
     with open(out / CONSOLE, "a") as log:
@@ -202,12 +204,21 @@ def _call(command: Sequence[str], out: Path, code: str) -> dict[str, float]:
             process.terminate()
             process.wait()
             raise
+        finally:
+            _add_usage(out, time.monotonic() - started)
     if status != 0:
         end = "\n".join((out / CONSOLE).read_text(errors="replace").splitlines()[-20:])
         raise TrainingError(f"exit status {status}, see {out / CONSOLE}:\n{end}")
+
+
+def _add_usage(out: Path, seconds: float) -> None:
+    """Add what this process's child took to what earlier attempts at the same training took."""
+    path = out / MEASURED
+    before = json.loads(path.read_text()) if path.is_file() else {}
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "seconds": round(time.monotonic() - started, 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "peak_memory_mb": round(used.ru_maxrss / 1024),
+    now = {
+        "seconds": round(before.get("seconds", 0) + seconds, 1),
+        "cpu_seconds": round(before.get("cpu_seconds", 0) + used.ru_utime + used.ru_stime, 1),
+        "peak_memory_mb": max(before.get("peak_memory_mb") or 0, round(used.ru_maxrss / 1024)),
     }
+    path.write_text(json.dumps(now))

@@ -151,8 +151,7 @@ class Study:
                     f"{self.path}: {need} of {key} is {name!r}: expected one of {sorted(models)}."
                 )
         whole = {
-            "config": _flattened(config),
-            "opts": opts,
+            "config": {**_flattened(config), **opts},
             "seed": seed,
             "script": (self.path.parent / script).read_text() if script else "",
             **{need: models[name].fingerprint for need, name in needs.items() if name},
@@ -188,6 +187,13 @@ def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def _flattened(config: Path) -> dict[str, Any]:
-    """The content of a config file and its bases: what it asks for, without any defaults."""
-    found: dict[str, Any] = CfgNode.load_yaml_with_base(str(config))
-    return found
+    """What a config file and its bases set, by dotted key; what they leave out is a default."""
+
+    def keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from keys(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(keys(CfgNode.load_yaml_with_base(str(config))))
