@@ -21,7 +21,7 @@ def write_report(study: Study, records: Records, page: Path | None) -> None:
     if not records.runs:
         return
     page = page or records.path.with_suffix(".md")
-    stages = [stage for stage in analyse(study, records) if stage.records]
+    stages = [stage for stage in analyse(study, records) if _answers(study, stage)]
     records.statistics = {stage.name: as_dict(stage) for stage in stages}
     records.save()
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -42,13 +42,15 @@ def _page(study: Study, records: Records, stages: list[Stage], page: Path) -> st
         if stage.contrasts:
             parts.append(tables.contrasts_table(stage))
             parts.append(_picture(plots.differences(stage), page, f"{study.name}_{stage.name}"))
-        if any(len(r["curve"]) > 2 for by_seed in stage.records.values() for r in by_seed.values()):
+        if stage.contrasts or baseline in stage.summaries:
             parts.append(_picture(plots.curves(stage), page, f"{study.name}_{stage.name}_curves"))
     if any(key.startswith("tuning/") for key in records.runs):
         parts += ["## Tuning\n", _included(study, "tuning"), tables.tuning_table(study, records)]
-    missing = [name for name in study.content["stages"] if name not in {s.name for s in stages}]
+    shown = {stage.name for stage in stages}
+    missing = [stage for stage in analyse(study, records) if stage.name not in shown]
     if missing:
-        parts.append("## Not run\n\n" + "".join(f"- {_title(study, n)}\n" for n in missing))
+        lines = [f"- {s.title}: {s.finished} of {s.planned} trainings\n" for s in missing]
+        parts.append("## Not run\n\n" + "".join(lines))
     parts += [_included(study, "recipe"), _provenance(study, records, page)]
     return "\n".join(part for part in parts if part)
 
@@ -62,8 +64,12 @@ def _asked(study: Study, stage: Stage) -> str:
     return "\n\n".join(lines) + "\n" if lines else ""
 
 
-def _title(study: Study, name: str) -> str:
-    return str(study.content["stages"][name].get("title", name))
+def _answers(study: Study, stage: Stage) -> bool:
+    """Whether enough of a stage has been run to say something."""
+    asked = study.content["stages"][stage.name]
+    pairs = [*asked.get("contrasts", []), *asked.get("identical", [])]
+    pairs = [pair for pair in pairs if set(pair) <= stage.records.keys()]
+    return bool(pairs) or asked.get("gates") in stage.records or stage.finished == stage.planned
 
 
 def _included(study: Study, name: str) -> str:

@@ -146,7 +146,7 @@ def _submit(
     if run.teacher:
         opts["MODEL.DISTILL.TEACHER.CONFIG_FILE"] = str(models[run.teacher].config)
         opts["MODEL.DISTILL.TEACHER.WEIGHTS"] = str(_weights(models[run.teacher], place))
-    script = run.config.parent / run.script if run.script else place.code / "train_net.py"
+    script = run.script or place.code / "train_net.py"
     command = [sys.executable, str(script), "--config-file", str(run.config)]
     request = {
         "key": run.key,

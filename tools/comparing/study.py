@@ -142,7 +142,7 @@ class Study:
         arm: str = "",
     ) -> Run:
         config = self.path.parent / asked["config"]
-        script = asked.get("script", "")
+        script = str(self.path.parent / asked["script"]) if "script" in asked else ""
         opts = {**self.content.get("opts", {}), **opts}
         needs = {need: asked.get(need, "") for need in ("teacher", "start")}
         for need, name in needs.items():
@@ -153,7 +153,7 @@ class Study:
         whole = {
             "config": {**_flattened(config), **opts},
             "seed": seed,
-            "script": (self.path.parent / script).read_text() if script else "",
+            "script": Path(script).read_text() if script else "",
             **{need: models[name].fingerprint for need, name in needs.items() if name},
         }
         text = json.dumps(whole, sort_keys=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .analysis import Stage
 from .records import METRICS, Records
-from .statistics import Difference, summarise
+from .statistics import Difference, Summary, summarise
 from .study import TUNED, Study
 
 
@@ -28,7 +28,7 @@ def arms_table(stage: Stage, study: Study, records: Records) -> str:
                 arm,
                 _weight(arm, study, records),
                 str(by_metric["AP"].n),
-                f"**{by_metric['AP'].mean:.2f}** ± {_number(by_metric['AP'].sd)}",
+                _with_sd(by_metric["AP"]),
                 *metrics,
                 f"{seconds:.0f}",
                 f"{memory:.0f}",
@@ -146,6 +146,10 @@ def _interval(found: Difference) -> str:
     if found.n < 2:
         return f"{found.mean:+.2f}"
     return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _with_sd(found: Summary) -> str:
+    return f"**{found.mean:.2f}**" + (f" ± {found.sd:.2f}" if found.n > 1 else "")
 
 
 def _number(value: float) -> str:
