@@ -50,9 +50,16 @@ def main(argv: list[str] | None = None) -> int:
         )
         try:
             for name in args.stages or study.content["stages"]:
-                tune(study, study.to_be_tuned(name), records, place)
+                wanted = [arm for arm in study.to_be_tuned(name) if arm in (args.arms or [arm])]
+                tune(study, wanted, records, place)
                 logging.info("Stage %s", name)
-                finish(study.stage(name, records.tuned), study.models, records, place)
+                runs = [
+                    run
+                    for run in study.stage(name, records.tuned)
+                    if run.arm in (args.arms or [run.arm])
+                    and run.seed in (args.seeds or [run.seed])
+                ]
+                finish(runs, study.models, records, place)
         except TrainingError as error:
             print(f"\n{error}", file=sys.stderr)
             status = 1
@@ -67,6 +74,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("study", type=Path, help="a .yaml file: see studies/README.md")
     parser.add_argument("--stages", nargs="+", help="of the study; default: all, in its order")
+    parser.add_argument("--arms", nargs="+", help="of the stages; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the stages; default: all")
     parser.add_argument("--records", type=Path, help="default: results/NAME.json beside the study")
     parser.add_argument(
         "--docs", type=Path, help="page to write; default: none but table and plots"
