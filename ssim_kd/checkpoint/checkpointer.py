@@ -277,9 +277,11 @@ class StudentCheckpointer(DetectionCheckpointer):
         """A start may lack the heads; weights that fit a part of the backbone are an error."""
         backbone = getattr(self.model, "backbone", None)
         prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+        shapes = [key for key, *_ in incompatible.incorrect_shapes]
+        # A key of another shape counts as missing as well.
         wrong = [
             key
-            for key in (*incompatible.missing_keys, *(k for k, *_ in incompatible.incorrect_shapes))
+            for key in dict.fromkeys([*incompatible.missing_keys, *shapes])
             if key.startswith(prefix) and not any(part in key for part in _NEUTRAL)
         ]
         if wrong and not self.partial:

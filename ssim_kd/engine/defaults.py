@@ -13,8 +13,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
@@ -31,6 +29,7 @@ from .arguments import (
 from .errors import start_up, with_one_line_errors
 from .evaluation import (
     check_teacher,
+    set_up_evaluation,
     student_for_evaluation,
     teacher_for_evaluation,
     test_time_augmentation,
@@ -255,7 +254,7 @@ def _make_output_dir(folder: str) -> None:
 def _prepare_evaluation(
     cfg: CfgNode, args: argparse.Namespace, trainer: type[DistillTrainer]
 ) -> Callable[[], Any]:
-    _set_up_evaluation(cfg, args)
+    set_up_evaluation(cfg.OUTPUT_DIR, args, cfg.dump(), seed=cfg.SEED)
     register_datasets(cfg)
     _once(lambda: _check_data(cfg, train=False))
     if args.eval_teacher:
@@ -272,17 +271,6 @@ def _prepare_evaluation(
         return results
 
     return evaluate
-
-
-def _set_up_evaluation(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """As default_setup, which would overwrite the config.yaml of the training in OUTPUT_DIR."""
-    rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "ssim_kd"):
-        setup_logger(cfg.OUTPUT_DIR or None, distributed_rank=rank, name=name)
-    logger.info("Environment info:\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", args)
-    logger.info("Running with full config:\n%s", cfg.dump())
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
 
 
 def _prepare_training(

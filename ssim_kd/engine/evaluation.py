@@ -20,6 +20,9 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
@@ -38,6 +41,24 @@ _KINDS = (
     "pascal_voc",
     "sem_seg",
 )
+
+
+def set_up_evaluation(output_dir: str, args: Any, config: str, *, seed: int) -> None:
+    """As default_setup, which would overwrite the config.yaml of the training in the folder.
+
+    Args:
+        output_dir: for log.txt; "" for none.
+        args: of the command line, for the log.
+        config: as text, for the log.
+        seed: of the random numbers; negative for one that is drawn.
+    """
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "ssim_kd"):
+        setup_logger(output_dir or None, distributed_rank=rank, name=name)
+    logger.info("Environment info:\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    logger.info("Running with full config:\n%s", config)
+    seed_all_rng(None if seed < 0 else seed + rank)
 
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:

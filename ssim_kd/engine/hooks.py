@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from fvcore.nn.precise_bn import update_bn_stats
+from torch import distributed as dist
 from torch import nn
 
 from ..checkpoint import write_atomically
@@ -61,6 +62,17 @@ class PreciseBN(hooks.PreciseBN):
         # A storage of its own discards what the model logs.
         with EventStorage(), contextlib.closing(iter(self._data_loader)) as batches:
             update_bn_stats(self._model, itertools.islice(batches, self._num_iter), self._num_iter)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the main one's buffers, which checkpoints hold.
+
+    Batch norms that train have other running statistics on each process. Nothing but an evaluation
+    reads those of the others.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 class RankStates(HookBase):
@@ -272,7 +284,7 @@ class SavedEvaluation(hooks.EvalHook):
 
     def after_train(self) -> None:
         """Evaluate; the final checkpoint exists."""
-        self.trainer.share_buffers()
+        share_buffers(self.trainer.student)
         with self._stop.saved():
             super().after_train()
 
@@ -280,6 +292,6 @@ class SavedEvaluation(hooks.EvalHook):
         return self._every > 0 and done % self._every == 0 and done < self.trainer.max_iter
 
     def _evaluate(self) -> None:
-        self.trainer.share_buffers()
+        share_buffers(self.trainer.student)
         with self._stop.saved():
             super().after_step()

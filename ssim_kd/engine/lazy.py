@@ -12,8 +12,10 @@ and ``train``. Distillation is a matter of ``model``::
 """
 
 import argparse
+import contextlib
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +24,15 @@ from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..modeling import DistilledDetector
+from .errors import start_up
+from .evaluation import set_up_evaluation
+from .hooks import GuardedWriter, share_buffers
 from .output_lock import output_lock
 from .signals import StopOnSignal
 from .train_loop import DistillStep
@@ -75,24 +81,37 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
 
 def lazy_main(args: argparse.Namespace) -> Any:
     """Train or evaluate a LazyConfig in this process, one of one or more."""
+    with contextlib.ExitStack() as stack:
+        with start_up():
+            work = _prepare(stack, args)
+        return work()
+
+
+def _prepare(stack: contextlib.ExitStack, args: argparse.Namespace) -> Callable[[], Any]:
+    """All that comes before the first step; returns what is then left to do."""
     cfg = load_lazy_config(args)
-    default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="ssim_kd")
+    folder = cfg.train.output_dir
+    PathManager.mkdirs(folder)
     if args.eval_only:
-        return _evaluate_only(cfg, args)
-    with output_lock(cfg.train.output_dir):
-        return _train(cfg, args)
+        seed = cfg.train.get("seed", -1)
+        set_up_evaluation(folder, args, OmegaConf.to_yaml(cfg.train), seed=seed)
+        model = _student_for_evaluation(cfg, args)
+        return lambda: _evaluate(cfg, model)
+    stack.enter_context(output_lock(folder))
+    default_setup(cfg, args)
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="ssim_kd")
+    return _prepare_training(cfg, args)
 
 
-def _evaluate_only(cfg: DictConfig, args: argparse.Namespace) -> Any:
+def _student_for_evaluation(cfg: DictConfig, args: argparse.Namespace) -> torch.nn.Module:
     """Build the student alone, whose weights must fit to the last key."""
     node = cfg.model.get("student", cfg.model)
-    model = instantiate(node).to(cfg.train.device)
+    model: torch.nn.Module = instantiate(node).to(cfg.train.device)
     path = cfg.train.init_checkpoint
     if args.resume:
         path = StudentCheckpointer(model, cfg.train.output_dir).newest() or path
     load_strictly(model, read_weights(path, key="train.init_checkpoint"))
-    return _evaluate(cfg, model)
+    return model
 
 
 def _evaluate(cfg: DictConfig, model: torch.nn.Module) -> Any:
@@ -144,7 +163,7 @@ class LazyTrainer(DistillStep):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def _train(cfg: DictConfig, args: argparse.Namespace) -> Any:
+def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[], Any]:
     model = instantiate(cfg.model).to(cfg.train.device)
     distills = isinstance(model, DistilledDetector) and model.teacher is not None
     if distills:
@@ -176,9 +195,11 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Any:
     )
 
     def evaluate() -> Any:
+        share_buffers(student)
         trainer.results = _evaluate(cfg, student)
         return trainer.results
 
+    trainer.max_iter = cfg.train.max_iter
     stop = StopOnSignal(GRACE_PERIOD)
     trainer.register_hooks(
         [
@@ -190,7 +211,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Any:
             else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate),
             hooks.PeriodicWriter(
-                default_writers(cfg.train.output_dir, cfg.train.max_iter),
+                [GuardedWriter(w) for w in default_writers(cfg.train.output_dir, trainer.max_iter)],
                 period=cfg.train.log_period,
             )
             if comm.is_main_process()
@@ -203,8 +224,12 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Any:
             "--resume: the data loader of a LazyConfig begins anew, so that the order of images is "
             "not that of an uninterrupted run."
         )
-    try:
-        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
-    finally:
-        stop.give_back()
-    return trainer.results
+
+    def train() -> Any:
+        try:
+            trainer.train(trainer.iter + 1 if resumed else 0, trainer.max_iter)
+        finally:
+            stop.give_back()
+        return trainer.results
+
+    return train

@@ -160,16 +160,6 @@ class DistillTrainer(DefaultTrainer):
             or self.should_stop
         )
 
-    def share_buffers(self) -> None:
-        """Give every process the main one's buffers, which checkpoints hold.
-
-        Batch norms that train have other running statistics on each process. Nothing but an
-        evaluation reads those of the others.
-        """
-        if comm.get_world_size() > 1:
-            for buffer in self.student.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-
     def check_evaluation(self) -> None:
         """See :func:`ssim_kd.engine.preflight.check_evaluation`; builds the TTA wrapper as well.
 
