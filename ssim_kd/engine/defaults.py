@@ -44,7 +44,7 @@ from .preflight import (
     check_start,
     warn_of_same_weights,
 )
-from .trainer import DistillTrainer
+from .trainer import DistillTrainer, is_overridden
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _prepare_evaluation(
 ) -> Callable[[], Any]:
     set_up_evaluation(cfg.OUTPUT_DIR, args, cfg.dump(), seed=cfg.SEED)
     register_datasets(cfg)
-    _once(lambda: _check_data(cfg, train=False))
+    _once(lambda: _check_data(cfg, trainer, train=False))
     if args.eval_teacher:
         cfg, model = teacher_for_evaluation(cfg)
     else:
@@ -283,7 +283,7 @@ def _prepare_training(
     check_schedule(cfg, trainer_class)
     register_datasets(cfg)
     _once(lambda: check_start(cfg, resume=args.resume))
-    _once(lambda: _check_data(cfg, train=True))
+    _once(lambda: _check_data(cfg, trainer_class, train=True))
     if comm.is_main_process():
         # What deploys the student: a config that stock Detectron2 reads.
         write_stock_config(cfg, os.path.join(cfg.OUTPUT_DIR, "student.yaml"))
@@ -325,8 +325,15 @@ def _once(check: Callable[[], None]) -> None:
         raise error
 
 
-def _check_data(cfg: CfgNode, *, train: bool) -> None:
-    summaries = check_datasets(cfg, train=train)
+def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], *, train: bool) -> None:
+    summaries = check_datasets(
+        cfg,
+        train=train,
+        own_loader=is_overridden(trainer, DistillTrainer, "build_train_loader"),
+        own_evaluator=any(
+            is_overridden(trainer, DistillTrainer, method) for method in ("build_evaluator", "test")
+        ),
+    )
     for summary in summaries:
         logger.info("%s", summary)
     if train:

@@ -165,9 +165,9 @@ class DistillTrainer(DefaultTrainer):
 
         A subclass with a ``test`` of its own is not checked.
         """
-        if _is_overridden(self, DefaultTrainer, "test"):
+        if is_overridden(self, DefaultTrainer, "test"):
             return
-        own_loader = not _is_overridden(self, DistillTrainer, "build_test_loader")
+        own_loader = not is_overridden(self, DistillTrainer, "build_test_loader")
         check_evaluation(self.cfg, self, own_loader=own_loader)
         if self.cfg.TEST.AUG.ENABLED:
             build_tta_model(self.cfg, self.student)
@@ -349,6 +349,7 @@ class DistillTrainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
 
-def _is_overridden(trainer: Any, base: type, name: str) -> bool:
+def is_overridden(trainer: Any, base: type, name: str) -> bool:
+    """Whether a trainer, or its class, has a method other than that of ``base``."""
     method, original = getattr(trainer, name), getattr(base, name)
     return getattr(method, "__func__", method) is not original.__func__

@@ -72,7 +72,9 @@ class _Inspected:
     source: str  # what to correct: a file, or the records
 
 
-def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
+def check_datasets(
+    cfg: CfgNode, *, train: bool, own_loader: bool = False, own_evaluator: bool = False
+) -> list[DatasetSummary]:
     """Check that every data set of the config can be used. It reads each json file once.
 
     Sets that code registers are loaded once, to compare their classes with the student's. Image
@@ -82,6 +84,10 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
     Args:
         cfg: its sets must be registered (``register_datasets(cfg)``).
         train: True checks ``DATASETS.TRAIN`` and ``DATASETS.TEST``, False the latter alone.
+        own_loader: whether code of the user's builds the training loader: ``DATASETS.TRAIN`` may
+            then be empty or name sets that are not registered, which are left alone.
+        own_evaluator: whether code of the user's builds the evaluators: nothing is asked for that
+            only those of Detectron2 read.
 
     Returns:
         a summary of each set, in order; its ``str`` is one line.
@@ -94,9 +100,10 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
     needs = Needs.from_config(cfg)
     if train and needs.masks:
         _check_choice(cfg, "INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, MASK_FORMATS)
-    if train and not cfg.DATASETS.TRAIN:
+    if train and not own_loader and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: expected at least one data set name.")
-    check_test_keys(cfg)
+    if not own_evaluator:
+        check_test_keys(cfg)
     summaries: list[DatasetSummary] = []
     known: dict[tuple[str, bool], _Inspected] = {}
     classes: dict[str, Sequence[str]] = {}
@@ -106,14 +113,19 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> list[DatasetSummary]:
             raise ValueError(f"DATASETS.{key} is {names!r}: expected a list: ({names!r},).")
         for name in names:
             where, training = f"DATASETS.{key}: data set {name!r}", key == "TRAIN"
+            if training and own_loader and name not in DatasetCatalog:
+                continue
             _check_registered(where, name)
             # What is read from json is the same for both keys.
             same = (name, training and not reads_json_file(name))
             if same not in known:
-                known[same] = _inspect(cfg, where, name, needs, training=training)
+                scored = not training and not own_evaluator
+                known[same] = _inspect(cfg, where, name, needs, training=training, scored=scored)
             inspected = known[same]
-            if inspected.findings is not None:
-                _check_findings(cfg, where, inspected, training=training)
+            if training:
+                _check_training(cfg, where, inspected)
+            elif not own_evaluator:
+                _check_scoring(where, inspected)
             if inspected.classes:
                 check_classes(cfg, where, inspected.classes)
                 classes[name] = inspected.classes
@@ -151,7 +163,9 @@ def _check_registered(where: str, name: str) -> None:
         )
 
 
-def _inspect(cfg: CfgNode, where: str, name: str, needs: Needs, *, training: bool) -> _Inspected:
+def _inspect(
+    cfg: CfgNode, where: str, name: str, needs: Needs, *, training: bool, scored: bool
+) -> _Inspected:
     """Inspect one set: its json file where there is one, its records where code registers it."""
     ensure_digits([name])
     meta = MetadataCatalog.get(name)
@@ -159,7 +173,7 @@ def _inspect(cfg: CfgNode, where: str, name: str, needs: Needs, *, training: boo
     json_file, read = own_json_file(name), reads_json_file(name)
     content = None
     found: Findings | None = None
-    if json_file and (read or not training):
+    if json_file and (read or scored):
         content = _read_json(where, name, json_file, training=training)
         # Detectron2 admits these files' double ids as well.
         found = inspect_coco(
@@ -185,7 +199,7 @@ def _inspect(cfg: CfgNode, where: str, name: str, needs: Needs, *, training: boo
     classes = () if kind == "sem_seg" else meta.get("thing_classes", ())
     if not isinstance(records, Sequence):
         return _Inspected(found, classes, json_file)
-    coco = kind in _COCO_KINDS and not training
+    coco = kind in _COCO_KINDS and scored
     inspected = inspect_records(
         records, len(classes) or num_classes(cfg), scored=coco, converted=coco and not json_file
     )
@@ -312,17 +326,21 @@ def _refuse_problems(where: str, source: str, found: Findings) -> None:
         raise ValueError(f"{where}: {source}: {'; '.join(found.problems)}. Correct the file.")
 
 
-def _check_findings(cfg: CfgNode, where: str, inspected: _Inspected, *, training: bool) -> None:
+def _check_scoring(where: str, inspected: _Inspected) -> None:
     found, source = inspected.findings, inspected.source
-    assert found is not None
-    if not training:
-        if found.scored:
-            if not found.usable and not found.unscorable:
-                raise ValueError(
-                    f'{where}: {source}: no "annotations" to be scored: the AP would be NaN. '
-                    "Expected at least one that is no crowd."
-                )
-            _refuse(where, source, found.unscorable)
+    if found is None or not found.scored:
+        return
+    if not found.usable and not found.unscorable:
+        raise ValueError(
+            f'{where}: {source}: no "annotations" to be scored: the AP would be NaN. Expected at '
+            "least one that is no crowd."
+        )
+    _refuse(where, source, found.unscorable)
+
+
+def _check_training(cfg: CfgNode, where: str, inspected: _Inspected) -> None:
+    found, source = inspected.findings, inspected.source
+    if found is None:
         return
     _refuse(where, source, found.untrainable)
     if found.zero_area and found.zero_area == found.annotations:

@@ -401,3 +401,25 @@ def test_check_datasets_code_that_returns_no_list(cfg):
     DatasetCatalog.register("mine", Stream)
     cfg.DATASETS.TRAIN = ("mine",)
     assert "not checked" in str(check_datasets(cfg, train=True)[0])
+
+
+def test_check_datasets_own_loader(cfg):
+    cfg.DATASETS.TRAIN = ()
+    assert check_datasets(cfg, train=True, own_loader=True) == []
+    cfg.DATASETS.TRAIN = ("a folder", by_code("mine"))
+    (summary,) = check_datasets(cfg, train=True, own_loader=True)
+    assert summary.name == "mine"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    with pytest.raises(ValueError, match="'mine'"):
+        check_datasets(cfg, train=True, own_loader=True)
+
+
+def test_check_datasets_own_evaluator(cfg, use):
+    DatasetCatalog.register("arrays", lambda: [{"image": 1, "annotations": []}])
+    cfg.DATASETS.TEST = ("arrays",)
+    refused(cfg, "'arrays'", "image_id", train=False)
+    check_datasets(cfg, train=False, own_evaluator=True)
+    cfg = use(edited(area=None, iscrowd=None))
+    cfg.TEST.DETECTIONS_PER_IMAGE = -1
+    refused(cfg, "TEST.DETECTIONS_PER_IMAGE", train=False)
+    check_datasets(cfg, train=False, own_evaluator=True)
