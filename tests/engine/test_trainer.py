@@ -137,6 +137,7 @@ def test_train_resumed_precise_statistics(world: World, tmp_path) -> None:
     assert not torch.equal(first["model"][name], last["model"][name])
     cut.mkdir()
     shutil.copy(whole / "model_0000001.pth", cut)
+    (cut / "last_checkpoint").write_text("model_0000001.pth")
     world.main(cut, "--resume", *options)
     assert_same(last, checkpoint(cut))
 
