@@ -20,7 +20,7 @@ from .boxes import (
     roi_crops,
 )
 from .lp import LpLoss, lp_loss
-from .masking import channel_moments, masked_mean, masked_sum
+from .masking import channel_moments, masked_mean, masked_sum, valid_cells
 from .reference import ReferenceSize, reference_size
 from .scaling import minmax_scale
 from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
@@ -52,4 +52,5 @@ __all__ = [
     "spatial_attention",
     "ssim_loss",
     "ssim_map",
+    "valid_cells",
 ]

@@ -68,6 +68,25 @@ def masked_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return values.sum() if mask is None else values.masked_fill(~mask[:, None], 0.0).sum()
 
 
+def valid_cells(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The valid cells of all samples, one after the other.
+
+    Args:
+        values: (N, C, H, W).
+        mask: (N, H, W) bool, True where a cell is valid; None: all cells are.
+
+    Returns:
+        (M, C) for the M valid cells.
+
+    Example:
+        >>> values = torch.tensor([[[[1.0, 3.0]], [[2.0, 4.0]]]])  # 1 x 2 cells of two channels
+        >>> valid_cells(values, torch.tensor([[[False, True]]]))
+        tensor([[3., 4.]])
+    """
+    cells = values.permute(0, 2, 3, 1)
+    return cells.flatten(0, 2) if mask is None else cells[mask]
+
+
 def cell_weights(x: Tensor, mask: Tensor | None, crop: int = 0) -> Tensor | None:
     """Weight of each cell in the mean over samples of the mean over valid cells and channels.
 

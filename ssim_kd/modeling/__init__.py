@@ -17,6 +17,7 @@ from .distillers import (
     check_number,
 )
 from .meta_arch import DistilledDetector
+from .norms import CellBatchNorm
 from .taps import Call, Tap, tappable_levels
 from .teacher import FrozenTeacher, load_detector
 from .teacher_config import TeacherSource, find_teacher, teacher_config, teacher_source
@@ -25,6 +26,7 @@ from .timm_backbone import TimmBackbone
 __all__ = [
     "DISTILLER_REGISTRY",
     "Call",
+    "CellBatchNorm",
     "DenseHeadDistiller",
     "DistillBatch",
     "DistilledDetector",

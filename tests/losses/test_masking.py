@@ -1,9 +1,9 @@
-"""masked_mean, masked_sum, channel_moments: values by hand, masks, empty batches, gradients."""
+"""Means, sums, moments and cells under masks: values by hand, empty batches, gradients."""
 
 import pytest
 import torch
 
-from ssim_kd.losses import channel_moments, masked_mean, masked_sum
+from ssim_kd.losses import channel_moments, masked_mean, masked_sum, valid_cells
 
 VALUES = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 100.0]]], [[[7.0, 7.0]]]])  # 3 maps of 1 x 2 cells
 MASK = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
@@ -105,3 +105,10 @@ def test_channel_moments_of_hardly_any_cell_and_of_a_constant(valid):
     assert mean.flatten().tolist() == [7.0 * (valid > 0)] * 2 and not std.any()
     std.sum().backward()
     assert not values.grad.any()
+
+
+def test_valid_cells_are_those_of_all_images_in_turn():
+    values = torch.arange(12.0).view(2, 3, 1, 2)
+    mask = torch.tensor([[[True, False]], [[True, True]]])
+    assert valid_cells(values, mask).tolist() == [[0, 2, 4], [6, 8, 10], [7, 9, 11]]
+    assert torch.equal(valid_cells(values), valid_cells(values, torch.ones_like(mask)))

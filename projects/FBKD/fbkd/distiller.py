@@ -9,7 +9,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from ssim_kd.losses import cell_means, channel_attention, reference_size, spatial_attention
+from ssim_kd.losses import (
+    cell_means,
+    channel_attention,
+    reference_size,
+    spatial_attention,
+    valid_cells,
+)
 from ssim_kd.modeling import (
     DISTILLER_REGISTRY,
     DistillBatch,
@@ -19,7 +25,7 @@ from ssim_kd.modeling import (
     check_number,
 )
 
-from .non_local import NonLocal, valid_cells
+from .non_local import NonLocal
 
 #: Weights of the paper for two-stage detectors.
 WEIGHTS = {"feature": 7e-5, "channel": 4e-3, "spatial": 4e-3, "nonlocal": 7e-5}

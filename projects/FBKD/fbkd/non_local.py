@@ -4,16 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-def valid_cells(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The cells of (N, C, H, W) maps that count, of all images: (M, C).
-
-    Args:
-        x: maps.
-        mask: (N, H, W) bool; None: all.
-    """
-    cells = x.permute(0, 2, 3, 1)
-    return cells.flatten(0, 2) if mask is None else cells[mask]
+from ssim_kd.losses import valid_cells
+from ssim_kd.modeling import CellBatchNorm
 
 
 class NonLocal(nn.Module):
@@ -34,7 +26,7 @@ class NonLocal(nn.Module):
         self.query, self.key, self.value = (nn.Conv2d(channels, inner, 1) for _ in range(3))
         # The norm would take a bias away.
         self.out = nn.Conv2d(inner, channels, 1, bias=False)
-        self.norm = nn.BatchNorm1d(channels)
+        self.norm = CellBatchNorm(channels)
         nn.init.zeros_(self.norm.weight)
         self.stride = stride
 
@@ -56,7 +48,7 @@ class NonLocal(nn.Module):
         # (query . key) value is query (key value): no matrix of all pairs of cells is needed.
         mixing = value @ key.transpose(1, 2) / count
         found = (mixing @ self.query(x).flatten(2)).unflatten(2, x.shape[2:])
-        return valid_cells(x, mask) + self._normalize(valid_cells(self.out(found), mask))
+        return valid_cells(x, mask) + self.norm(valid_cells(self.out(found), mask))
 
     def _pool(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The maximum of the cells that count; 0 where none does. Maps smaller than the side, and
@@ -66,16 +58,3 @@ class NonLocal(nn.Module):
         least = torch.finfo(x.dtype).min
         pooled = F.max_pool2d(x.masked_fill(~mask[:, None], least), self.stride, ceil_mode=True)
         return pooled.masked_fill(pooled == least, 0.0)
-
-    def _normalize(self, cells: torch.Tensor) -> torch.Tensor:
-        # A single cell has no variance: it takes the running statistics.
-        running = self.norm.running_mean, self.norm.running_var
-        return F.batch_norm(
-            cells,
-            *running,
-            self.norm.weight,
-            self.norm.bias,
-            training=self.training and len(cells) > 1,
-            momentum=0.1,
-            eps=self.norm.eps,
-        )

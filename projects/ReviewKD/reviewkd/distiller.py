@@ -10,21 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssim_kd.losses import masked_mean
-from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, LevelMaps, PyramidDistiller
+from ssim_kd.modeling import (
+    DISTILLER_REGISTRY,
+    CellBatchNorm,
+    DistillBatch,
+    LevelMaps,
+    PyramidDistiller,
+)
 
 #: Sides of the maps to which both are pooled, beside their full size.
 POOLED_SIDES = (4, 2, 1)
-
-
-class _BatchNorm(nn.BatchNorm2d):
-    """Takes its running statistics where a channel has a single value, which has no variance."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and x.numel() == x.shape[1]:
-            assert self.running_mean is not None and self.running_var is not None
-            moments = self.running_mean, self.running_var
-            return F.batch_norm(x, *moments, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
 
 
 class Fusion(nn.Module):
@@ -44,7 +39,7 @@ class Fusion(nn.Module):
         super().__init__()
 
         def normed(channels: int) -> nn.Module:
-            return _BatchNorm(channels) if norm == "BN" else get_norm(norm, channels)
+            return CellBatchNorm(channels) if norm == "BN" else get_norm(norm, channels)
 
         self.reduce = Conv2d(channels, inner, 1, bias=False, norm=normed(inner))
         self.attention = Conv2d(2 * inner, 2, 1, bias=False) if fuses else None

@@ -70,10 +70,13 @@ class PartsDistiller(PyramidDistiller):
         for level in self.levels:
             maps = self.align(level, student[level], teacher[level], batch)
             parts = self.level_parts(maps, batch)
-            found.update({f"{level}_{part}": parts[part] for part in self.part_weights})
+            found.update({f"{level}_{k}": parts[k] for k in self.part_weights if k in parts})
         total = torch.stack([self.scalar_weights[k] * v for k, v in found.items()]).sum()
         return total, {k: v.detach() for k, v in found.items()}
 
     def level_parts(self, maps: LevelMaps, batch: DistillBatch) -> dict[str, torch.Tensor]:
-        """The unweighted parts of the loss of one level, scalars, by their names."""
+        """The unweighted parts of the loss of one level, scalars, by their names.
+
+        Some may be left out on a level.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define level_parts.")
