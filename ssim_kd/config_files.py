@@ -1,5 +1,6 @@
 """Reads config files: with their bases, without running code, and with errors that say where."""
 
+import difflib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -56,6 +57,21 @@ def merge_file(cfg: CN, path: str) -> set[str]:
     loaded = _FileByFile.load_yaml_with_base(path)
     cfg.merge_from_file(path, allow_unsafe=True)
     return set(_dotted(loaded))
+
+
+def did_you_mean(cfg: CN, message: str) -> str:
+    """What may be meant by the unknown key that a message of yacs ends with.
+
+    Args:
+        cfg: the config that lacks the key.
+        message: "Non-existent config key: MODEL.DISTILL.LOS", say.
+
+    Returns:
+        " Did you mean MODEL.DISTILL.LOSS?"; "" if no key is like it.
+    """
+    key = message.rsplit(": ", 1)[-1].strip("'\" ")
+    near = difflib.get_close_matches(key, list(_dotted(cfg)), n=2, cutoff=0.85)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_distill_config, share_keys, write_stock_config
-from ..config_files import find_config_file, merge_file
+from ..config_files import did_you_mean, find_config_file, merge_file
 from ..data import check_datasets, register_datasets
 from .arguments import (
     apply_data,
@@ -172,6 +172,8 @@ def _merge_file(cfg: CfgNode, path: str) -> set[str]:
         ) from error
     except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
         advice = " (where a float is expected, 2 is written 2.0)" if "float" in str(error) else ""
+        if isinstance(error, KeyError):
+            advice = did_you_mean(cfg, str(error))
         raise ValueError(f"--config-file {path} cannot be read: {error}{advice}") from error
 
 
@@ -190,9 +192,10 @@ def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, ValueError) as error:
+            near = did_you_mean(cfg, key) if "Non-existent" in str(error) else ""
             raise ValueError(
-                f"{key} {value}: {error.args[0]}. Expected KEY VALUE pairs of known keys, and "
-                "values of the type of the default."
+                f"{key} {value}: {error.args[0]}.{near} Expected KEY VALUE pairs of known keys, "
+                "and values of the type of the default."
             ) from error
 
 

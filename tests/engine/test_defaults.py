@@ -32,6 +32,20 @@ def test_load_config_unknown_key(world: World, tmp_path) -> None:
         world.cfg(tmp_path, config=config)
 
 
+def test_load_config_unknown_key_that_is_like_a_known_one(world: World, tmp_path) -> None:
+    meant = r"Did you mean MODEL\.DISTILL\.MGD\.MASK_RATIO\?"
+    with pytest.raises(ValueError, match=meant):
+        world.cfg(tmp_path, "MODEL.DISTILL.MGD.MASK_RATO", "0.5")
+    config = tmp_path / "near.yaml"
+    config.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTILL: {{MGD: {{MASK_RATO: 0.5}}}}}}\n")
+    with pytest.raises(ValueError, match=meant):
+        world.cfg(tmp_path, config=config)
+    for key, value in (("MODEL.DISTILL.NOTHING_OF_THE_KIND", "1"), ("SOLVER.MAX_ITER", "many")):
+        with pytest.raises(ValueError, match=key) as caught:
+            world.cfg(tmp_path, key, value)
+        assert "Did you mean" not in str(caught.value)
+
+
 def test_load_config_whole_number_for_a_float(world: World, tmp_path) -> None:
     cfg = world.cfg(tmp_path, "MODEL.DISTILL.LOSS_WEIGHT", "2", "SOLVER.MAX_ITER", "7")
     assert cfg.MODEL.DISTILL.LOSS_WEIGHT == 2.0

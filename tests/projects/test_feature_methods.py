@@ -30,6 +30,8 @@ METHODS = ("PKD", "CWD", "MGD", "FGD", "FBKD", "DRKD")
 CONFIGS = [file for name in METHODS for file in sorted((ROOT / name).glob("configs/*_demo.yaml"))]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 
+COCO = [file for name in METHODS for file in sorted((ROOT / name).glob("configs/*_1x.yaml"))]
+
 each_config = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 
 
@@ -93,12 +95,16 @@ def test_value_and_gradients_are_finite(file, autocast, size, n) -> None:
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
 
 
-@each_config
+@pytest.mark.parametrize("file", [*CONFIGS, *COCO], ids=lambda file: file.stem)
 def test_images_without_any_box(file) -> None:
     distiller = bound(file)
     student, teacher = maps(distiller, (64, 64), 2)
+    for value in student.values():
+        value.requires_grad_()
     total, _ = distiller(student, teacher, batch_of([[], []]))
+    total.backward()
     assert torch.isfinite(total) and total > 0
+    assert all(torch.isfinite(value.grad).all() for value in student.values())
 
 
 def model_of(file: Path) -> DistilledDetector:
