@@ -25,6 +25,7 @@ from ssim_kd.modeling import (
 from ssim_kd.modeling.distillers.heads import (
     DensePredictions,
     anchor_labels,
+    anchor_normalizer,
     decode,
     dense_predictions,
     quality_bce,
@@ -359,6 +360,15 @@ def test_anchor_labels_are_the_detectors_own() -> None:
     found = anchor_labels(detector, anchors, DistillBatch([(64, 64)], [instances]))
     # IoU 1; 0, background; 0.45, between RetinaNet's thresholds, ignored; 0.88.
     assert found.tolist() == [[3, 5, -1, 3]]
+
+
+def test_anchor_normalizer_is_the_detectors_running_mean_or_the_number_of_positives() -> None:
+    positive = torch.tensor([[True, False, True], [False, False, True]])
+    detector = nn.Module()
+    assert int(anchor_normalizer(detector, positive)) == 3
+    assert int(anchor_normalizer(detector, positive & False)) == 1
+    detector.loss_normalizer = 90.4
+    assert anchor_normalizer(detector, positive & False) == 90.4
 
 
 # What does not fit is refused when the model is built
