@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +24,7 @@ from .mapper import (
     seeded,
 )
 from .samplers import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
-from .validation import check_records_for_mapper
+from .validation import check_records_for_mapper, num_classes
 from .workers import batches
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class TrainLoader:
         self._shape = {"images": len(dicts), "batch": total, "processes": world_size}
         self._mapper = mapper
         self._skip = bool(cfg.DATALOADER.SKIP_CORRUPT)
+        self._num_classes = num_classes(cfg)
         self._indices = index_stream(cfg, dicts)
         # A list is held serialised, as by Detectron2; a data set of one's own as it is.
         self._records: Any = (
@@ -118,7 +120,7 @@ class TrainLoader:
         )
         # With a generator of its own the loader leaves the global one alone.
         loader: DataLoader[Record] = DataLoader(
-            _Samples(self._records, self._mapper, self.seed, self._skip),
+            _Samples(self._records, self._mapper, self.seed, self._skip, self._num_classes),
             batch_sampler=order,  # type: ignore[arg-type]
             num_workers=self._num_workers,
             collate_fn=_as_list,
@@ -178,9 +180,11 @@ def build_train_loader(
     """
     names = cfg.DATASETS.TRAIN
     where = f"DATASETS.TRAIN: data set {', '.join(map(repr, names))}"
+    # check_datasets has seen what json files hold.
+    seen = dataset is None and all(n in DatasetCatalog and reads_json_file(n) for n in names)
     if dataset is None:
         dataset = _load_records(cfg, where)
-    elif reads_images(mapper):
+    else:
         where = "The data set that build_train_loader was given"
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
@@ -192,8 +196,7 @@ def build_train_loader(
     if reads_images(mapper) and isinstance(dataset, Sequence):
         if not cfg.DATALOADER.SKIP_CORRUPT:
             check_image_files(where, dataset)
-        # check_datasets has seen what json files hold.
-        if not all(name in DatasetCatalog and reads_json_file(name) for name in names):
+        if not seen:
             check_records_for_mapper(cfg, where, dataset)
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -218,8 +221,16 @@ def _load_records(cfg: CfgNode, where: str) -> Sequence[Record]:
 class _Samples(Dataset[Record]):
     """Maps a draw (index, position) to the model's input, seeded by the position."""
 
-    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, skip: bool) -> None:
+    def __init__(
+        self,
+        records: Any,
+        mapper: Mapper,
+        seed: int,
+        skip: bool,
+        num_classes: int | None,
+    ) -> None:
         self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
+        self._num_classes = num_classes
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
 
     def __getitem__(self, draw: Draw) -> Record:
@@ -239,6 +250,7 @@ class _Samples(Dataset[Record]):
                     skipped.append(str(error))
                     continue
             if record is not None:  # None: the mapper itself asks for another image
+                self._check_classes(record)
                 if skipped and isinstance(record, dict):
                     record[_SKIPPED] = skipped
                 return record
@@ -246,6 +258,19 @@ class _Samples(Dataset[Record]):
             f"{MAX_REPLACEMENTS + 1} images in a row could not be used. The last: "
             f"{skipped[-1] if skipped else 'the mapper returned None'}"
         )
+
+    def _check_classes(self, record: Any) -> None:
+        """A class beyond the student's would be learned as background, in silence."""
+        instances = record.get("instances") if isinstance(record, dict) else None
+        if self._num_classes is None or not isinstance(instances, Instances):
+            return
+        classes = set(instances.gt_classes.tolist()) if instances.has("gt_classes") else set()
+        if not classes <= set(range(self._num_classes)):
+            raise ValueError(
+                f"The mapper gives {record.get('file_name', 'a record')} the gt_classes "
+                f"{sorted(classes)}: expected numbers in [0, {self._num_classes}), "
+                "the student's class count."
+            )
 
 
 def _as_list(batch: list[Record]) -> list[Record]:

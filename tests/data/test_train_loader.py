@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.data.samplers import TrainingSampler
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from PIL import Image
 
@@ -428,3 +428,29 @@ def test_build_train_loader_reader_fails(small):
     small.DATASETS.TRAIN = ("broken",)
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: data set 'broken'.*KeyError.*polygon"):
         build_train_loader(small)
+
+
+@pytest.mark.parametrize("category", [2, -1])
+def test_build_train_loader_classes_of_a_dataset_given(on_disk, category):
+    """Neither the catalog nor a file has these records."""
+    cfg, root = on_disk
+    box = {"bbox": [1, 2, 5, 6], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category}
+    sized = {"file_name": f"{root}/0.png", "height": 24, "width": 32}
+    with pytest.raises(ValueError, match=r'"category_id" out of \[0, 2\)'):
+        build_train_loader(cfg, dataset=[{**sized, "annotations": [box]}])
+    with pytest.raises(ValueError, match='"annotations"'):
+        build_train_loader(cfg, dataset=[sized])
+
+
+@pytest.mark.parametrize(("category", "fits"), [(0, True), (1, True), (2, False), (-1, False)])
+def test_build_train_loader_classes_of_a_mapper(small, category, fits):
+    def mapper(record):
+        instances = Instances((24, 32), gt_classes=torch.tensor([0, category]))
+        return {"file_name": "a.png", "instances": instances}
+
+    batches = iter(build_train_loader(small, mapper=mapper, dataset=fake_records()))
+    if fits:
+        assert len(next(batches)) == 4
+        return
+    with pytest.raises(ValueError, match=rf"a\.png .*{category}.*\[0, 2\)"):
+        next(batches)

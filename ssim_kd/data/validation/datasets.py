@@ -144,7 +144,11 @@ def check_records_for_mapper(cfg: CfgNode, where: str, records: Sequence[Any]) -
     Raises:
         ValueError: it would fail at one; the message names the record.
     """
-    if problems := inspect_for_mapper(records, Needs.from_config(cfg)):
+    found = inspect_records(records, num_classes(cfg), scored=False, converted=False)
+    problems = found.problems + inspect_for_mapper(records, Needs.from_config(cfg))
+    if not found.scored and num_classes(cfg) is not None:
+        problems.append('none has "annotations", which a detector is trained with')
+    if problems:
         raise ValueError(f"{where}: its records: {'; '.join(problems)}. Correct them.")
 
 
