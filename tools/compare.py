@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.comparing.records import Records  # noqa: E402
 from tools.comparing.report import write_report  # noqa: E402
-from tools.comparing.study import read_study  # noqa: E402
+from tools.comparing.study import Run, read_study  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,17 +49,19 @@ def main(argv: list[str] | None = None) -> int:
             study.content["small_box"],
         )
         try:
+            # All stages at once, as far as no weight has to be tuned in between.
+            runs: dict[str, Run] = {}
             for name in args.stages or study.content["stages"]:
                 wanted = [arm for arm in study.to_be_tuned(name) if arm in (args.arms or [arm])]
-                tune(study, wanted, records, place)
-                logging.info("Stage %s", name)
-                runs = [
-                    run
-                    for run in study.stage(name, records.tuned)
-                    if run.arm in (args.arms or [run.arm])
-                    and run.seed in (args.seeds or [run.seed])
-                ]
-                finish(runs, study.models, records, place)
+                if not records.tuned.keys() >= set(wanted):
+                    finish([*runs.values()], study.models, records, place)
+                    tune(study, wanted, records, place)
+                for run in study.stage(name, records.tuned):
+                    if run.arm in (args.arms or [run.arm]) and run.seed in (
+                        args.seeds or [run.seed]
+                    ):
+                        runs[run.key] = run
+            finish([*runs.values()], study.models, records, place)
         except TrainingError as error:
             print(f"\n{error}", file=sys.stderr)
             status = 1
