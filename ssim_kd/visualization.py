@@ -31,21 +31,25 @@ _CLASS_COLOURS = colormaps["tab10"]
 
 @dataclass(frozen=True)
 class LossMaps:
-    """What SSIM says of a level, cell by cell; each (N, H, W) float32 on the CPU.
+    """A level compared cell by cell; each (N, H, W) float32 on the CPU.
 
-    The means over the channels of (1 - SSIM) / 2 and of SSIM's terms. Cells in the padding of an
-    image are NaN.
+    Means over the channels, of the scaled maps. Cells in the padding of an image are NaN.
 
     Attributes:
-        loss: in about [0, 1], 0 where student and teacher agree.
+        student, teacher: the activations, in [0, 1] if the maps are scaled.
+        loss: (1 - SSIM) / 2, in about [0, 1], 0 where student and teacher agree.
         luminance, contrast: in [0, 1], 1 where means and variances agree.
         structure: in [-1, 1], the correlation.
+        l2: the squared difference, in [0, 1] if the maps are scaled.
     """
 
+    student: torch.Tensor
+    teacher: torch.Tensor
     loss: torch.Tensor
     luminance: torch.Tensor
     contrast: torch.Tensor
     structure: torch.Tensor
+    l2: torch.Tensor
 
 
 def draw_detections(
@@ -201,13 +205,15 @@ def _compare(
     if scope is not None:
         student, teacher = (minmax_scale(m, scope=scope, mask=mask) for m in (student, teacher))
     options = {**options, "scaling": None}
-    means = student.new_zeros(4, len(student), *student.shape[2:], dtype=torch.float32)
+    size = (7, len(student), *student.shape[2:])
+    means = student.new_zeros(size, dtype=torch.float32)
     # SSIM's maps by cell and channel would take twenty times the features' memory: in groups.
     channels = student.shape[1]
     for n, c in itertools.product(range(len(student)), range(0, channels, CHANNELS_AT_ONCE)):
         group = [m[n : n + 1, c : c + CHANNELS_AT_ONCE].float() for m in (student, teacher)]
         terms = ssim_map(*group, components=True, **options)
-        for mean, x in zip(means, (0.5 * (1.0 - ssim_map(*group, **options)), *terms), strict=True):
+        loss, l2 = 0.5 * (1.0 - ssim_map(*group, **options)), (group[0] - group[1]).square()
+        for mean, x in zip(means, (*group, loss, *terms, l2), strict=True):
             mean[n] += x[0].sum(dim=0) / channels
     if mask is not None:
         means.masked_fill_(~mask, float("nan"))
@@ -224,38 +230,61 @@ def loss_map_images(
         input_format: channel order of the images, ``cfg.INPUT.FORMAT``.
 
     Returns:
-        one picture by level: a row for each image with the image, the loss (black 0, yellow 0.5
-        or more), and luminance, contrast and structure (black 1, yellow 0 or less).
+        one picture by level: a row for each image with the image, and over it the panels
+        :data:`PANELS`.
     """
     pictures, strides = {}, pyramid_distiller(model).strides
     for level, maps in loss_maps(model, batched_inputs).items():
         rows = []
         for index, record in enumerate(batched_inputs):
             image = to_rgb(record["image"], input_format)
-            stride = strides[level]
-            height, width = image.shape[:2]
-            panels = [image]
-            for name, limits in _PANELS.items():
-                cells = getattr(maps, name)[index]
-                # The whole map, padded cells included, then the part that shows the image.
-                size = (cells.shape[0] * stride, cells.shape[1] * stride)
-                panel = heatmap(cells, *size, limits=limits)[:height, :width]
-                missing = (height - panel.shape[0], width - panel.shape[1])
-                panels.append(np.pad(panel, ((0, missing[0]), (0, missing[1]), (0, 0))))
-            rows.append(np.concatenate(panels, axis=1))
+            panels = map_panels(maps, index, image, strides[level]).values()
+            rows.append(np.concatenate([image, *panels], axis=1))
         widest = max(row.shape[1] for row in rows)
         rows = [np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]
         pictures[level] = np.concatenate(rows, axis=0)
     return pictures
 
 
-# The terms are 1 where student and teacher agree: their scales run backwards.
-_PANELS = {
+#: The maps that are drawn and the ends of their colour scale; None: the map's own. The terms are 1
+#: where student and teacher agree: their scales run backwards.
+PANELS: dict[str, tuple[float, float] | None] = {
+    "student": None,
+    "teacher": None,
     "loss": LOSS_RANGE,
     "luminance": (1.0, 0.0),
     "contrast": (1.0, 0.0),
     "structure": (1.0, 0.0),
+    "l2": None,
 }
+
+
+def map_panels(maps: LossMaps, index: int, image: Picture, stride: int) -> dict[str, Picture]:
+    """Draw the maps of one level over an image.
+
+    Args:
+        maps: of the level.
+        index: of the image in the batch.
+        image: (height, width, 3) RGB, as the model got it.
+        stride: of the level, in pixels.
+
+    Returns:
+        pictures (height, width, 3) by the names of :data:`PANELS`, a third of each the image.
+    """
+    height, width = image.shape[:2]
+    panels = {}
+    for name, limits in PANELS.items():
+        cells = getattr(maps, name)[index]
+        if limits is None:
+            known = cells[cells.isfinite()]
+            low, high = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
+            limits = (low, max(high, low + 1e-6))
+        # The whole map, padded cells included, then the part that shows the image.
+        drawn = heatmap(cells, cells.shape[0] * stride, cells.shape[1] * stride, limits=limits)
+        drawn = drawn[:height, :width]
+        beyond = ((0, height - drawn.shape[0]), (0, width - drawn.shape[1]), (0, 0))
+        panels[name] = (np.pad(drawn, beyond) * (2 / 3) + image / 3).astype(np.uint8)
+    return panels
 
 
 def to_rgb(image: torch.Tensor, input_format: str = "BGR") -> Picture:

@@ -15,6 +15,7 @@ from ssim_kd import visualization
 from ssim_kd.engine.hooks import VisualizeDistillation
 from ssim_kd.modeling import DistillBatch, Tap
 from ssim_kd.visualization import (
+    PANELS,
     draw_detections,
     heatmap,
     loss_map_images,
@@ -124,7 +125,7 @@ def test_any_meta_architecture_is_shown(model: nn.Module, tmp_path) -> None:
     level = ("MODEL.DISTILL.IN_FEATURES", ["res5"], "MODEL.DISTILL.RESIZE", "bilinear")
     cfg = distilled_config("faster", "dc5", weights, *student, *level)
     pictures = loss_map_images(build(cfg), make_batch(((200, 136),)))
-    assert pictures["res5"].shape == (200, 5 * 136, 3)
+    assert pictures["res5"].shape == (200, (1 + len(PANELS)) * 136, 3)
 
 
 @pytest.mark.parametrize("scaling", ["sample", "batch", "none"])
@@ -170,7 +171,7 @@ def test_pictures_by_level(model: nn.Module) -> None:
     pictures = loss_map_images(model, make_batch(((96, 128), (60, 90))))
     assert set(pictures) == set(model.distillers["ssim"].levels)
     for picture in pictures.values():
-        assert picture.shape == (96 + 60, 5 * 128, 3)
+        assert picture.shape == (96 + 60, (1 + len(PANELS)) * 128, 3)
         assert picture.dtype == np.uint8
 
 
