@@ -1,0 +1,65 @@
+"""Trainings by methods with modules, an optimizer and random numbers of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.engine import inside
+from tests.engine.runs import World, assert_same, checkpoint, children, metrics
+
+TERMS = [
+    ["ICDDistiller", "ICD.DIM", 16, "ICD.HEADS", 2, "ICD.DETACH_ITERS", 1],
+    ["DRKDDistiller", "DRKD.NODES", [4, 4, 4, 4, 4]],
+    ["MGDDistiller", "LOSS_WEIGHT", 1e-4],
+]
+OPTIONS = (
+    *("DATASETS.TEST", "()", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 4),
+    *("MODEL.DISTILL.LOSS_WEIGHT", 1.0, "MODEL.DISTILL.TERMS", json.dumps(TERMS)),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    world.main(folder, *OPTIONS, "SOLVER.CHECKPOINT_PERIOD", 2)
+    return folder
+
+
+def test_train_with_methods_logs_their_parts(whole: Path) -> None:
+    last = metrics(whole)[-1]
+    parts = [f"icd_{part}" for part in ("value", "real", "sides")]
+    parts += ["drkd_p2_pixel", "drkd_p3_relation", "drkd_p2_instance", "mgd_p6"]
+    assert all(last[f"distill/{part}"] > 0 for part in parts)
+    saved = checkpoint(whole)
+    prefixes = {name.split(".")[0] for name in saved["distillers"]}
+    assert prefixes == {"icd", "drkd", "mgd"}
+    # SGD of the student and of two methods; AdamW of the third.
+    sgd, adamw = saved["trainer"]["optimizer"]["optimizers"]
+    assert "momentum_buffer" in sgd["state"][0] and "exp_avg_sq" in adamw["state"][0]
+    assert not any(name.startswith(tuple(prefixes)) for name in saved["model"])
+
+
+def test_train_with_methods_resumed_equals_the_whole(world: World, whole: Path, tmp_path) -> None:
+    folder = tmp_path / "resumed"
+    left_out = shutil.ignore_patterns("model_final.pth", "*3.pth", "*.lock")
+    shutil.copytree(whole, folder, ignore=left_out)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    world.main(folder, "--resume", *OPTIONS, "SOLVER.CHECKPOINT_PERIOD", 2)
+    assert_same(checkpoint(whole), checkpoint(folder))
+
+
+def test_train_with_methods_two_processes_have_equal_weights(world: World, tmp_path) -> None:
+    line = world.arguments(tmp_path, *OPTIONS, "SOLVER.MAX_ITER", 2)
+    with children(
+        line, line, folder=tmp_path, prepare=partial(inside.record_rank, str(tmp_path))
+    ) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    # Every module of a method has a gradient.
+    assert {name.split(".")[0] for name in first["adapters"]} == {"icd", "drkd", "mgd"}
