@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR = "Faster R-CNN R50 <- R101"
 SMALL = ("--size", "64", "96", "--steps", "2", "--warmup", "1", "--pairs", PAIR)
 # MGD takes other levels than the losses; RetinaNet's BCKD has no config for this pair.
-METHODS = ("--arms", "mgd", "bckd")
+METHODS = ("--arms", "mgd", "bckd", "--cpu-time")
 
 
 @pytest.fixture

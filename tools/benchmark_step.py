@@ -112,7 +112,7 @@ def _amp(args: argparse.Namespace) -> Any:
 
 def measure_pair(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Steps of one pair: stock student, distillation by none, l2, ssim and other methods."""
-    clock = Clock(args.device)
+    clock = Clock(args.device, cpu_time=args.cpu_time)
     arms = build_arms(name, args, arms_of(name, args))
     steppers = {arm: Stepper(name, args, model, clock) for arm, model in arms.items()}
     teacher: Any = arms["ssim"].teacher
@@ -159,7 +159,7 @@ def measure_parts(
     model: Any, batch: list[dict[str, Any]], args: argparse.Namespace, amp: Any
 ) -> dict[str, Any]:
     """Where the time of a step goes: teacher, student's forward, loss, backward of all."""
-    clock = Clock(args.device)
+    clock = Clock(args.device, cpu_time=args.cpu_time)
     model.teacher.clock = clock
     hooks = [
         *clock.around(model.student, "student forward"),
@@ -204,6 +204,9 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     made.add_argument("--images", type=int, help="in a batch")
     made.add_argument("--steps", type=int)
     made.add_argument("--warmup", type=int, default=2)
+    made.add_argument(
+        "--cpu-time", action="store_true", help="the processor's seconds: for a shared machine"
+    )
     made.add_argument("--amp", action="store_true", help="mixed precision")
     made.add_argument(
         "--arms", nargs="+", default=[], help="methods of projects/, beside the losses"
@@ -229,7 +232,7 @@ def main() -> None:
     args = settle(parser(__doc__, "benchmark_step.json").parse_args())
     results: dict[str, Any] = {
         "environment": environment(torch.device(args.device)),
-        **{key: getattr(args, key) for key in ("size", "images", "steps", "amp")},
+        **{key: getattr(args, key) for key in ("size", "images", "steps", "amp", "cpu_time")},
         "pairs": {name: measure_pair(name, args) for name in args.pairs},
     }
     for name, pair in results["pairs"].items():
