@@ -35,7 +35,7 @@ def evaluated(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("method", "workers"), [("process", 2), ("_eval_predictions", 0)])
-def test_of_one_process_and_resumed(method, workers, world: World, tmp_path) -> None:
+def test_evaluation_cut_of_one_process(method, workers, world: World, tmp_path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = (*OPTIONS, "DATALOADER.NUM_WORKERS", workers)
     with children(world.arguments(whole, *options), folder=whole, prepare=prepare(whole)) as (run,):
@@ -56,7 +56,7 @@ def test_of_one_process_and_resumed(method, workers, world: World, tmp_path) -> 
 
 
 @pytest.mark.parametrize(("method", "slow"), [("process", 1), ("process", 0), ("evaluate", 0)])
-def test_of_two_processes(method, slow, world: World, tmp_path) -> None:
+def test_evaluation_cut_of_two_processes(method, slow, world: World, tmp_path) -> None:
     """One waits for the other inside of torch."""
     line = world.arguments(tmp_path, *OPTIONS)
     with children(line, line, folder=tmp_path, prepare=prepare(tmp_path, method, slow)) as ranks:
@@ -68,7 +68,7 @@ def test_of_two_processes(method, slow, world: World, tmp_path) -> None:
     assert checkpoint(tmp_path, "model_0000002")["iteration"] == 2
 
 
-def test_the_last(world: World, tmp_path) -> None:
+def test_evaluation_cut_the_last(world: World, tmp_path) -> None:
     options = ("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
     line = world.arguments(tmp_path, "--resume", *options)
     slow = prepare(tmp_path, "_eval_predictions", 0)

@@ -36,7 +36,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk(small_disk: Path, world: World, tmp_path: Path) -> None:
+def test_save_full_disk(small_disk: Path, world: World, tmp_path: Path) -> None:
     out = small_disk / "out"
     line = world.arguments(out, *OPTIONS)
     with children(line, folder=tmp_path / "log") as (run,):
@@ -53,7 +53,7 @@ def test_a_full_disk(small_disk: Path, world: World, tmp_path: Path) -> None:
     assert_same(checkpoint(whole), checkpoint(larger))
 
 
-def test_files_that_may_not_grow(world: World, tmp_path: Path) -> None:
+def test_save_file_size_limit(world: World, tmp_path: Path) -> None:
     """A quota, as a limit of the process: needs no rights."""
     out = tmp_path / "out"
     world.main(

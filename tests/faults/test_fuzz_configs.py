@@ -91,7 +91,7 @@ def check(weights: str, options: dict[str, Any], tiny: bool) -> None:
     counts["trained"] += 1
 
 
-def test_options(weights: str) -> None:
+def test_build_fuzzed_options(weights: str) -> None:
     check(weights)
     print(counts)
     assert counts["trained"] > 20 and counts["refused"] > 20, counts

@@ -45,7 +45,7 @@ def maps(draw: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     window=st.sampled_from([1, 3, 11]),
     padding=st.sampled_from(["same", "valid"]),
 )
-def test_a_value_or_a_message(maps, loss, scaling, window, padding) -> None:
+def test_losses_fuzzed(maps, loss, scaling, window, padding) -> None:
     x, y, mask = maps
     if x.is_floating_point():
         x.requires_grad_()

@@ -105,19 +105,19 @@ def trials(
     return kills, half_written, again, runs
 
 
-def test_one_process(world: World, tmp_path: Path, record_property) -> None:
+def test_resume_killed_one_process(world: World, tmp_path: Path, record_property) -> None:
     kills, half, again, runs = trials(world, tmp_path, number=KILLS, ranks=1, seed=1)
     print(f"{dict(kills)}: {half} files half written, {again} steps done again, {runs} runs")
     assert kills.total() >= KILLS and len(kills) == 3 and half > 0 and again > 0
 
 
-def test_two_processes(world: World, tmp_path: Path) -> None:
+def test_resume_killed_two_processes(world: World, tmp_path: Path) -> None:
     kills, half, again, runs = trials(world, tmp_path, number=KILLS_OF_TWO, ranks=2, seed=2)
     print(f"{dict(kills)}: {half} files half written, {again} steps done again, {runs} runs")
     assert kills.total() >= KILLS_OF_TWO and again > 0
 
 
-def test_from_two_processes_to_one(world: World, tmp_path: Path) -> None:
+def test_resume_from_two_processes_to_one(world: World, tmp_path: Path) -> None:
     """State and learning rates go on; the order of images is another, and the log says so."""
     options = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.STEPS", "(6,)")
     line = world.arguments(tmp_path, "--resume", *options, "DATASETS.TEST", "()")

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_two_thousand_steps(workers: int, world: World, tmp_path: Path) -> None:
+def test_train_two_thousand_steps(workers: int, world: World, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher.pth"
     torch.save({"model": tiny.TinyDetector(None).state_dict()}, teacher)
     options = [

@@ -55,7 +55,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_it_is_named_and_stops(fault, inject, world: World, tmp_path: Path) -> None:
+def test_train_not_finite_stops(fault, inject, world: World, tmp_path: Path) -> None:
     inject(fault, {3})
     with pytest.raises(NonFiniteError, match="Not finite at iteration 3: ") as raised:
         world.main(tmp_path, *OPTIONS)
@@ -72,7 +72,7 @@ def test_it_is_named_and_stops(fault, inject, world: World, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if "teacher" not in f])
-def test_it_is_skipped(fault, inject, world: World, tmp_path: Path) -> None:
+def test_train_not_finite_skipped(fault, inject, world: World, tmp_path: Path) -> None:
     states = inject(fault, {2, 3})
     world.main(tmp_path, *OPTIONS, "SOLVER.MAX_SKIPPED_STEPS", 2)
     by_iteration = dict(states)
@@ -90,7 +90,7 @@ def test_it_is_skipped(fault, inject, world: World, tmp_path: Path) -> None:
         world.main(tmp_path, "--resume", *OPTIONS, "SOLVER.MAX_SKIPPED_STEPS", 2)
 
 
-def test_a_teacher_is_not_skipped(inject, world: World, tmp_path: Path) -> None:
+def test_train_teacher_not_finite(inject, world: World, tmp_path: Path) -> None:
     inject("a level of the teacher", {1})
     with pytest.raises(NonFiniteError, match="iteration 1: teacher features p3"):
         world.main(tmp_path, *OPTIONS, "SOLVER.MAX_SKIPPED_STEPS", 100)
@@ -99,7 +99,7 @@ def test_a_teacher_is_not_skipped(inject, world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "skips"), [("the distillation", True), ("all of the student", False)]
 )
-def test_on_one_of_two_processes(fault, skips, world: World, tmp_path: Path) -> None:
+def test_train_not_finite_on_one_of_two(fault, skips, world: World, tmp_path: Path) -> None:
     """Both skip the same step; where the student itself has stopped half-way, both end."""
     line = world.arguments(tmp_path, *OPTIONS, "SOLVER.MAX_SKIPPED_STEPS", 2)
     prepare = partial(

@@ -49,7 +49,7 @@ def members(group: int) -> list[int]:
     return found
 
 
-def test_sigterm_in_a_step_saves_and_the_resumed_run_is_the_same(world: World, tmp_path) -> None:
+def test_sigterm_in_a_step(world: World, tmp_path) -> None:
     options = ("SOLVER.MAX_ITER", 12, "SOLVER.STEPS", "(8,)", "SOLVER.CHECKPOINT_PERIOD", 50)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with children(world.arguments(whole, *options), folder=whole, prepare=record(whole)) as (run,):
@@ -67,7 +67,7 @@ def test_sigterm_in_a_step_saves_and_the_resumed_run_is_the_same(world: World, t
     assert assert_same_run(whole, stopped) == 0, "no step was lost"
 
 
-def test_sigterm_to_the_workers_as_well(world: World, tmp_path) -> None:
+def test_sigterm_to_the_workers(world: World, tmp_path) -> None:
     """As from a shell or a cluster: to the group of processes."""
     line = world.arguments(tmp_path, *LONG, "DATALOADER.NUM_WORKERS", 2)
     with children(line, folder=tmp_path, prepare=record(tmp_path)) as (run,):
@@ -81,7 +81,7 @@ def test_sigterm_to_the_workers_as_well(world: World, tmp_path) -> None:
     assert (tmp_path / "last_checkpoint").read_text() == f"model_{done - 1:07d}.pth"
 
 
-def test_a_rank_that_waits_for_one_that_hangs(world: World, tmp_path) -> None:
+def test_sigterm_while_another_process_hangs(world: World, tmp_path) -> None:
     """It waits inside of torch, where Python runs no handler."""
     line = world.arguments(tmp_path, *LONG, "SOLVER.GRACE_PERIOD", 1)
     with children(line, line, folder=tmp_path, prepare=record(tmp_path)) as ranks:
@@ -93,7 +93,7 @@ def test_a_rank_that_waits_for_one_that_hangs(world: World, tmp_path) -> None:
         assert "SIGTERM: not saved within SOLVER.GRACE_PERIOD (1 s)." in ranks[0].output
 
 
-def test_two_signals_and_a_signal_while_saving(world: World, tmp_path) -> None:
+def test_sigterm_twice_while_saving(world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, *LONG, "SOLVER.CHECKPOINT_PERIOD", 3)
     slow = partial(inside.all_of, [record(tmp_path), partial(inside.slow_writes, 0.3)])
     with children(line, folder=tmp_path, prepare=slow) as (run,):
@@ -148,7 +148,7 @@ def log(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("victim", ["rank 1", "rank 0", "parent"])
-def test_a_process_that_dies_takes_the_others_along(victim, world: World, tmp_path) -> None:
+def test_sigkill_of_one_process(victim, world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, *LONG, "--num-gpus")
     run, session = start("spawn", line, tmp_path)
     wait_until(lambda: "Starting training" in log(tmp_path), 180)
@@ -170,7 +170,7 @@ def test_a_process_that_dies_takes_the_others_along(victim, world: World, tmp_pa
 
 
 @pytest.mark.parametrize("seconds", [0.4, 1.5, 3])
-def test_a_parent_that_dies_while_its_ranks_start(seconds, world: World, tmp_path) -> None:
+def test_sigkill_of_the_parent_at_the_start(seconds, world: World, tmp_path) -> None:
     run, session = start("spawn", world.arguments(tmp_path, *LONG, "--num-gpus"), tmp_path)
     # The resource tracker, and a rank.
     wait_until(lambda: len(members(session)) > 2, 60)
@@ -181,7 +181,7 @@ def test_a_parent_that_dies_while_its_ranks_start(seconds, world: World, tmp_pat
     assert "Starting training" not in log(tmp_path)
 
 
-def test_sigterm_to_the_parent_while_its_ranks_start(world: World, tmp_path) -> None:
+def test_sigterm_to_the_parent_at_the_start(world: World, tmp_path) -> None:
     run, session = start("spawn", world.arguments(tmp_path, *LONG, "--num-gpus"), tmp_path)
     wait_until(lambda: len(members(session)) > 2, 60)
     time.sleep(0.5)
@@ -191,7 +191,7 @@ def test_sigterm_to_the_parent_while_its_ranks_start(world: World, tmp_path) -> 
     wait_until(lambda: not members(session), 5)
 
 
-def test_rank_0_says_that_rank_1_died(world: World, tmp_path) -> None:
+def test_sigkill_without_a_parent(world: World, tmp_path) -> None:
     """Without a parent, as under SLURM."""
     line = world.arguments(tmp_path, *LONG)
     with children(line, line, folder=tmp_path, prepare=record(tmp_path)) as ranks:
@@ -203,7 +203,7 @@ def test_rank_0_says_that_rank_1_died(world: World, tmp_path) -> None:
         assert "Connection" in ranks[0].output or "connection" in ranks[0].output
 
 
-def test_a_second_run_in_the_same_folder(world: World, tmp_path) -> None:
+def test_output_dir_in_use(world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, *LONG)
     with children(line, folder=tmp_path, prepare=record(tmp_path)) as (first,):
         begun(tmp_path)
@@ -220,7 +220,7 @@ def test_a_second_run_in_the_same_folder(world: World, tmp_path) -> None:
         assert third.wait() == 0
 
 
-def test_an_exception_before_training_in_one_rank(world: World, tmp_path) -> None:
+def test_error_before_training_in_one_process(world: World, tmp_path) -> None:
     """Rank 1 alone cannot find its teacher: both end."""
     hidden = partial(inside.hide_from, str(world.teacher), 1)
     line = world.arguments(tmp_path, *LONG)

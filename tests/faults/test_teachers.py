@@ -114,7 +114,7 @@ def _flipped(state: State, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_file_that_is_refused(kind, world: World, tmp_path, monkeypatch) -> None:
+def test_main_teacher_file_refused(kind, world: World, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     no_training(monkeypatch)
     make, expected = REFUSED[kind]
@@ -146,7 +146,7 @@ def test_a_file_that_is_refused(kind, world: World, tmp_path, monkeypatch) -> No
         ("another detector", ["MODEL.META_ARCHITECTURE", "RetinaNet"], "keys"),
     ],
 )  # fmt: skip
-def test_weights_of_another_architecture(
+def test_main_teacher_of_another_architecture(
     kind, options, expected, world: World, tmp_path, monkeypatch
 ) -> None:
     no_training(monkeypatch)
@@ -171,7 +171,7 @@ def test_weights_of_another_architecture(
         ("the student's own file", "the same file as MODEL.WEIGHTS"),
     ],
 )
-def test_a_teacher_that_is_told(kind, expected, world: World, tmp_path, monkeypatch) -> None:
+def test_main_teacher_warned_of(kind, expected, world: World, tmp_path, monkeypatch) -> None:
     checkpoint = torch.load(world.teacher)
     state = checkpoint["model"]
     if kind == "other classes":
@@ -193,7 +193,7 @@ def test_a_teacher_that_is_told(kind, expected, world: World, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_teacher_saved_in_half_precision(dtype, world: World, tmp_path) -> None:
+def test_main_teacher_in_half_precision(dtype, world: World, tmp_path) -> None:
     state = torch.load(world.teacher)["model"]
     half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     torch.save({"model": half}, tmp_path / "half.pth")
@@ -202,7 +202,7 @@ def test_a_teacher_saved_in_half_precision(dtype, world: World, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["untrained", "shuffled"])
-def test_expected_ap_refuses_what_fits(kind, world: World, tmp_path, monkeypatch) -> None:
+def test_main_expected_ap_refuses(kind, world: World, tmp_path, monkeypatch) -> None:
     no_training(monkeypatch)
     path = tmp_path / "teacher.pth"
     state = torch.load(world.teacher)["model"]
