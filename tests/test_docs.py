@@ -1,0 +1,61 @@
+"""The documentation: links lead somewhere, files and keys that are named exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from detectron2 import model_zoo
+
+from ssim_kd.config_files import find_config_file
+from tests.helpers import full_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("projects/**/*.md")]
+    + [*ROOT.glob("studies/*.md")]
+)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    local = [t.split("#")[0] for t in targets if "://" not in t and not t.startswith("#")]
+    missing = [target for target in local if not (page.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_config_files_that_commands_name_exist(page: Path) -> None:
+    found = re.findall(r"[\w./-]+/[\w.-]+\.(?:yaml|py)\b", page.read_text(encoding="utf-8"))
+    shipped = [f for f in found if f.startswith(("configs/", "projects/", "COCO-Detection/"))]
+    shipped = [f for f in shipped if "MyKD" not in f]  # the example of projects/README.md
+    missing = [f for f in shipped if not (ROOT / f).exists() and find_config_file(f) == f]
+    assert not missing
+    for zoo in (f for f in found if f.startswith("new_baselines/")):
+        assert model_zoo.get_config_file(zoo)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_config_keys_that_are_named_exist(page: Path) -> None:
+    cfg = full_config()
+    pattern = r"\b((?:MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST)(?:\.[A-Z][A-Z0-9_]*)+)\b"
+    unknown = []
+    for key in set(re.findall(pattern, page.read_text(encoding="utf-8"))):
+        node = cfg
+        for part in key.split("."):
+            node = node.get(part) if hasattr(node, "get") else None
+            if node is None:
+                unknown.append(key)
+                break
+    # The example of projects/README.md.
+    assert set(unknown) <= {"MODEL.DISTILL.MYKD", "MODEL.DISTILL.MYKD.POWER"}
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
