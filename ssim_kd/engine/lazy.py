@@ -73,6 +73,7 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
             "--eval-teacher needs a YAML student; expected the teacher's own config for "
             "--config-file, and --eval-only."
         )
+    cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("train.device is %r, but there is no GPU: 'cpu' is used.", cfg.train.device)
         cfg.train.device = "cpu"

@@ -208,5 +208,5 @@ def test_main_expected_ap_refuses(kind, world: World, tmp_path, monkeypatch) -> 
     state = torch.load(world.teacher)["model"]
     torch.save({"model": shuffled(state) if kind == "shuffled" else state}, path)
     options = ("MODEL.DISTILL.TEACHER.WEIGHTS", path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20.0)
-    with pytest.raises(ValueError, match=r"EXPECTED_AP is 20\.0: check its weights and config"):
+    with pytest.raises(ValueError, match=r"EXPECTED_AP is 20\.0"):
         world.main(tmp_path / "out", "SOLVER.MAX_ITER", 1, *options)
