@@ -177,6 +177,6 @@ def test_distilled_detector_is_instantiated_from_a_lazy_config(configs) -> None:
 
 def test_load_lazy_config_home(configs, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    arguments = ["--config-file", str(configs["student"]), "train.output_dir=~/out"]
+    arguments = ["--config-file", str(configs["student"]), "train.output_dir='~/out'"]
     cfg = load_lazy_config(argument_parser().parse_args(arguments))
     assert cfg.train.output_dir == f"{tmp_path}/out"
