@@ -12,13 +12,14 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from ssim_kd.data import register_datasets
 from tests.helpers import build, full_config, save_weights, small_opts, stock_config
-from tools import benchmark_student, export_student
+from tools import benchmark_student, export_student, pairs
 from tools.exporting import (
     ExportedDetector,
     ExportError,
@@ -124,7 +125,13 @@ def test_export_names_what_cannot_be_exported(tmp_path: Path) -> None:
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"))
     cfg.merge_from_list([*small_opts(), "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8]])
-    adapter = tracing_adapter(build(cfg).eval(), [(64, 64)])
+    model = build(cfg).eval()
+    adapter = tracing_adapter(model, [(64, 64)])
+    export_torchscript(adapter, tmp_path / "model.ts")
+    script = ExportedDetector.torchscript(tmp_path / "model.ts", output_names(adapter))
+    (given,) = noise((64, 96))
+    (found,), (expected,) = script.raw([given]), raw_detections(model, [given])
+    assert len(found) and torch.equal(found.pred_keypoints, expected.pred_keypoints)
     with pytest.raises(ExportError, match=r"ONNX.*Keypoint"):
         export_onnx(adapter, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
@@ -147,6 +154,8 @@ def test_agreement_pairs_by_class_and_place() -> None:
     row = agreement([other], [expected])
     assert (row["matched"], row["beside"]) == (0, 2)
     assert agreement([boxes()], [expected])["matched"] == 0
+    flat = boxes((5, 5, 5, 40, 1, 0.9))  # no area, hence no overlap
+    assert agreement([flat], [flat])["matched"] == 1
 
 
 def digits_config(tmp_path: Path) -> Path:
@@ -166,6 +175,31 @@ def digits_config(tmp_path: Path) -> Path:
     state = {name.removeprefix("student."): value for name, value in state.items()}
     torch.save({"model": state}, tmp_path / "model_final.pth")
     return tmp_path / "config.yaml"
+
+
+FCOS = """
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator
+from tools.pairs import fcos
+
+model = L(fcos)(channels=32)
+_test = L(build_detection_test_loader)(
+    dataset=L(get_detection_dataset_dicts)(names="digits_test", filter_empty=False),
+    mapper=L(DatasetMapper)(
+        is_train=False, image_format="BGR",
+        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=64, max_size=64)],
+    ),
+    num_workers=0,
+)
+dataloader = dict(
+    test=_test,
+    train=dict(dataset=L(get_detection_dataset_dicts)(names="digits_train")),
+    evaluator=L(COCOEvaluator)(dataset_name="digits_test"),
+)
+train = dict(device="cpu", init_checkpoint="")
+"""
 
 
 def test_export_student_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) -> None:
@@ -204,6 +238,37 @@ def test_export_student_writes_what_runs_and_benchmark_times_it(tmp_path: Path, 
     assert rows["student"]["flops"] > 1e6
     assert all(np.isfinite(row["images_per_s"]) for row in rows.values())
     assert "GFLOPs" in capsys.readouterr().out
+
+
+def test_export_student_of_a_lazy_config(tmp_path: Path) -> None:
+    cfg = full_config()
+    cfg.merge_from_file(str(digits_config(tmp_path)))
+    register_datasets(cfg)
+    torch.manual_seed(0)
+    torch.save({"model": pairs.fcos(32).state_dict()}, tmp_path / "fcos.pth")
+    (tmp_path / "fcos.py").write_text(FCOS)
+    output = tmp_path / "export"
+    arguments = ["--config-file", str(tmp_path / "fcos.py"), "--output", str(output), "--evaluate"]
+    formats = ["--formats", *export_student.FORMATS, "--compare", "2", "--calibrate", "2"]
+    export_student.main([*arguments, *formats, f"train.init_checkpoint={tmp_path / 'fcos.pth'}"])
+    found = json.loads((output / "export.json").read_text())
+    assert set(found["agreement"]) == {"torchscript", "onnx", "int8"} and len(found["AP"]) == 4
+    model = instantiate(LazyConfig.load(str(output / "student.yaml")).model)
+    model.load_state_dict(torch.load(output / "model.pth", weights_only=True)["model"])
+
+
+def test_export_student_writes_the_rest_where_onnx_fails(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_):
+        raise ExportError("no such operator")
+
+    monkeypatch.setattr(export_student, "export_onnx", fail)
+    config, output = digits_config(tmp_path), tmp_path / "export"
+    arguments = ["--config-file", str(config), "--output", str(output), "--compare", "0"]
+    with pytest.raises(ExportError, match="no such operator"):
+        export_student.main([*arguments, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")])
+    assert {"student.yaml", "model.pth", "model.ts", "export.json"} <= {
+        path.name for path in output.iterdir()
+    }
 
 
 def test_export_student_refuses_a_batch_that_is_not_evaluated(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.data import build_detection_test_loader
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
@@ -29,7 +30,7 @@ from ssim_kd.engine.defaults import load_config
 from ssim_kd.engine.evaluation import student_for_evaluation, teacher_for_evaluation
 from ssim_kd.projects import add_project_configs
 from tools.benchmarking import Clock, environment, summary
-from tools.export_student import FILES, test_images
+from tools.export_student import FILES, first_images
 from tools.exporting import ExportedDetector, raw_detections
 
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     models: dict[str, nn.Module] = {"student": student}
     if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
         models["teacher"] = teacher_for_evaluation(cfg)[1]
-    images = list(test_images(student_cfg, cfg.DATASETS.TEST[0], args.warmup + args.images))
+    loader = build_detection_test_loader(student_cfg, cfg.DATASETS.TEST[0])
+    images = list(first_images(loader, args.warmup + args.images))
     rows: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         rows[name] = {

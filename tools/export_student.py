@@ -7,32 +7,35 @@
 writes student.yaml, model.pth, model.ts, model.onnx and export.json, which says how far the
 exported models' detections are from PyTorch's on images of DATASETS.TEST. `--formats int8` adds
 model_int8.onnx, calibrated on images of DATASETS.TRAIN; `--evaluate` the AP of each. A detector of
-any stock config is exported as well.
+any stock config is exported as well, YAML or LazyConfig.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils.logger import setup_logger
+from omegaconf import OmegaConf
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ssim_kd.checkpoint import load_strictly, read_weights
 from ssim_kd.config import write_stock_config
 from ssim_kd.config_files import merge_file
 from ssim_kd.data import register_datasets
 from ssim_kd.engine.defaults import load_config
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
+from ssim_kd.engine.lazy import is_lazy, load_lazy_config
 from ssim_kd.projects import add_project_configs
 from tools.exporting import (
     ExportedDetector,
@@ -48,6 +51,79 @@ from tools.exporting import (
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx", "int8": "model_int8.onnx"}
 FORMATS = ("stock", *FILES)
+
+Batches = Iterable[list[dict[str, Any]]]
+
+
+@dataclass
+class Student:
+    """A trained student, of a YAML or a LazyConfig.
+
+    Attributes:
+        model: on the CPU, in eval mode.
+        side: the shorter one of its images, in pixels.
+        test, train: load images of DATASETS.TEST and DATASETS.TRAIN as they are evaluated.
+        evaluator: of the former.
+        write_stock: writes the config that stock Detectron2 builds it from.
+    """
+
+    model: nn.Module
+    side: int
+    test: Callable[[], Batches]
+    train: Callable[[], Batches]
+    evaluator: Callable[[], Any]
+    write_stock: Callable[[Path, Path], None]
+
+
+def yaml_student(args: argparse.Namespace) -> Student:
+    """The student of a YAML, with MODEL.WEIGHTS."""
+    as_written = get_cfg()
+    as_written.set_new_allowed(True)
+    merge_file(as_written, args.config_file)
+    args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]  # what is traced runs on a CPU
+    full = load_config(args, add_project_configs)
+    cfg, model = student_for_evaluation(full, resume=False)
+    if args.compare or args.evaluate or "int8" in args.formats:
+        register_datasets(full)
+    if "int8" in args.formats and not cfg.DATASETS.TRAIN:
+        raise ExportError("DATASETS.TRAIN is (); expected a data set to calibrate int8 on.")
+
+    def write_stock(path: Path, weights: Path) -> None:
+        stock = cfg.clone()
+        stock.defrost()
+        stock.MODEL.WEIGHTS, stock.MODEL.DEVICE = str(weights), as_written.MODEL.DEVICE
+        write_stock_config(stock, str(path))
+
+    return Student(
+        model.eval(),
+        cfg.INPUT.MIN_SIZE_TEST or 640,
+        lambda: build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]),
+        lambda: build_detection_test_loader(cfg, cfg.DATASETS.TRAIN[0]),
+        lambda: build_evaluator(cfg, cfg.DATASETS.TEST[0], str(args.output / "inference")),
+        write_stock,
+    )
+
+
+def lazy_student(args: argparse.Namespace) -> Student:
+    """The student of a LazyConfig, with train.init_checkpoint."""
+    cfg = load_lazy_config(args)
+    node = cfg.model.get("student", cfg.model)
+    model = instantiate(node)
+    load_strictly(model, read_weights(cfg.train.init_checkpoint, key="train.init_checkpoint"))
+    # As evaluated, without the augmentations of the training.
+    train = {**cfg.dataloader.test, "dataset": cfg.dataloader.train.dataset}
+
+    def write_stock(path: Path, weights: Path) -> None:
+        LazyConfig.save(OmegaConf.create({"model": node}), str(path))
+
+    return Student(
+        model.cpu().eval(),
+        640,
+        lambda: instantiate(cfg.dataloader.test),
+        lambda: instantiate(OmegaConf.create(train, flags={"allow_objects": True})),
+        lambda: instantiate(cfg.dataloader.evaluator),
+        write_stock,
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,10 +142,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--calibrate", type=int, default=64, help="images of DATASETS.TRAIN for int8"
     )
     parser.add_argument("--evaluate", action="store_true", help="AP of each on DATASETS.TEST")
-    parser.add_argument("opts", nargs="*", help="overrides, KEY VALUE: MODEL.WEIGHTS model.pth")
+    parser.add_argument(
+        "opts",
+        nargs="*",
+        help="overrides, KEY VALUE: MODEL.WEIGHTS model.pth; of a LazyConfig: "
+        "train.init_checkpoint=model.pth",
+    )
     args = parser.parse_args(argv)
     args.eval_only = True  # for load_config: nothing is trained
-    args.outputs = []
+    args.outputs, args.failed = [], ""
     if args.batch < 1 or (args.batch > 1 and ("int8" in args.formats or args.evaluate)):
         parser.error(
             f"--batch is {args.batch}; expected 1 or more, and 1 with int8 and --evaluate."
@@ -77,74 +158,68 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def test_images(cfg: CfgNode, name: str, count: int) -> Iterator[dict[str, Any]]:
-    """The first images of a data set as they are evaluated, without annotations."""
-    for batch in islice(build_detection_test_loader(cfg, name), count):
-        yield {**batch[0], "image": batch[0]["image"].float()}
+def first_images(batches: Batches, count: int) -> Iterator[dict[str, Any]]:
+    """The first images that a loader gives, in float32."""
+    images = (x for batch in batches for x in batch)
+    for x in islice(images, count):
+        yield {**x, "image": x["image"].float()}
 
 
-def export(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> dict[str, ExportedDetector]:
+def export(args: argparse.Namespace, student: Student) -> dict[str, ExportedDetector]:
     """Write the formats that were asked for.
 
     Returns:
-        the exported models that run, by format. One that cannot be exported is missing.
+        the exported models that run, by format. Those that cannot be exported are missing, and
+        ``args.failed`` says why.
     """
     exported: dict[str, ExportedDetector] = {}
     if "stock" in args.formats:
         weights = args.output / "model.pth"
-        torch.save({"model": model.state_dict()}, weights)
-        stock = cfg.clone()
-        stock.defrost()
-        stock.MODEL.WEIGHTS, stock.MODEL.DEVICE = str(weights), args.device
-        write_stock_config(stock, str(args.output / "student.yaml"))
+        torch.save({"model": student.model.state_dict()}, weights)
+        student.write_stock(args.output / "student.yaml", weights)
     if set(args.formats) <= {"stock"}:
         return exported
-    side = cfg.INPUT.MIN_SIZE_TEST or 640
-    # Two sizes, so that nothing that depends on one of them becomes a constant of a batch.
+    side = student.side
+    # Unlike sizes, so that nothing that depends on one of them becomes a constant of a batch.
     sizes = [(side, side * 4 // 3 // (1 + i % 2)) for i in range(args.batch)]
-    adapter = tracing_adapter(model, sizes)
-    args.outputs = output_names(adapter)
     path = {name: args.output / file for name, file in FILES.items()}
-    if "torchscript" in args.formats:
-        export_torchscript(adapter, path["torchscript"])
-        exported["torchscript"] = ExportedDetector.torchscript(path["torchscript"], args.outputs)
-    if {"onnx", "int8"} & set(args.formats):
-        export_onnx(adapter, path["onnx"])
-        exported["onnx"] = ExportedDetector.onnx(path["onnx"])
-    if "int8" in args.formats:
-        quantize(path["onnx"], path["int8"], calibration_images(cfg, args.calibrate))
-        exported["int8"] = ExportedDetector.onnx(path["int8"])
+    try:
+        adapter = tracing_adapter(student.model, sizes)
+        args.outputs = output_names(adapter)
+        if "torchscript" in args.formats:
+            export_torchscript(adapter, path["torchscript"])
+            found = ExportedDetector.torchscript(path["torchscript"], args.outputs)
+            exported["torchscript"] = found
+        if {"onnx", "int8"} & set(args.formats):
+            export_onnx(adapter, path["onnx"])
+            exported["onnx"] = ExportedDetector.onnx(path["onnx"])
+        if "int8" in args.formats:
+            images = first_images(student.train(), args.calibrate)
+            quantize(path["onnx"], path["int8"], (x["image"].numpy() for x in images))
+            exported["int8"] = ExportedDetector.onnx(path["int8"])
+    except ExportError as error:
+        args.failed = str(error)
     return exported
-
-
-def calibration_images(cfg: CfgNode, count: int) -> Iterator[np.ndarray]:
-    """Images of DATASETS.TRAIN as arrays, at the size of evaluation."""
-    if not cfg.DATASETS.TRAIN:
-        raise ExportError("DATASETS.TRAIN is (); expected a data set to calibrate int8 on.")
-    for x in test_images(cfg, cfg.DATASETS.TRAIN[0], count):
-        yield x["image"].numpy()
 
 
 @torch.no_grad()
 def compare(
-    cfg: CfgNode, model: nn.Module, exported: dict[str, ExportedDetector], args: argparse.Namespace
+    student: Student, exported: dict[str, ExportedDetector], args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """How far each exported model's detections are from PyTorch's; see :func:`agreement`."""
-    inputs = list(test_images(cfg, cfg.DATASETS.TEST[0], args.compare))
+    inputs = list(first_images(student.test(), args.compare))
     count = args.batch
     batches = [inputs[i : i + count] for i in range(0, len(inputs) - count + 1, count)]
-    expected = [found for batch in batches for found in raw_detections(model, batch)]
+    expected = [found for batch in batches for found in raw_detections(student.model, batch)]
     return {
         name: agreement([d for batch in batches for d in detector.raw(batch)], expected)
         for name, detector in exported.items()
     }
 
 
-def average_precision(cfg: CfgNode, detector: nn.Module) -> float:
+def average_precision(student: Student, detector: nn.Module) -> float:
     """Box AP on the first set of DATASETS.TEST."""
-    name = cfg.DATASETS.TEST[0]
-    evaluator = build_evaluator(cfg, name)
-    results = inference_on_dataset(detector, build_detection_test_loader(cfg, name), evaluator)
+    results = inference_on_dataset(detector, student.test(), student.evaluator())
     return float(results["bbox"]["AP"])
 
 
@@ -152,34 +227,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, compare, evaluate, print, write."""
     args = parse(argv)
     setup_logger()
-    as_written = get_cfg()
-    as_written.set_new_allowed(True)
-    merge_file(as_written, args.config_file)
-    args.device = as_written.MODEL.DEVICE
-    args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]  # what is traced runs on a CPU
-    cfg = load_config(args, add_project_configs)
     args.output.mkdir(parents=True, exist_ok=True)
-    full, (cfg, model) = cfg, student_for_evaluation(cfg, resume=False)
-    model.eval()
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR = str(args.output)
-    if args.compare or args.evaluate or "int8" in args.formats:
-        register_datasets(full)
-    exported = export(args, cfg, model)
-    found: dict[str, Any] = {
-        "formats": list(args.formats),
-        "batch": args.batch,
-        "outputs": args.outputs,
-    }
+    student = (lazy_student if is_lazy(args.config_file) else yaml_student)(args)
+    exported = export(args, student)
+    found: dict[str, Any] = {"formats": args.formats, "batch": args.batch, "outputs": args.outputs}
     if args.compare and exported:
-        found["agreement"] = compare(cfg, model, exported, args)
+        found["agreement"] = compare(student, exported, args)
     if args.evaluate:
-        detectors = {"pytorch": model, **exported}
-        found["AP"] = {name: average_precision(cfg, d) for name, d in detectors.items()}
+        detectors = {"pytorch": student.model, **exported}
+        found["AP"] = {name: average_precision(student, d) for name, d in detectors.items()}
     report(found)
     (args.output / "export.json").write_text(json.dumps(found, indent=1))
     print(f"Written to {args.output}")
+    if args.failed:
+        raise ExportError(args.failed)
 
 
 def report(found: dict[str, Any]) -> None:
@@ -196,5 +257,5 @@ def report(found: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ExportError as error:
+    except ValueError as error:
         raise SystemExit(f"export_student.py: {error}") from None

@@ -2,10 +2,11 @@
 
 The exported graph takes images (3, H, W), float32 in [0, 255], in the order of INPUT.FORMAT and
 resized as INPUT.MIN_SIZE_TEST has it. It normalises and pads them itself, and returns boxes (R, 4)
-in pixels of the image it was given, classes (R,), scores (R,), masks (R, 1, 28, 28) where there are
-some, and the image's size (height, width).
+in pixels of the image it was given, classes (R,), scores (R,), masks (R, 1, 28, 28) or keypoints
+(R, K, 3) where there are some, and the image's size (height, width).
 """
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,14 @@ OPSET = 17
 # A detection below it is no part of the comparison: of near-ties any may be cut off.
 SCORE = 0.05
 
-_FIELDS = {"pred_boxes": "boxes", "pred_classes": "classes", "pred_masks": "masks"}
+# Names of the outputs for those of Detectron2's Instances.
+_FIELDS = {
+    "pred_boxes": "boxes",
+    "pred_classes": "classes",
+    "pred_masks": "masks",
+    "pred_keypoints": "keypoints",
+    "pred_keypoint_heatmaps": "keypoint_heatmaps",
+}
 
 
 class ExportError(ValueError):
@@ -137,6 +145,7 @@ def export_onnx(adapter: TracingAdapter, path: Path) -> None:
     Raises:
         ExportError: an operator of the model that ONNX lacks.
     """
+    _require_packages()
     inputs = input_names(adapter)
     sides = {name: {1: f"height_{name}", 2: f"width_{name}"} for name in inputs}
     try:
@@ -160,6 +169,12 @@ def export_onnx(adapter: TracingAdapter, path: Path) -> None:
             f"{torch.__version__} ({type(error).__name__}: {(reason or [''])[0][:200]}). Keypoint "
             "heads cannot; its TorchScript can be exported (--formats torchscript)."
         ) from error
+
+
+def _require_packages() -> None:
+    lacking = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ExportError(f"{lacking} are not installed: pip install 'ssim_kd[export]'.")
 
 
 def quantize(path: Path, target: Path, images: Iterable[np.ndarray]) -> None:
@@ -244,11 +259,10 @@ class ExportedDetector(nn.Module):
         for _ in batched_inputs:
             values = dict(zip(fields, islice(outputs, len(fields)), strict=True))
             height, width = (int(side) for side in values.pop("size"))
-            instances = Instances((height, width), scores=values["scores"])
-            instances.pred_boxes = Boxes(values["boxes"])
-            instances.pred_classes = values["classes"]
-            if "masks" in values:
-                instances.pred_masks = values["masks"]
+            instances = Instances((height, width), scores=values.pop("scores"))
+            instances.pred_boxes = Boxes(values.pop("boxes"))
+            for name, value in values.items():
+                instances.set(f"pred_{name}", value)
             found.append(instances)
         return found
 
@@ -267,7 +281,7 @@ def agreement(
 ) -> dict[str, Any]:
     """How an exported model's detections compare with PyTorch's, of those above a score.
 
-    Each expected detection is paired with the free one of its class that overlaps it most.
+    Each expected detection is paired with a free one of its class at its place.
 
     Returns:
         the number ``expected``, the number ``matched`` with an IoU of 0.95 or more, the number
@@ -280,6 +294,8 @@ def agreement(
         ours, theirs = ours[ours.scores >= score], theirs[theirs.scores >= score]
         total += len(theirs)
         overlaps = pairwise_iou(theirs.pred_boxes, ours.pred_boxes)
+        apart = torch.cdist(theirs.pred_boxes.tensor, ours.pred_boxes.tensor, p=float("inf"))
+        overlaps[apart <= 0.1] = 1  # boxes without an area have no overlap
         overlaps[theirs.pred_classes[:, None] != ours.pred_classes[None]] = 0
         pairs = 0
         for i in theirs.scores.argsort(descending=True).tolist():

@@ -84,7 +84,7 @@ def fcos(channels: int) -> nn.Module:
     cfg = small_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", channels)
     backbone = build_backbone(cfg)
     shapes = [ShapeSpec(channels=channels)] * len(backbone.output_shape())
-    head = FCOSHead(input_shape=shapes, conv_dims=[32], num_classes=CLASSES, norm="GN")
+    head = FCOSHead(input_shape=shapes, conv_dims=[64], num_classes=CLASSES, norm="GN")
     pixels = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
     return FCOS(backbone=backbone, head=head, num_classes=CLASSES, **pixels)
 
