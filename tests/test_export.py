@@ -198,7 +198,7 @@ dataloader = dict(
     train=dict(dataset=L(get_detection_dataset_dicts)(names="digits_train")),
     evaluator=L(COCOEvaluator)(dataset_name="digits_test"),
 )
-train = dict(device="cpu", init_checkpoint="")
+train = dict(device="cpu", init_checkpoint="", output_dir="output")
 """
 
 
