@@ -6,7 +6,8 @@
 
 times the student, the teacher that its config names, and what tools/export_student.py wrote into
 `--exported`, in turns, on images of DATASETS.TEST, one at a time. The time is that of the model:
-resizing the image and post-processing masks are not in it. Without a GPU, times are those of the
+resizing the image and post-processing masks are not in it. MODEL.DISTILL.TEACHER.CONFIG_FILE ""
+leaves the teacher out. Without a GPU, times are those of the
 CPU with torch's number of threads (OMP_NUM_THREADS).
 """
 
@@ -128,4 +129,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"benchmark_student.py: {error}") from None
