@@ -75,8 +75,8 @@ def test_sigterm_to_the_workers(world: World, tmp_path) -> None:
         assert len(members(run.pid)) > 2
         os.killpg(run.pid, signal.SIGTERM)
         assert run.wait(SOON) == 143, run.output[-3000:]
-        # Python's resource tracker ends a moment later; torch kills workers after 5 s.
-        wait_until(lambda: not members(run.pid), 2)
+        # Python's servers (of forks, of resources) end later, the busier the machine is.
+        wait_until(lambda: not members(run.pid), 30)
     done = len((tmp_path / "steps_rank0.jsonl").read_text().splitlines())
     assert (tmp_path / "last_checkpoint").read_text() == f"model_{done - 1:07d}.pth"
 
