@@ -246,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(found: dict[str, Any]) -> None:
     """Print the figures, a line each."""
     for name, row in found.get("agreement", {}).items():
+        if not row["expected"]:
+            print(f"{name:12s} not compared: the student detects nothing on these images")
+            continue
         print(
             f"{name:12s} {row['matched']} of {row['expected']} detections match, {row['beside']} "
             f"beside; boxes differ by {row['pixels']:.2g} pixels, scores by {row['score']:.2g}"

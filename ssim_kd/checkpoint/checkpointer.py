@@ -232,10 +232,15 @@ class StudentCheckpointer(DetectionCheckpointer):
         extra = [
             key for key in ("distillers",) if key in checkpoint and key not in self.checkpointables
         ]
-        if missing or extra:
+        if extra:
             raise ResumeError(
-                f"--resume: {path} lacks {missing} and has {extra} beside the config: it was not "
-                "written by a training with this config."
+                f"--resume: {path} holds {extra}: that run was distilled, but this one has no "
+                "teacher. Expected the same --teacher, or MODEL.DISTILL.* of that run."
+            )
+        if missing:
+            raise ResumeError(
+                f"--resume: {path} lacks {missing}: it was not written by a training with this "
+                "config."
             )
         incompatible = self._load_model(checkpoint)
         if any(incompatible):

@@ -130,7 +130,10 @@ def local_file(path: str, *, key: str) -> str:
     try:
         local = PathManager.get_local_path(os.path.expanduser(path.removeprefix("file://")))
     except Exception as error:
-        raise ValueError(f"{key} is {path!r}, which is not available: {_reason(error)}") from error
+        advice = f" Download it elsewhere, and set {key} to the file." if "://" in path else ""
+        raise ValueError(
+            f"{key} is {path!r}, which is not available: {_reason(error)}.{advice}"
+        ) from error
     if not os.path.isfile(local):
         url = "://" in str(local)
         reason = "no handler of Detectron2's PathManager reads such URLs" if url else "no such file"

@@ -106,12 +106,14 @@ def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
     cfg.DATASETS.TRAIN = (entries["train"][0],)
     cfg.DATASETS.TEST = tuple(entries[split][0] for split in ("val", "test") if split in entries)
     classes = count_classes(entries["train"][1])
+    architectures = {cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE}
+    read = CLASS_KEYS[1] if "RetinaNet" in architectures else CLASS_KEYS[0]
     for key in CLASS_KEYS:
         *parents, leaf = key.split(".")
         node = cfg
         for part in parents:
             node = node[part]
-        if key in in_file and node[leaf] != classes:
+        if key == read and key in in_file and node[leaf] != classes:
             raise ValueError(
                 f"{key} is {node[leaf]} in the config file, but {entries['train'][1]} has "
                 f"{classes} categories; expected the same. Leave the key out of the file."

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 
 from torch.multiprocessing import ProcessRaisedException
@@ -35,7 +36,10 @@ def start_up() -> Iterator[None]:
         )
         for handler in logs:
             handler.handle(record)
-        text = str(error) if explained else f"{type(error).__name__}: {error}"
+        text = str(error)
+        if not explained:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         raise StartUpError(text) from None
 
 

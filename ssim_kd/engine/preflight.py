@@ -158,7 +158,7 @@ def check_schedule(cfg: CfgNode, trainer: Any) -> None:
 
 
 def check_start(cfg: CfgNode, *, resume: bool) -> None:
-    """Fetch and read what the student starts from: nothing has been built yet.
+    """Fetch and read what the student starts from, and find its teacher: nothing is built yet.
 
     Args:
         cfg: of a training.
@@ -171,6 +171,9 @@ def check_start(cfg: CfgNode, *, resume: bool) -> None:
     resumes = resume and glob.glob(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
     if cfg.MODEL.WEIGHTS and not resumes:
         read_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
+    if cfg.MODEL.DISTILL.ENABLED and cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
+        # The model itself raises it in its first step: to evaluate, it needs no teacher.
+        teacher_source(cfg)
 
 
 def check_evaluation(cfg: CfgNode, trainer: Any, *, own_loader: bool) -> None:

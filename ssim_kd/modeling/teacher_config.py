@@ -1,9 +1,11 @@
 """Where a teacher comes from: a name of the model zoo, a run, a config file or a checkpoint."""
 
+import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -85,8 +87,17 @@ def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
         return str(model_zoo.get_config_file(name)), _weights_of(weights or name, "", name)
     except RuntimeError:
         raise TeacherNotFoundError(
-            f"{KEY} is {name!r}: neither a file, a folder nor a name of the model zoo; {EXPECTED}"
+            f"{KEY} is {name!r}: neither a file, a folder nor a name of the model zoo"
+            f"{_near(name)}; {EXPECTED}"
         ) from None
+
+
+def _near(name: str) -> str:
+    """Names of the model zoo that are like one that is not there."""
+    folder = Path(model_zoo.__file__).parent / "configs"
+    known = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".yaml", ".py")]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.8)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _config_in(folder: str, name: str) -> str:

@@ -256,3 +256,16 @@ def test_register_datasets_of_a_data_file(tmp_path) -> None:
     cfg, _ = cfg_of("--data", data_file(tmp_path / "cogs", name=None))
     register_datasets(cfg)
     assert cfg.DATASETS.TRAIN == ("data_train",) and len(DatasetCatalog.get("data_train")) == 8
+
+
+def test_apply_teacher_that_is_not_there_stops_before_anything_is_built(plain, tmp_path) -> None:
+    for name, near in (
+        ("COCO-Detection/faster_rcnn_R101_FPN_3x.yaml", "faster_rcnn_R_101_FPN_3x"),
+        (str(tmp_path), "config.yaml"),
+    ):
+        arguments = ["--config-file", str(plain), "--teacher", name]
+        args = argument_parser().parse_args([*arguments, "OUTPUT_DIR", str(tmp_path / "run")])
+        with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.CONFIG_FILE") as caught:
+            main(args, add_project_configs)
+        assert near in str(caught.value)
+        assert not (tmp_path / "run" / "metrics.json").exists()
