@@ -177,7 +177,8 @@ def test_sigkill_of_the_parent_at_the_start(seconds, world: World, tmp_path) -> 
     time.sleep(seconds)
     run.kill()
     run.wait()
-    wait_until(lambda: not members(session), 30)
+    # A rank ends when it has imported all, which is long on a busy machine.
+    wait_until(lambda: not members(session), 120)
     assert "Starting training" not in log(tmp_path)
 
 
