@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ssim_kd.engine import launch
+from ssim_kd.engine import argument_parser, launch
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {
@@ -97,7 +97,7 @@ def test_rank_from_environment_small_step(environment) -> None:
 
 
 def start(*arguments: str, device: str = "cpu") -> object:
-    args = launch.argument_parser().parse_args(list(arguments))
+    args = argument_parser().parse_args(list(arguments))
     return launch.launch_processes(lambda: "ran", args, device=device, main_args=())
 
 
