@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,24 @@ def test_slurm_gets_one_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert f"#SBATCH --{line}\n" in submitted
     # The job finds this package.
     assert str(running.ROOT) in os.environ["PYTHONPATH"].split(os.pathsep)
+
+
+def test_time_adds_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed attempt leaves the time unknown; one that ended by itself is added."""
+    monkeypatch.setattr(running, "measure", lambda out, code, request, measured: dict(measured))
+    script = tmp_path / "train.py"
+    script.write_text("import time; sum(range(3_000_000)); import sys; sys.exit(int(sys.argv[1]))")
+    request = {"fingerprint": "x", "command": [sys.executable, str(script)], "opts": ["1"]}
+    folder = tmp_path / "run"
+    with pytest.raises(running.TrainingError, match="exit status 1"):
+        running.train(request, str(folder), str(tmp_path))
+    first = json.loads((folder / running.MEASURED).read_text())
+    done = running.train({**request, "opts": ["0"]}, str(folder), str(tmp_path))
+    assert done["seconds"] > first["seconds"] > 0
+    assert "running" not in done
+
+    (folder / running.FINISHED).unlink()
+    (folder / running.MEASURED).write_text(json.dumps({**first, "running": 1}))
+    killed = running.train({**request, "opts": ["0"]}, str(folder), str(tmp_path))
+    assert killed["cpu_seconds"] is None and killed["seconds"] is None
+    assert killed["peak_memory_mb"] > 0

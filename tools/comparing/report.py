@@ -87,7 +87,7 @@ def _picture(figure: plots.Figure, page: Path, name: str) -> str:
 
 def _provenance(study: Study, records: Records, page: Path) -> str:
     commits = sorted({record["commit"] for record in records.runs.values()})
-    hours = sum(record["cpu_seconds"] for record in records.runs.values()) / 3600
+    hours = sum(record["cpu_seconds"] or 0 for record in records.runs.values()) / 3600
     where = [
         f"- {m['gpu'] or m['processor']}, OMP_NUM_THREADS={m['threads'] or 'unset'}, "
         f"Python {m['python']}, torch {m['torch']}, torchvision {m['torchvision']}"

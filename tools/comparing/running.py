@@ -186,11 +186,18 @@ def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
     if not done.is_file():
         _call([*request["command"], *request["opts"]], out, code)
         done.touch()
-    return measure(out, code, request, json.loads((out / MEASURED).read_text()))
+    measured = json.loads((out / MEASURED).read_text())
+    if measured.pop("running", 0):
+        # An attempt was killed together with the process that measures.
+        measured |= {"seconds": None, "cpu_seconds": None}
+    return measure(out, code, request, measured)
 
 
 def _call(command: Sequence[str], out: Path, code: str) -> None:
     started = time.monotonic()
+    path = out / MEASURED
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, "running": before.get("running", 0) + 1}))
     environment = {**os.environ, "PYTHONPATH": code}
     with open(out / CONSOLE, "a") as log:
         process = subprocess.Popen(
@@ -214,9 +221,10 @@ def _call(command: Sequence[str], out: Path, code: str) -> None:
 def _add_usage(out: Path, seconds: float) -> None:
     """Add what this process's child took to what earlier attempts at the same training took."""
     path = out / MEASURED
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = json.loads(path.read_text())
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     now = {
+        "running": before["running"] - 1,
         "seconds": round(before.get("seconds", 0) + seconds, 1),
         "cpu_seconds": round(before.get("cpu_seconds", 0) + used.ru_utime + used.ru_stime, 1),
         "peak_memory_mb": max(before.get("peak_memory_mb") or 0, round(used.ru_maxrss / 1024)),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from .analysis import Stage
-from .records import METRICS, Records
+from .records import METRICS, Record, Records
 from .statistics import Difference, Summary, summarise
 from .study import TUNED, Study
 
@@ -21,8 +21,6 @@ def arms_table(stage: Stage, study: Study, records: Records) -> str:
     for arm, by_metric in stage.summaries.items():
         found = list(stage.records[arm].values())
         metrics = [f"{by_metric[name].mean:.1f}" for name in METRICS[1:]]
-        seconds = summarise([record["cpu_seconds"] for record in found]).mean
-        memory = summarise([record["peak_memory_mb"] for record in found]).mean
         rows.append(
             [
                 arm,
@@ -30,8 +28,8 @@ def arms_table(stage: Stage, study: Study, records: Records) -> str:
                 str(by_metric["AP"].n),
                 _with_sd(by_metric["AP"]),
                 *metrics,
-                f"{seconds:.0f}",
-                f"{memory:.0f}",
+                _mean_of(found, "cpu_seconds"),
+                _mean_of(found, "peak_memory_mb"),
             ]
         )
     head = ["arm", "lambda", "seeds", "AP ± SD", *METRICS[1:], "CPU s", "MB"]
@@ -93,7 +91,7 @@ def models_table(study: Study, records: Records) -> str:
         if record is not None:
             metrics = [f"{record['metrics'][metric]:.1f}" for metric in METRICS]
             rows.append(
-                [name, run.config.name, str(run.seed), *metrics, f"{record['cpu_seconds']:.0f}"]
+                [name, run.config.name, str(run.seed), *metrics, _mean_of([record], "cpu_seconds")]
             )
     return table(["model", "config", "seed", *METRICS, "CPU s"], rows)
 
@@ -133,6 +131,12 @@ def _last_third(curve: Sequence[Sequence[float]]) -> float | None:
 
 def _ok(holds: bool) -> str:
     return "yes" if holds else "**no**"
+
+
+def _mean_of(found: Sequence[Record], name: str) -> str:
+    """The mean of what was measured; None where a training was cut off and so lost it."""
+    values = [record[name] for record in found if record[name] is not None]
+    return f"{summarise(values).mean:.0f}" if values else ""
 
 
 def _weight(arm: str, study: Study, records: Records) -> str:
