@@ -17,6 +17,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import default_argument_parser
 
 from ..data import count_classes, register_datasets
+from ..data.validation import num_classes_key
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,7 @@ def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
     cfg.DATASETS.TRAIN = (entries["train"][0],)
     cfg.DATASETS.TEST = tuple(entries[split][0] for split in ("val", "test") if split in entries)
     classes = count_classes(entries["train"][1])
-    architectures = {cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE}
-    read = CLASS_KEYS[1] if "RetinaNet" in architectures else CLASS_KEYS[0]
+    read = num_classes_key(cfg) or CLASS_KEYS[0]
     for key in CLASS_KEYS:
         *parents, leaf = key.split(".")
         node = cfg

@@ -268,7 +268,7 @@ class DistillStep(TrainerBase):
         return nullcontext()
 
     def _check_gradients(self) -> None:
-        """Stop before DDP does, which names no parameter, and where it would wait for ever."""
+        """Stop before DDP, which names no parameter or waits without end."""
         unused = [
             n for n, p in self._detector.named_parameters() if p.requires_grad and p.grad is None
         ]

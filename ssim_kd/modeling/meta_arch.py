@@ -312,7 +312,7 @@ def _nest(module: Any, state: dict[str, Any], prefix: str, _metadata: Any, *_arg
 def _name_plainly(module: Any, incompatible: Any) -> None:
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
         keys[:] = [
-            ".".join(part for part in [key.replace(_STUDENT, "", 1)] if part)
+            key.replace(_STUDENT, "", 1)
             for key in keys
             if not (module._starts and _DISTILLERS in key)
         ]

@@ -280,7 +280,7 @@ def test_load_state_dict_another_learning_rate(world: World, six: Path, tmp_path
     world.main(folder, "--resume", "SOLVER.BASE_LR", 0.02)
     assert "SOLVER.BASE_LR: 0.02 (was: 0.01)" in log(folder)
     started_with = json.loads(checkpoint(folder)["trainer"]["config"])
-    assert started_with["SOLVER.BASE_LR"] == 0.01, "it is told again at the next resume"
+    assert started_with["SOLVER.BASE_LR"] == 0.01, "it is logged again at the next resume"
 
 
 def test_load_state_dict_same_config(world: World, six: Path, tmp_path) -> None:

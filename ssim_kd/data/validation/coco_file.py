@@ -115,7 +115,7 @@ def inspect_coco(
     if orphans.all():
         _report(found, annotations, orphans, "image_id", "of no image in the file")
         return found
-    if orphans.any():  # as where images were taken out of a file
+    if orphans.any():  # images were taken out of the file
         found.notes.append(
             f"{int(orphans.sum())} annotations left out, of no image in the file "
             f"({_examples(annotations, orphans, 'image_id')})"
