@@ -3,6 +3,7 @@
 #   make demo                 teacher, plain student and distilled student on the digits set, with one table at the end
 #   make test                 the tests; ARGS="-k ssim" passes options on, here and below
 #   make lint                 ruff, mypy and import-linter
+#   make docs                 the documentation site, in site/; ARGS="--site-dir FOLDER" puts it elsewhere
 #   make faults               the tests that kill processes and break files
 #   make bench, bench-gpu     the benchmarks, on the CPU and on a GPU
 #   make setup, clean         the environment alone; remove it and the caches
@@ -26,7 +27,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ssim_kd-ready
 endif
 
-.PHONY: help setup demo test lint faults bench bench-gpu clean
+.PHONY: help setup demo test lint docs faults bench bench-gpu clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -48,6 +49,11 @@ lint: $(READY)
 	$(RUN) -m mypy
 	$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
+# Warnings are errors. The variable silences what mkdocs-material prints of its own future.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "Open site/index.html; for its search: $(RUN) -m http.server -d site"
+
 bench: $(READY)
 	$(RUN) tools/benchmark_losses.py --device cpu $(ARGS)
 	$(RUN) tools/benchmark_step.py --device cpu $(ARGS)
@@ -60,7 +66,7 @@ bench-gpu: $(READY)
 
 # Results (output/, datasets/) stay.
 clean:
-	rm -rf .venv build .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis ssim_kd.egg-info
+	rm -rf .venv build site .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis ssim_kd.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 ifneq ($(VENV),none)
