@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,16 +42,14 @@ def train(training: demo.Training, out: Path, script: str, *more: str) -> None:
     args = arguments(out, *more)
     path = out.parent / "stand_in.py"
     path.write_text(script)
+    job = job_of(training, args, out)
+    console = demo_training.Console(terminal=False)
+    demo_training.train([job], console, resume=args.resume, script=path)
+
+
+def job_of(training: demo.Training, args, out: Path) -> demo_training.Job:
     cfg = demo.config_of(training, args, out)
-    demo_training.train(
-        training,
-        cfg,
-        demo.overrides(training, args, out),
-        out / training.key,
-        demo_training.Console(terminal=False),
-        resume=args.resume,
-        script=path,
-    )
+    return demo_training.Job(training, cfg, demo.overrides(training, args, out), out / training.key)
 
 
 def test_a_seed_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +75,7 @@ def test_plain_and_distilled_differ_in_the_distillation_alone(out: Path) -> None
 def test_a_training_leaves_its_result(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(TEACHER, out, WORKS)
     assert demo_training.results_of(out / "teacher") == {"AP": 12.0, "AP50": 34.0, "AP75": 5.0}
-    assert "AP 12.0  AP50 34.0  AP75 5.0" in capsys.readouterr().out
+    assert "teacher: AP 12.0  AP50 34.0  AP75 5.0" in capsys.readouterr().out
 
 
 def test_a_second_call_starts_anew(out: Path) -> None:
@@ -132,12 +128,27 @@ def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "  iteration 0\n"
 
 
-def test_watch_reads_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"iteration": 19, "total_loss": 1.25, "eta_seconds": 83.0}
-    (tmp_path / "metrics.json").write_text(json.dumps(row) + '\n{"iteration": 3')
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
-        demo_training.watch(process, tmp_path, 100, demo_training.Console(terminal=False))
-    assert "iteration 20/100  loss 1.250  1:23 left" in capsys.readouterr().out
+def test_a_failing_training_ends_those_beside_it(out: Path) -> None:
+    # The teacher fails, the student would run for a minute.
+    script = f"import sys, time\nif 'teacher' in str(sys.argv): sys.exit(3)\ntime.sleep(60){WORKS}"
+    path = out.parent / "stand_in.py"
+    path.write_text(script)
+    args = arguments(out)
+    jobs = [job_of(training, args, out) for training in (TEACHER, STUDENT)]
+    with pytest.raises(demo_training.StepError, match=r"teacher.*exit status 3"):
+        demo_training.train(jobs, demo_training.Console(terminal=False), resume=False, script=path)
+    assert not (out / "student" / "metrics.json").exists()
+
+
+def test_progress_of_a_training(out: Path) -> None:
+    job = job_of(TEACHER, arguments(out), out)
+    assert demo_training.progress_of(job) == "teacher starts"
+    job.folder.mkdir(parents=True)
+    row = {"iteration": 1, "total_loss": 1.25, "eta_seconds": 83.0}
+    (job.folder / "metrics.json").write_text(json.dumps(row) + '\n{"iteration": 3')
+    assert demo_training.progress_of(job) == "teacher 2/4, loss 1.250, 1:23 left"
+    (job.folder / "metrics.json").write_text(json.dumps({**row, "iteration": 3}))
+    assert demo_training.progress_of(job) == "teacher is evaluated"
 
 
 def test_seconds_trained_counts_iterations_that_came_again() -> None:

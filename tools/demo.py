@@ -31,6 +31,7 @@ from tools.demo_training import (  # noqa: E402
     CONFIGS,
     METRICS,
     Console,
+    Job,
     StepError,
     Training,
     read_metrics,
@@ -63,14 +64,19 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         console.step(f"SSIM distillation on handwritten digits, on {describe(args.device)}")
         configs = {t.key: config_of(t, args, out) for t in TRAININGS}
-        console.step("[1/5] data")
+        console.step("[1/4] data")
         make_data(configs["student"])
-        for number, training in enumerate(TRAININGS, start=2):
-            console.step(f"[{number}/5] {training.title}: {out / training.key}/console.txt")
-            options = overrides(training, args, out)
-            folder = out / training.key
-            train(training, configs[training.key], options, folder, console, resume=args.resume)
-        console.step("[5/5] speed and picture")
+        # The plain student needs no teacher.
+        for number, keys in enumerate([("teacher", "student"), ("distilled",)], start=2):
+            jobs = [
+                Job(t, configs[t.key], overrides(t, args, out), out / t.key)
+                for t in TRAININGS
+                if t.key in keys
+            ]
+            titles = " and ".join(job.training.title for job in jobs)
+            console.step(f"[{number}/4] {titles}: {', '.join(str(job.log) for job in jobs)}")
+            train(jobs, console, resume=args.resume)
+        console.step("[4/4] speed and picture")
         summary = summarise(configs, out)
         from tools.demo_picture import draw_demo
 

@@ -1,11 +1,13 @@
-"""One training of the demo, in a process of its own, with its progress on the console."""
+"""Trainings of the demo, each in a process of its own, with their progress on the console."""
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,90 +57,126 @@ class Console:
         print(f"{chr(13)}{chr(27)}[K  {text}" if self.terminal else f"  {text}", flush=True)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A training with what it is called with.
+
+    Attributes:
+        training: what to train.
+        cfg: the config that comes of ``options``.
+        options: KEY VALUE ... for train_net.py.
+        folder: of its results.
+    """
+
+    training: Training
+    cfg: CfgNode
+    options: list[str]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """All that the training prints."""
+        return self.folder / "console.txt"
+
+
 def train(
-    training: Training,
-    cfg: CfgNode,
-    options: list[str],
-    folder: Path,
+    jobs: Sequence[Job],
     console: Console,
     *,
     resume: bool,
     script: Path = ROOT / "train_net.py",
 ) -> None:
-    """Train and evaluate in a process of its own.
+    """Train and evaluate at once, each in a process of its own.
 
     Args:
-        training: what to train.
-        cfg: the config that comes of ``options``.
-        options: KEY VALUE ... for train_net.py.
-        folder: of its results.
+        jobs: do not need each other.
         console: shows the progress.
         resume: keep what is finished, and go on where it stopped; else start anew.
         script: train_net.py.
 
     Raises:
-        StepError: the process failed; the message holds the end of its log.
+        StepError: a process failed; the message holds the end of its log.
     """
-    settings = fingerprint(cfg)
-    marker = folder / "demo_settings.json"
+    running: dict[str, subprocess.Popen] = {}
+    try:
+        for job in jobs:
+            process = start(job, len(jobs), resume=resume, script=script)
+            if process is None:
+                console.done(f"{job.training.title}: kept, it is finished")
+            else:
+                running[job.training.key] = process
+        while running:
+            for job in jobs:
+                process = running.get(job.training.key)
+                if process is not None and process.poll() is not None:
+                    finish(job, process.returncode, console)
+                    del running[job.training.key]
+            if running:
+                left = [job for job in jobs if job.training.key in running]
+                console.progress("  |  ".join(map(progress_of, left)))
+                time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def start(job: Job, at_once: int, *, resume: bool, script: Path) -> subprocess.Popen | None:
+    """Start a training, or return None where it is finished."""
+    settings = fingerprint(job.cfg)
+    marker = job.folder / "demo_settings.json"
     resume = resume and marker.is_file() and json.loads(marker.read_text()) == settings
-    if resume and results_of(folder) is not None and (folder / "model_final.pth").is_file():
-        console.done("kept: it is finished")
-        return
+    if resume and results_of(job.folder) and (job.folder / "model_final.pth").is_file():
+        return None
     if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        job.folder.mkdir(parents=True)
         marker.write_text(json.dumps(settings))
-    command = [sys.executable, str(script), "--config-file", str(CONFIGS / training.config)]
+    command = [sys.executable, str(script), "--config-file", str(CONFIGS / job.training.config)]
     command += ["--resume"] if resume else []
-    command += options
-    log = folder / "console.txt"
-    with open(log, "a") as file:
+    # Trainings that run at once share the cores.
+    threads = str(max((os.cpu_count() or 1) // at_once, 1))
+    with open(job.log, "a") as file:
         # In a session of its own: an interrupt from the keyboard reaches this process alone, which
         # then asks the training to save and end.
-        process = subprocess.Popen(
-            command,
+        return subprocess.Popen(
+            command + job.options,
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
+            env={"OMP_NUM_THREADS": threads, **os.environ},
             start_new_session=True,
         )
-        try:
-            watch(process, folder, cfg.SOLVER.MAX_ITER, console)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    results = results_of(folder)
-    if process.returncode != 0 or results is None:
+
+
+def finish(job: Job, status: int, console: Console) -> None:
+    """Report a training whose process has ended."""
+    results = results_of(job.folder)
+    if status != 0 or results is None:
         raise StepError(
-            f"The {training.title}'s training failed with exit status {process.returncode}. "
-            f"The end of {log}:\n\n{tail(log)}"
+            f"The {job.training.title}'s training failed with exit status {status}. "
+            f"The end of {job.log}:\n\n{tail(job.log)}"
         )
-    console.done("  ".join(f"{name} {results[name]:.1f}" for name in METRICS))
+    values = "  ".join(f"{name} {results[name]:.1f}" for name in METRICS)
+    console.done(f"{job.training.title}: {values}")
 
 
-def watch(process: subprocess.Popen, folder: Path, iterations: int, console: Console) -> None:
-    """Show the progress of a training until its process ends."""
-    while process.poll() is None:
-        rows = read_metrics(folder)
-        losses = [row for row in rows if "total_loss" in row]
-        if not losses:
-            console.progress("starting")
-        elif losses[-1]["iteration"] + 1 >= iterations:
-            console.progress("evaluating")
-        else:
-            row = losses[-1]
-            left = int(row.get("eta_seconds", 0))
-            console.progress(
-                f"iteration {row['iteration'] + 1}/{iterations}  loss {row['total_loss']:.3f}  "
-                f"{left // 60}:{left % 60:02d} left"
-            )
-        try:
-            process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            continue
+def progress_of(job: Job) -> str:
+    """Where a training is, e.g. "teacher 20/1200, loss 1.250, 1:23 left"."""
+    iterations = job.cfg.SOLVER.MAX_ITER
+    losses = [row for row in read_metrics(job.folder) if "total_loss" in row]
+    if not losses:
+        return f"{job.training.title} starts"
+    row = losses[-1]
+    if row["iteration"] + 1 >= iterations:
+        return f"{job.training.title} is evaluated"
+    left = int(row.get("eta_seconds", 0))
+    return (
+        f"{job.training.title} {row['iteration'] + 1}/{iterations}, "
+        f"loss {row['total_loss']:.3f}, {left // 60}:{left % 60:02d} left"
+    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
