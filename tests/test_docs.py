@@ -9,17 +9,8 @@ import pytest
 from detectron2 import model_zoo
 
 from ssim_kd.config_files import find_config_file
+from tests.documentation import PAGES, ROOT, name
 from tests.helpers import full_config
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("projects/**/*.md")]
-    + [*ROOT.glob("studies/*.md")]
-)
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
