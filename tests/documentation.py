@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,25 @@ def fences(page: Path, language: str) -> list[str]:
     pattern = rf"^( *)```{language}\n(.*?)^ *```$"
     found = re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return [textwrap.dedent(text) for _, text in found]
+
+
+#: Words that a command begins with; spans of code in a sentence that do are commands as well.
+PROGRAMS = ("./", "python ", "pip ", "make ", "tools/", "ssim-kd ", "torchrun ", "bash ", "OMP_")
+
+
+def commands(page: Path, *, prose: bool = False) -> Iterator[str]:
+    """Each command of a page in one line, without comments; with prose also those in sentences."""
+    for block in fences(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield shlex.join(words)
+    if prose:
+        text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text):
+            command = " ".join(span.split())
+            if command.startswith(PROGRAMS) and " " in command:
+                yield shlex.join(shlex.split(command, comments=True))
 
 
 def make_data(folder: Path) -> None:

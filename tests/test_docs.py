@@ -48,5 +48,31 @@ def test_config_keys_that_are_named_exist(page: Path) -> None:
     assert set(unknown) <= {"MODEL.DISTILL.MYKD", "MODEL.DISTILL.MYKD.POWER"}
 
 
+@pytest.fixture(scope="module")
+def tests_by_file() -> dict[str, set[str]]:
+    files = [*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("projects/*/tests/test_*.py")]
+    found: dict[str, set[str]] = {}
+    for file in files:
+        found.setdefault(file.name, set()).update(re.findall(r"def (test_\w+)", file.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_and_tests_that_are_named_exist(page: Path, tests_by_file) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "ssim_kd|tests|tools|studies|runs|third_party|docs|projects|configs"
+    named = set(re.findall(rf"`((?:{folders})/[\w./*{{}}-]+)", text))
+    missing = {f for f in named if not ({*ROOT.glob(f)} | {*page.parent.glob(f)})}
+    assert all("MyKD" in f for f in missing), missing
+    files = set(re.findall(r"\b(test_\w+\.py)", text)) - {"test_mykd.py"}
+    assert files <= set(tests_by_file)
+    for file, test in re.findall(r"\b(test_\w+\.py)::(test_\w+\*?)", text):
+        pattern = test.replace("*", r"\w*")
+        assert any(re.fullmatch(pattern, known) for known in tests_by_file[file]), (file, test)
+    every = set().union(*tests_by_file.values())
+    for end in re.findall(r"`\.\.\.(_\w+)`", text):
+        assert any(known.endswith(end) for known in every), end
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150

@@ -14,7 +14,6 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,11 @@ from ssim_kd.engine import argument_parser, load_config
 from ssim_kd.engine.arguments import apply_data
 from ssim_kd.modeling import external_teacher, teacher_source
 from ssim_kd.projects import add_project_configs
-from tests.documentation import PAGES, ROOT, fences, name, user_folder
+from tests.documentation import PAGES, ROOT, commands, fences, name, user_folder
 from tests.engine.runs import World, save_random_detector
 from tests.helpers import build, full_config, make_batch, stock_config, train_losses
 
-#: Words that a command begins with; spans of code in a sentence that do are commands as well.
-PROGRAMS = ("./", "python ", "pip ", "make ", "tools/", "ssim-kd ", "torchrun ", "bash ", "OMP_")
-
-
-def commands(page: Path) -> Iterator[str]:
-    """Each command of a page in one line, without comments."""
-    for block in fences(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                yield shlex.join(words)
-    prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose):
-        text = " ".join(span.split())
-        if text.startswith(PROGRAMS) and " " in text:
-            yield shlex.join(shlex.split(text, comments=True))
-
-
-COMMANDS = sorted({(name(page), command) for page in PAGES for command in commands(page)})
+COMMANDS = sorted({(name(page), text) for page in PAGES for text in commands(page, prose=True)})
 
 
 @pytest.fixture(scope="module")

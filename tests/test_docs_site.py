@@ -109,6 +109,14 @@ def test_read_keys_comment_of_several_lines_and_keys(tmp_path: Path) -> None:
         list(config_reference.read_keys(file))
 
 
+def test_on_config_lists_pages_that_are_not_named() -> None:
+    config: Any = SimpleNamespace(nav=[{"Use": [{"Data": "data.md"}]}, {"Methods": []}])
+    docs_site.on_config(config)
+    use, methods = (pages for part in config.nav for pages in part.values())
+    assert use[0] == {"Data": "data.md"} and "faq.md" in use and "data.md" not in use
+    assert {"CWD": "methods/CWD.md"} in methods
+
+
 @pytest.mark.parametrize(
     ("page", "link", "expected"),
     [

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.documentation import ROOT, fences, user_folder
+from tests.documentation import ROOT, commands, user_folder
 
 
 def test_own_data_page_from_a_folder_of_images_to_an_exported_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user_folder(tmp_path)  # the user's two configs, small; the rest is the page's
-    blocks = fences(ROOT / "docs/own_data.md", "sh")
-    commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 6
+    found = list(commands(ROOT / "docs/own_data.md"))
+    assert len(found) == 6
     monkeypatch.chdir(tmp_path)
-    for command in commands:
+    for command in found:
         # Each script as its own interpreter would run it, but without the seconds of its imports.
         script, *arguments = shlex.split(command.removeprefix("python "))
         monkeypatch.setattr(sys, "argv", [script, *arguments])

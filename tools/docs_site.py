@@ -39,10 +39,12 @@ ORIGINS = {page: file for file, page in PAGES.items()}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the methods into the navigation, by name."""
+    """Put the methods into the navigation, and what mkdocs.yml names nowhere at the end of Use."""
     assert config.nav is not None
-    (methods,) = (item["Methods"] for item in config.nav if "Methods" in item)
-    methods += [{p.name: f"methods/{p.name}.md"} for p in PROJECTS]
+    parts = {title: pages for part in config.nav for title, pages in part.items()}
+    parts["Methods"] += [{p.name: f"methods/{p.name}.md"} for p in PROJECTS]
+    named = {page for pages in parts.values() for entry in pages for page in entry.values()}
+    parts["Use"] += sorted({p.name for p in ROOT.glob("docs/*.md")} - named)
     return config
 
 
@@ -84,4 +86,8 @@ class RolesAsCode(griffe.Extension):
         """Rewrite the docstring of an object."""
         if obj.docstring:
             text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.M)
+            text = re.sub(r"::$", ":", text, flags=re.M)
+            # "a, b: text" of attributes: griffe takes what stands behind a space for a type.
+            obj.docstring.value = re.sub(
+                r"^ +\w+(, \w+)+:", lambda m: m[0].replace(", ", ",\u2009"), text, flags=re.M
+            )
