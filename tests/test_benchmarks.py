@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_the_step(small, tmp_path: Path, monkeypatch, capsys) -> None:
     assert pair["parts_of_ssim_step"].keys() >= {"teacher forward", "loss forward", "backward"}
     assert found["environment"]["versions"]["torch"] and found["size"] == [64, 96]
     assert "ssim over student + teacher" in capsys.readouterr().out
+
+
+def test_config_takes_overrides() -> None:
+    args = Namespace(device="cpu", opts=["MODEL.DISTILL.VFM.WEIGHTS", "vit.pth"])
+    cfg = benchmark_step.config(PAIR, args, "vfm")
+    assert cfg.MODEL.DISTILL.NAME == "VFMDistiller"
+    assert cfg.MODEL.DISTILL.VFM.WEIGHTS == "vit.pth"
 
 
 def test_the_teacher(small, tmp_path: Path, monkeypatch) -> None:

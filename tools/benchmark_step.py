@@ -8,6 +8,7 @@ do, and nothing is downloaded.
     python tools/benchmark_step.py --device cuda                     # 800 x 1333, two images
     python tools/benchmark_step.py --device cpu                      # a small size
     python tools/benchmark_step.py --arms l2 ssim pkd mgd            # methods of projects/
+    python tools/benchmark_step.py --arms vfm --opts MODEL.DISTILL.VFM.WEIGHTS vit.pth
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -56,9 +58,16 @@ class TimedTeacher(FrozenTeacher):
             return super().__call__(images)
 
 
+def config(name: str, args: argparse.Namespace, loss: str = "ssim") -> CfgNode:
+    """The shipped config of a pair and a loss, with the overrides of the command line."""
+    cfg = shipped_config(name, args.device, loss)
+    cfg.merge_from_list(args.opts)
+    return cfg
+
+
 def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> dict[str, nn.Module]:
     """Some of the arms of a pair, on one student and, where one needs it, one teacher."""
-    cfg = shipped_config(name, args.device)
+    cfg = config(name, args)
     student = stand_in(student_config(cfg))
     built: dict[str, nn.Module] = {"student": student, "none": DistilledDetector(student=student)}
     losses = [arm for arm in arms if arm not in built]
@@ -69,7 +78,7 @@ def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> di
             student=student,
             # Each arm taps what it needs of the one detector.
             teacher=TimedTeacher(teacher, **args.teacher),
-            distillers=build_distillers(shipped_config(name, args.device, loss)),
+            distillers=build_distillers(config(name, args, loss)),
         ).to(args.device)
     return {arm: built[arm] for arm in arms}
 
@@ -85,7 +94,7 @@ class Stepper:
 
     def __init__(self, name: str, args: argparse.Namespace, model: nn.Module, clock: Clock) -> None:
         self.model, self.clock = model, clock
-        self.optimizer = build_optimizer(shipped_config(name, args.device), model)
+        self.optimizer = build_optimizer(config(name, args), model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0  # the arms share the student, which shall stay as it is
         self.batch = images(args.images, *args.size)
@@ -229,10 +238,15 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print, write."""
-    args = settle(parser(__doc__, "benchmark_step.json").parse_args())
+    made = parser(__doc__, "benchmark_step.json")
+    made.add_argument("--opts", nargs="+", default=[], help="overrides of every config")
+    args = settle(made.parse_args())
     results: dict[str, Any] = {
         "environment": environment(torch.device(args.device)),
-        **{key: getattr(args, key) for key in ("size", "images", "steps", "amp", "cpu_time")},
+        **{
+            key: getattr(args, key)
+            for key in ("size", "images", "steps", "amp", "cpu_time", "opts")
+        },
         "pairs": {name: measure_pair(name, args) for name in args.pairs},
     }
     for name, pair in results["pairs"].items():
