@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -111,6 +113,22 @@ def build(cfg: CfgNode, *, seed: int = 0) -> nn.Module:
     """A model whose random weights depend on the seed alone."""
     torch.manual_seed(seed)
     return build_model(cfg)
+
+
+def build_fcos(*, fpn: int = STUDENT_FPN, seed: int = 0) -> FCOS:
+    """A small FCOS, which has no YAML config, on the backbone of a small RetinaNet."""
+    return FCOS(
+        backbone=build(stock_config("retinanet", fpn=fpn), seed=seed).backbone,
+        head=FCOSHead(
+            input_shape=[ShapeSpec(channels=fpn)] * 5,
+            conv_dims=[fpn] * 2,
+            num_classes=5,
+            norm="GN",
+        ),
+        num_classes=5,
+        pixel_mean=[103.53, 116.28, 123.675],
+        pixel_std=[57.0] * 3,
+    )
 
 
 def save_weights(cfg: CfgNode, path: Path, *, seed: int = 1) -> Path:

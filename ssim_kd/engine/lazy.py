@@ -33,6 +33,7 @@ from ..modeling import DistilledDetector
 from .errors import start_up
 from .evaluation import set_up_evaluation
 from .hooks import GuardedWriter, share_buffers
+from .optimizer import add_groups
 from .output_lock import output_lock
 from .signals import StopOnSignal
 from .train_loop import DistillStep
@@ -172,7 +173,9 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
         model.log_period = 0
     student = model.student if isinstance(model, DistilledDetector) else model
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    main = instantiate(cfg.optimizer)
+    base_lr = main.defaults["lr"]
+    optimizer = add_groups(main, model, base_lr=base_lr, max_iter=cfg.train.max_iter)
     on_gpu = next(model.parameters()).is_cuda
     ddp = create_ddp_model(
         model,

@@ -22,15 +22,35 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: a :class:`DistilledDetector` or any detector, not wrapped in DDP.
 
     Returns:
-        Detectron2's own optimizer if no distiller asks; else a :class:`GroupedOptimizer`.
+        what :func:`add_groups` returns.
+
+    Raises:
+        ValueError: a group with an unknown optimizer, or with a parameter that is in another.
+    """
+    main = build_detectron2_optimizer(cfg, model)
+    return add_groups(main, model, base_lr=cfg.SOLVER.BASE_LR, max_iter=cfg.SOLVER.MAX_ITER)
+
+
+def add_groups(
+    main: torch.optim.Optimizer, model: nn.Module, *, base_lr: float, max_iter: int
+) -> torch.optim.Optimizer:
+    """Move what distillers ask for by ``param_groups`` into optimizers of its own.
+
+    Args:
+        main: of all parameters of the model; it loses those.
+        model: a :class:`DistilledDetector` or any detector, not wrapped in DDP.
+        base_lr: of the run.
+        max_iter: iterations of the run.
+
+    Returns:
+        ``main`` if no distiller asks; else a :class:`GroupedOptimizer`.
 
     Raises:
         ValueError: a group with an unknown optimizer, or with a parameter that is in another.
     """
     groups: list[dict[str, Any]] = (
-        model.param_groups(cfg.SOLVER.BASE_LR) if isinstance(model, DistilledDetector) else []
+        model.param_groups(base_lr) if isinstance(model, DistilledDetector) else []
     )
-    main = build_detectron2_optimizer(cfg, model)
     if not groups:
         return main
     own = [id(p) for group in groups for p in group["params"]]
@@ -39,7 +59,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     for group in main.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in own]
     main.param_groups[:] = [group for group in main.param_groups if group["params"]]
-    return GroupedOptimizer(main, groups, max_iter=cfg.SOLVER.MAX_ITER)
+    return GroupedOptimizer(main, groups, max_iter=max_iter)
 
 
 class GroupedOptimizer(torch.optim.Optimizer):

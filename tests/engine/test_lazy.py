@@ -22,6 +22,7 @@ from detectron2.config import LazyCall as L, get_cfg
 from detectron2.layers import ShapeSpec
 from ssim_kd import DistilledDetector, FrozenTeacher, SSIMDistiller, add_distill_config
 from ssim_kd.data import register_digits
+from ssim_kd.projects.icd import ICDDistiller
 
 _cfg = get_cfg()
 add_distill_config(_cfg)
@@ -55,7 +56,10 @@ STUDENT = """
 model = L(DistilledDetector)(
     student=model,
     teacher=L(FrozenTeacher.load_from)(name="{teacher}", weights="{weights}"),
-    distillers=[L(SSIMDistiller)(weight=4.0, levels=["p3", "p4"])],
+    distillers=[
+        L(SSIMDistiller)(weight=4.0, levels=["p3", "p4"]),
+        L(ICDDistiller)(dim=16, heads=2, levels=["p5", "p6"]),
+    ],
     max_iter="${{..train.max_iter}}",
 )
 """
@@ -116,6 +120,9 @@ def test_lazy_main_trains_resumes_and_evaluates_the_student_alone(configs, tmp_p
     assert saved["iteration"] == 1 and set(saved) == {"model", "distillers", "trainer", "iteration"}
     assert set(saved["distillers"]) >= {"ssim.adapters.p3.weight"}
     assert {"distill/ssim_p3", "loss_distill", "loss_cls"} <= set().union(*metrics(tmp_path))
+    # The zoo's SGD, and the AdamW that ICD asks for.
+    sgd, adamw = saved["trainer"]["optimizer"]["optimizers"]
+    assert "momentum_buffer" in sgd["state"][0] and "exp_avg_sq" in adamw["state"][0]
 
     lazy_run(configs["student"], tmp_path, "--resume", "train.max_iter=3")
     again = checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""The student of crosskd_fcos_R_50_FPN_1x.py by itself: the zoo's."""
+"""FCOS by itself, the student of the distilled configs: the zoo's."""
 
 from detectron2 import model_zoo
 

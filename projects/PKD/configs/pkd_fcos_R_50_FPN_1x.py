@@ -1,0 +1,12 @@
+"""PKD on FCOS: levels and weight of dense detectors."""
+
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+
+from ssim_kd.projects.pkd import PKDDistiller
+
+_base = LazyConfig.load_rel("../../../configs/COCO-Detection/Base-FCOS.py")
+model, optimizer, dataloader, train = _base.model, _base.optimizer, _base.dataloader, _base.train
+lr_multiplier = _base.lr_multiplier
+
+model.distillers = [L(PKDDistiller)(weight=10.0, levels=["p3", "p4", "p5", "p6"], adapter="auto")]
