@@ -52,7 +52,7 @@ lint: $(READY)
 # Warnings are errors. The variable silences what mkdocs-material prints of its own future.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet $(ARGS)
-	@echo "Open site/index.html; for its search: $(RUN) -m http.server -d site"
+	@echo "Open site/index.html. Its search needs a server: python3 -m http.server -d site"
 
 bench: $(READY)
 	$(RUN) tools/benchmark_losses.py --device cpu $(ARGS)
