@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ssim_kd.doctor import main
-from tests.test_own_data import make_data
+from tests.documentation import make_data
 
 
 def test_main_of_a_machine(capsys) -> None:
