@@ -138,7 +138,6 @@ def test_check_evaluation_missing_package(
         ("segm", ("MODEL.MASK_ON", "True"), True),
         ("bbox_TTA", (), False),
         ("bbox_TTA", ("TEST.AUG.ENABLED", "True"), True),
-        ("bbox", ("DATASETS.TEST", "('digits_val', 'digits_test')"), False),
     ],
 )
 def test_check_evaluation_expected_results(

@@ -12,7 +12,7 @@ from torch import nn
 from ssim_kd.losses import channel_moments
 from ssim_kd.modeling import DISTILLER_REGISTRY, DenseHeadDistiller, DistillBatch, FrozenTeacher
 from ssim_kd.modeling.adapters import adapt, build_adapters
-from ssim_kd.modeling.distillers.heads import (
+from ssim_kd.modeling.distillers.dense_heads import (
     anchor_normalizer,
     anchor_targets,
     decode,

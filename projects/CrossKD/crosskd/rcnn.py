@@ -15,11 +15,7 @@ from ssim_kd.modeling import (
     tappable_levels,
 )
 from ssim_kd.modeling.adapters import adapt, build_adapters
-from ssim_kd.modeling.distillers.heads import (
-    roi_predictions,
-    softmax_kd,
-    top_class_delta_l1,
-)
+from ssim_kd.modeling.distillers.roi_heads import proposals, roi_predictions
 
 
 @DISTILLER_REGISTRY.register()
@@ -89,14 +85,11 @@ class CrossKDRCNNDistiller(RCNNHeadDistiller):
             {level: theirs[level] for level in self.teacher_taps},
         )
 
-    def forward(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See :meth:`Distiller.forward`."""
-        boxes = student["roi_heads.box_pooler"][0].inputs[1]
-        adapted = {level: adapt(self.adapters, level, student[level]) for level in teacher}
-        logits, deltas = roi_predictions(batch.teacher, adapted, boxes)
-        with torch.no_grad():
-            soft_logits, soft_deltas = roi_predictions(batch.teacher, teacher, boxes)
-        cls = softmax_kd(logits, soft_logits, self.temperature)
-        return self._sum(cls, top_class_delta_l1(deltas, soft_deltas, soft_logits))
+    def student_predictions(
+        self, student: Mapping[str, Any], batch: DistillBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the teacher's box head predicts of the student's maps, with gradient."""
+        adapted = {
+            level: adapt(self.adapters, level, student[level]) for level in self.teacher_taps
+        }
+        return roi_predictions(batch.teacher, adapted, proposals(student))

@@ -8,9 +8,14 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 from torch.nn import functional as F
 
-from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, Distiller, FrozenTeacher
-from ssim_kd.modeling.distillers.base import check_weight
-from ssim_kd.modeling.distillers.heads import check_roi_heads, roi_predictions
+from ssim_kd.modeling import (
+    DISTILLER_REGISTRY,
+    DistillBatch,
+    Distiller,
+    FrozenTeacher,
+    check_number,
+)
+from ssim_kd.modeling.distillers.roi_heads import check_roi_heads, teacher_predictions
 
 
 def decoupled_kl(
@@ -77,12 +82,10 @@ class DKDDistiller(Distiller):
         """
         super().__init__(name=name, **kwargs)
         self.scalar_weights = {
-            "target": check_weight("MODEL.DISTILL.DKD.ALPHA", alpha),
-            "others": check_weight("MODEL.DISTILL.DKD.BETA", beta),
+            "target": check_number("MODEL.DISTILL.DKD.ALPHA", alpha, least=0),
+            "others": check_number("MODEL.DISTILL.DKD.BETA", beta, least=0),
         }
-        if check_weight("MODEL.DISTILL.DKD.TEMPERATURE", temperature) == 0:
-            raise ValueError("MODEL.DISTILL.DKD.TEMPERATURE is 0; expected a number > 0.")
-        self.temperature = temperature
+        self.temperature = check_number("MODEL.DISTILL.DKD.TEMPERATURE", temperature, above=0)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -103,10 +106,8 @@ class DKDDistiller(Distiller):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See :meth:`Distiller.forward`."""
         proposals, _ = student["roi_heads"][0].output
-        boxes = student["roi_heads.box_pooler"][0].inputs[1]
         logits, _ = student["roi_heads.box_predictor"][0].output
-        with torch.no_grad():
-            soft, _ = roi_predictions(batch.teacher, teacher, boxes)
+        soft, _ = teacher_predictions(student, teacher, batch)
         target = torch.cat([x.gt_classes for x in proposals])
         tckd, nckd = decoupled_kl(logits, soft, target, self.temperature)
         total = self.scalar_weights["target"] * tckd + self.scalar_weights["others"] * nckd

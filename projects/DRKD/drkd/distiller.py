@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import nn
+from torch.linalg import vector_norm
 
 from ssim_kd.losses import reference_size, roi_crops
 from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, LevelMaps, PartsDistiller
@@ -137,7 +138,7 @@ class DRKDDistiller(PartsDistiller):
             self.student_graphs[level](student, mask)
         )
         images, channels, cells = self._scales(maps)
-        parts = {"pixel": norm(pixel) * math.sqrt(images) * channels * cells}
+        parts = {"pixel": vector_norm(pixel) * math.sqrt(images) * channels * cells}
         if level not in self.student_relations:
             return parts
         # Of the teacher's maps, which are brought to the student's stride.
@@ -146,8 +147,8 @@ class DRKDDistiller(PartsDistiller):
         relations, instances = [], []
         for s, t in zip(ours, theirs, strict=True):
             related = self.relation_maps[level](self.student_relations[level](s))
-            relations.append(norm(self.teacher_relations[level](t) - related))
-            instances.append(norm(t - self.instance_maps[level](s)))
+            relations.append(vector_norm(self.teacher_relations[level](t) - related))
+            instances.append(vector_norm(t - self.instance_maps[level](s)))
         return {
             **parts,
             "relation": torch.stack(relations).sum() * images * channels,
@@ -165,8 +166,3 @@ class DRKDDistiller(PartsDistiller):
             math.sqrt(self.reference.channels / channels),
             (cells * n / maps.mask.sum()).sqrt(),
         )
-
-
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """The l2 norm of all elements; its gradient at 0 is 0."""
-    return torch.linalg.vector_norm(x)

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import nn
+from torch.linalg import vector_norm
 
 from ssim_kd.losses import (
     cell_means,
@@ -149,10 +150,10 @@ class FBKDDistiller(PartsDistiller):
         )
         images, channels, cells = self._scales(maps)
         return {
-            "feature": norm(valid_cells(difference, mask)) * images * channels * cells,
-            "channel": norm(channel) * images * channels,
-            "spatial": norm(valid_cells(spatial, mask)) * images * cells,
-            "nonlocal": norm(relation) * images * channels * cells,
+            "feature": vector_norm(valid_cells(difference, mask)) * images * channels * cells,
+            "channel": vector_norm(channel) * images * channels,
+            "spatial": vector_norm(valid_cells(spatial, mask)) * images * cells,
+            "nonlocal": vector_norm(relation) * images * channels * cells,
         }
 
     @torch.no_grad()
@@ -184,11 +185,6 @@ class FBKDDistiller(PartsDistiller):
             math.sqrt(self.reference.channels / channels),
             (cells * n / maps.mask.sum()).sqrt(),
         )
-
-
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """The l2 norm of all elements; its gradient at 0 is 0."""
-    return torch.linalg.vector_norm(x)
 
 
 def _whole(key: str, values: Sequence[int]) -> list[int]:

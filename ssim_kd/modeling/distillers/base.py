@@ -1,7 +1,6 @@
 """Distillers: what makes a loss of the outputs of student and teacher. One is one term."""
 
 import difflib
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,6 +14,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler, ParamScheduler
 from torch import nn
 
 from ..teacher import FrozenTeacher
+from .checks import check_weight
 from .schedule import build_schedule
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
@@ -127,42 +127,6 @@ class DistillBatch:
         if self.device.type == "cuda":
             sizes = sizes.pin_memory()
         return sizes.to(self.device, non_blocking=True)
-
-
-def check_weight(key: str, value: Any) -> float:
-    """A weight of a loss as a float.
-
-    Raises:
-        ValueError: it is not a finite number >= 0.
-    """
-    return check_number(key, value, least=0)
-
-
-def check_number(
-    key: str,
-    value: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> float:
-    """A value of a config key as a float: finite, >= ``least``, > ``above``, < ``below``.
-
-    Raises:
-        ValueError: it is not.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    within = number and (
-        math.isfinite(value)
-        and (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-    if not within:
-        bounds = ((">=", least), (">", above), ("<", below))
-        expected = " and ".join(f"{sign} {x:g}" for sign, x in bounds if x is not None)
-        raise ValueError(f"{key} is {value!r}; expected a finite number {expected}.")
-    return float(value)
 
 
 class Distiller(nn.Module):

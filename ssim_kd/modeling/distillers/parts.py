@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 
-from .base import DistillBatch, check_weight
+from .base import DistillBatch
+from .checks import check_weight
 from .pyramid import LevelMaps, PyramidDistiller
 
 

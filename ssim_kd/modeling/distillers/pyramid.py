@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ..adapters import adapt, build_adapters
 from ..taps import tappable_levels
 from ..teacher import FrozenTeacher
-from .base import DistillBatch, Distiller, check_weight
+from .base import DistillBatch, Distiller
+from .checks import check_weight
 
 RESIZES = ("error", "bilinear")
 

@@ -1,7 +1,5 @@
 """The weight of a distillation loss over the training: ``MODEL.DISTILL.SCHEDULE``."""
 
-import math
-
 from detectron2.config import CfgNode
 from detectron2.solver.lr_scheduler import WarmupParamScheduler
 from fvcore.common.param_scheduler import (
@@ -12,6 +10,8 @@ from fvcore.common.param_scheduler import (
     MultiStepParamScheduler,
     ParamScheduler,
 )
+
+from .checks import check_weight
 
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
@@ -25,15 +25,9 @@ def build_schedule(cfg: CfgNode) -> ParamScheduler:
         ValueError: a value out of its range.
     """
     node, total = cfg.MODEL.DISTILL.SCHEDULE, int(cfg.SOLVER.MAX_ITER)
-    weight, end = cfg.MODEL.DISTILL.LOSS_WEIGHT, node.END_FACTOR
-    checked = {
-        "LOSS_WEIGHT": weight,
-        "SCHEDULE.END_FACTOR": end,
-        "SCHEDULE.GAMMA": node.GAMMA,
-    }
-    for key, value in checked.items():
-        if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"MODEL.DISTILL.{key} is {value}; expected a finite number >= 0.")
+    weight = check_weight("MODEL.DISTILL.LOSS_WEIGHT", cfg.MODEL.DISTILL.LOSS_WEIGHT)
+    end = check_weight("MODEL.DISTILL.SCHEDULE.END_FACTOR", node.END_FACTOR)
+    gamma = check_weight("MODEL.DISTILL.SCHEDULE.GAMMA", node.GAMMA)
     if node.NAME not in SCHEDULES:
         raise ValueError(
             f"MODEL.DISTILL.SCHEDULE.NAME is {node.NAME!r}; expected one of {SCHEDULES}."
@@ -45,7 +39,7 @@ def build_schedule(cfg: CfgNode) -> ParamScheduler:
                 f"MODEL.DISTILL.SCHEDULE.{key} is {node[key]}; expected 0 to {last} "
                 f"(SOLVER.MAX_ITER is {total})."
             )
-    schedule = _decay(cfg, weight, end, total)
+    schedule = _decay(node, weight, end, gamma, total)
     if node.WARMUP_ITERS:
         # From 0, linearly.
         schedule = WarmupParamScheduler(schedule, 0.0, node.WARMUP_ITERS / total, "linear")
@@ -59,8 +53,7 @@ def build_schedule(cfg: CfgNode) -> ParamScheduler:
     return schedule
 
 
-def _decay(cfg: CfgNode, weight: float, end: float, total: int) -> ParamScheduler:
-    node = cfg.MODEL.DISTILL.SCHEDULE
+def _decay(node: CfgNode, weight: float, end: float, gamma: float, total: int) -> ParamScheduler:
     if node.NAME == "linear":
         return LinearParamScheduler(weight, weight * end)
     if node.NAME == "cosine":
@@ -72,6 +65,6 @@ def _decay(cfg: CfgNode, weight: float, end: float, total: int) -> ParamSchedule
                 f"MODEL.DISTILL.SCHEDULE.STEPS is {steps}; expected growing iterations between 0 "
                 f"and SOLVER.MAX_ITER ({total})."
             )
-        values = [weight * node.GAMMA**i for i in range(len(steps) + 1)]
+        values = [weight * gamma**i for i in range(len(steps) + 1)]
         return MultiStepParamScheduler(values, num_updates=total, milestones=steps)
     return ConstantParamScheduler(weight)
