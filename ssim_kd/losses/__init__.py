@@ -21,7 +21,7 @@ from .boxes import (
 )
 from .lp import LpLoss, lp_loss
 from .masking import channel_moments, masked_mean, masked_sum, valid_cells
-from .reference import ReferenceSize, reference_size
+from .reference import ReferenceSize, norm_scales, reference_size
 from .scaling import minmax_scale
 from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 
@@ -46,6 +46,7 @@ __all__ = [
     "masked_softmax",
     "masked_sum",
     "minmax_scale",
+    "norm_scales",
     "pyramid_ssim_loss",
     "reference_size",
     "roi_crops",

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 
 class ReferenceSize(NamedTuple):
     """The batch that the published weights of a summed loss belong to.
@@ -50,3 +52,28 @@ def reference_size(key: str, values: Sequence[int]) -> ReferenceSize | None:
             "numbers > 0, such as [2, 800, 1088, 256]."
         )
     return ReferenceSize(*values)
+
+
+def norm_scales(
+    reference: ReferenceSize | None, maps: torch.Tensor, mask: torch.Tensor, stride: int
+) -> tuple[float, float, torch.Tensor | float]:
+    """What l2 norms are multiplied by, so that they are as great as at the reference.
+
+    Args:
+        reference: None for the norms as they are.
+        maps: the teacher's, (N, C, H, W).
+        mask: bool, which of the N H W cells count.
+        stride: of the maps in pixels.
+
+    Returns:
+        factors of norms over images, over channels and over cells: each the square root of the
+        reference's number over the maps'.
+    """
+    if reference is None:
+        return 1.0, 1.0, 1.0
+    n, channels = maps.shape[:2]
+    return (
+        math.sqrt(reference.images / n),
+        math.sqrt(reference.channels / channels),
+        (reference.cells(stride) * n / mask.sum()).sqrt(),
+    )

@@ -1,6 +1,5 @@
 """The distiller of DRKD (Ni et al., IJCAI 2023, arXiv 2302.05637)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 from torch.linalg import vector_norm
 
-from ssim_kd.losses import reference_size, roi_crops
+from ssim_kd.losses import norm_scales, reference_size, roi_crops
 from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, LevelMaps, PartsDistiller
 
 from .modules import BoxRelation, GraphReasoning
@@ -137,8 +136,10 @@ class DRKDDistiller(PartsDistiller):
         pixel = self.teacher_graphs[level](teacher, mask) - self.pixel_maps[level](
             self.student_graphs[level](student, mask)
         )
-        images, channels, cells = self._scales(maps)
-        parts = {"pixel": vector_norm(pixel) * math.sqrt(images) * channels * cells}
+        images, channels, cells = norm_scales(
+            self.reference, teacher, maps.mask, self.strides[level]
+        )
+        parts = {"pixel": vector_norm(pixel) * images * channels * cells}
         if level not in self.student_relations:
             return parts
         # Of the teacher's maps, which are brought to the student's stride.
@@ -151,18 +152,7 @@ class DRKDDistiller(PartsDistiller):
             instances.append(vector_norm(t - self.instance_maps[level](s)))
         return {
             **parts,
-            "relation": torch.stack(relations).sum() * images * channels,
-            "instance": torch.stack(instances).sum() * images * channels,
+            # Sums over the images.
+            "relation": torch.stack(relations).sum() * images**2 * channels,
+            "instance": torch.stack(instances).sum() * images**2 * channels,
         }
-
-    def _scales(self, maps: LevelMaps) -> tuple[float, float, torch.Tensor | float]:
-        """What sums over images, and norms over channels and over cells, are multiplied by."""
-        if self.reference is None:
-            return 1.0, 1.0, 1.0
-        n, channels = len(maps.teacher), maps.teacher.shape[1]
-        cells = self.reference.cells(self.strides[maps.level])
-        return (
-            self.reference.images / n,
-            math.sqrt(self.reference.channels / channels),
-            (cells * n / maps.mask.sum()).sqrt(),
-        )

@@ -1,6 +1,5 @@
 """The distiller of FBKD (Zhang & Ma, ICLR 2021, openreview.net/forum?id=uKhGRvM8QNH)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.linalg import vector_norm
 from ssim_kd.losses import (
     cell_means,
     channel_attention,
+    norm_scales,
     reference_size,
     spatial_attention,
     valid_cells,
@@ -148,7 +148,9 @@ class FBKDDistiller(PartsDistiller):
         relation = self.teacher_nonlocal[level](teacher, mask) - self.nonlocal_maps[level](
             self.student_nonlocal[level](student, mask)
         )
-        images, channels, cells = self._scales(maps)
+        images, channels, cells = norm_scales(
+            self.reference, teacher, maps.mask, self.strides[level]
+        )
         return {
             "feature": vector_norm(valid_cells(difference, mask)) * images * channels * cells,
             "channel": vector_norm(channel) * images * channels,
@@ -173,18 +175,6 @@ class FBKDDistiller(PartsDistiller):
             pair = channel_attention(ours, **options) + channel_attention(teacher, **options)
             found = found * pair / 2
         return found
-
-    def _scales(self, maps: LevelMaps) -> tuple[float, float, torch.Tensor | float]:
-        """What norms over images, channels and cells are multiplied by."""
-        if self.reference is None:
-            return 1.0, 1.0, 1.0
-        n, channels = len(maps.teacher), maps.teacher.shape[1]
-        cells = self.reference.cells(self.strides[maps.level])
-        return (
-            math.sqrt(self.reference.images / n),
-            math.sqrt(self.reference.channels / channels),
-            (cells * n / maps.mask.sum()).sqrt(),
-        )
 
 
 def _whole(key: str, values: Sequence[int]) -> list[int]:
