@@ -19,8 +19,9 @@ from .distillers import (
 from .meta_arch import DistilledDetector
 from .norms import CellBatchNorm
 from .taps import Call, Tap, tappable_levels
-from .teacher import FrozenTeacher, load_detector
+from .teacher import FrozenTeacher
 from .teacher_config import TeacherSource, find_teacher, teacher_config, teacher_source
+from .teacher_loading import load_detector
 from .timm_backbone import TimmBackbone
 
 __all__ = [

@@ -16,7 +16,8 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from ssim_kd.engine import DistillTrainer
-from ssim_kd.engine.train_loop import DistillStep, StepReport
+from ssim_kd.engine.step_report import StepReport
+from ssim_kd.engine.train_loop import DistillStep
 
 
 def weights_hash(model: torch.nn.Module) -> str:
