@@ -24,7 +24,8 @@ def build_schedule(cfg: CfgNode) -> ParamScheduler:
     Raises:
         ValueError: a value out of its range.
     """
-    node, total = cfg.MODEL.DISTILL.SCHEDULE, int(cfg.SOLVER.MAX_ITER)
+    node = cfg.MODEL.DISTILL.SCHEDULE
+    total = int(cfg.SOLVER.MAX_ITER)
     weight = check_weight("MODEL.DISTILL.LOSS_WEIGHT", cfg.MODEL.DISTILL.LOSS_WEIGHT)
     end = check_weight("MODEL.DISTILL.SCHEDULE.END_FACTOR", node.END_FACTOR)
     gamma = check_weight("MODEL.DISTILL.SCHEDULE.GAMMA", node.GAMMA)
