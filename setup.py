@@ -20,5 +20,9 @@ configs = {name: ["**/*.yaml", "**/*.py"] for name in places if name.endswith("c
 setup(
     packages=[*find_packages(include=["ssim_kd*"]), *places],
     package_dir=places,
-    package_data={"ssim_kd": ["py.typed", "ops/cpu/*.c", "ops/cpu/*.h"], **configs},
+    package_data={
+        "ssim_kd": ["py.typed", "ops/cpu/*.c", "ops/cpu/*.h"],
+        "ssim_kd.reporting": ["*.html", "*.css"],
+        **configs,
+    },
 )

@@ -16,6 +16,8 @@ def add_distill_config(cfg: CN) -> None:
     _add_model_keys(cfg)
     _add_solver_keys(cfg)
     _add_dataset_keys(cfg)
+    # True: after the training a page is written, OUTPUT_DIR/report.html: see docs/report.md.
+    cfg.TEST.REPORT = True
     add_timm_config(cfg)
 
 

@@ -42,6 +42,7 @@ def test_wheel_holds_projects_and_configs(wheel: Path) -> None:
     for config in (ROOT / "configs").rglob("*.yaml"):
         assert f"ssim_kd/{config.relative_to(ROOT)}" in names
     assert {"ssim_kd/py.typed", "ssim_kd/ops/cpu/ssim.c"} <= names
+    assert {f"ssim_kd/reporting/report.{kind}" for kind in ("html", "css")} <= names
     assert not [n for n in names if "test" in n]
     (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
     assert b"ssim-kd = ssim_kd.__main__:main" in zipfile.ZipFile(wheel).read(entry_points)

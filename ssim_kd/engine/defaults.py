@@ -44,6 +44,7 @@ from .preflight import (
     check_start,
     warn_of_same_weights,
 )
+from .report import log_version
 from .trainer import DistillTrainer, is_overridden
 
 logger = logging.getLogger(__name__)
@@ -281,6 +282,7 @@ def _prepare_training(
 ) -> Callable[[], Any]:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
+    log_version()
     for note in dict.fromkeys(args.notes):
         logger.info("%s", note)
     check_schedule(cfg, trainer_class)

@@ -16,6 +16,7 @@ from ..modeling import DistilledDetector, Distiller, FrozenTeacher, SSIMDistille
 from .arguments import argument_parser
 from .defaults import main
 from .lazy import LazyTrainer
+from .report import write_report
 from .trainer import DistillTrainer
 
 
@@ -133,4 +134,5 @@ def _distill_module(
     )
     resumed = trainer.checkpointer.resume_or_load("", resume=resume)
     trainer.train(trainer.iter + 1 if resumed else 0, max_iter)
+    write_report(output_dir)
     return trainer

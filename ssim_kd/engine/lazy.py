@@ -35,6 +35,7 @@ from .evaluation import set_up_evaluation
 from .hooks import GuardedWriter, share_buffers
 from .optimizer import add_groups
 from .output_lock import output_lock
+from .report import log_version, write_report
 from .signals import StopOnSignal
 from .train_loop import DistillStep
 
@@ -102,6 +103,7 @@ def _prepare(stack: contextlib.ExitStack, args: argparse.Namespace) -> Callable[
     stack.enter_context(output_lock(folder))
     default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssim_kd")
+    log_version()
     return _prepare_training(cfg, args)
 
 
@@ -234,6 +236,8 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
             trainer.train(trainer.iter + 1 if resumed else 0, trainer.max_iter)
         finally:
             stop.give_back()
+        if cfg.train.get("report", True):
+            write_report(cfg.train.output_dir)
         return trainer.results
 
     return train

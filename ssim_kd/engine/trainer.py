@@ -28,6 +28,7 @@ from .hooks import (
 )
 from .optimizer import build_optimizer
 from .preflight import check_evaluation, named
+from .report import write_report
 from .resume import ExactResume, settings_of
 from .signals import StopOnSignal
 from .train_loop import DistillStep
@@ -199,6 +200,9 @@ class DistillTrainer(ExactResume):
             self._stop.give_back()
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.log_skipped()
+        # Behind all that has to be saved: SIGTERM may end the process here.
+        if self.iter >= self.max_iter and self.cfg.TEST.REPORT:
+            write_report(self.cfg.OUTPUT_DIR)
 
     def request_stop(self) -> None:
         """Ask for an orderly end after the current step."""

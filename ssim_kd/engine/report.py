@@ -1,0 +1,62 @@
+"""What a training leaves for its report, and the report at its end."""
+
+import importlib.util
+import logging
+import subprocess
+from pathlib import Path
+
+from detectron2.utils import comm
+
+from .. import __version__
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def log_version() -> None:
+    """Log the version of ssim_kd and its commit, which the report reads."""
+    logger.info("ssim_kd %s, commit %s.", __version__, commit() or "none: no checkout")
+
+
+def commit() -> str:
+    """The commit of the checkout that is run, with "+" if files in it have changed; else ""."""
+    # Not the one of a repository that merely has an environment with ssim_kd inside.
+    top = _git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != _PACKAGE.parent:
+        return ""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_PACKAGE), *arguments]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def write_report(output_dir: str) -> None:
+    """Write ``report.html`` into the folder of a finished training, in the main process.
+
+    A failure is one line of the log: the training is over and well.
+    """
+    if not comm.is_main_process():
+        return
+    path = Path(output_dir, "report.html")
+    if importlib.util.find_spec("jinja2") is None:
+        logger.info("%s is not written: pip install 'ssim_kd[report]' for it.", path)
+        return
+    if "://" in output_dir:
+        logger.info("%s is not written: OUTPUT_DIR is not on this machine.", path)
+        return
+    try:
+        from ..reporting import write_report as write
+
+        write([Path(output_dir)], path)
+    except Exception as error:
+        logger.error("%s was not written: %s: %s", path, type(error).__name__, error)
+    else:
+        logger.info("Report: %s", path)

@@ -1,0 +1,212 @@
+"""The runs of a page side by side: who is who, their AP, and what is not known of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pycocotools.coco import COCO
+
+from .charts import NUM_COLOURS
+from .detections import Detections, TestSet, detections_of, find_test_set, read_truth
+from .errors import evaluate_boxes
+from .relatives import (
+    check_same_test_set,
+    find_control,
+    find_start,
+    find_teacher,
+    teacher_iteration,
+)
+from .runs import PREDICTIONS, NotAvailableError, Run
+
+#: The teacher's colour, which no other run has.
+TEACHERS_NUMBER = NUM_COLOURS - 1
+
+_Found = TypeVar("_Found")
+
+
+@dataclass
+class Column:
+    """A run on the page.
+
+    Attributes:
+        run: what its folder holds.
+        role: "distilled" or "plain"; or "teacher", "control", "start", which others are compared
+            with.
+        label: its name on the page.
+        number: of its colour.
+        ap: box AP on the first test set, 0 to 100, under the names of Detectron2.
+        detections: on the last test set; None where they are not available.
+    """
+
+    run: Run
+    role: str
+    label: str
+    number: int
+    ap: dict[str, float] = field(default_factory=dict)
+    detections: Detections | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the others are compared with it."""
+        return self.role in ("teacher", "control", "start")
+
+
+@dataclass
+class Comparison:
+    """All that a page shows.
+
+    Attributes:
+        columns: the runs that were asked for first; then control or start, and teacher.
+        test_set: that of the detections, the last of DATASETS.TEST; None where it is unknown.
+        truth: its boxes.
+        absent: sentences on what is not available, by section of the page.
+    """
+
+    columns: list[Column] = field(default_factory=list)
+    test_set: TestSet | None = None
+    truth: COCO | None = None
+    absent: dict[str, list[str]] = field(default_factory=dict)
+
+    def attempt(
+        self, section: str, what: str, find: Callable[..., _Found], *args: object
+    ) -> _Found | None:
+        """What a function finds, or None and a sentence on the page."""
+        try:
+            return find(*args)
+        except NotAvailableError as error:
+            self.note(section, f"{what}: not available: {error}")
+            return None
+
+    def note(self, section: str, sentence: str) -> None:
+        """Add a sentence to a section, once."""
+        sentence = sentence if sentence.endswith(".") else f"{sentence}."
+        notes = self.absent.setdefault(section, [])
+        if sentence not in notes:
+            notes.append(sentence)
+
+    def of_role(self, *roles: str) -> Column | None:
+        """The first column with one of the roles."""
+        return next((c for c in self.columns if c.role in roles), None)
+
+
+def compare(
+    runs: Sequence[Run], *, teacher: Run | None = None, control: Run | None = None
+) -> Comparison:
+    """Put runs beside each other, and beside teacher and control.
+
+    Args:
+        runs: at least one.
+        teacher, control: named by the user; None looks for those of a single run.
+    """
+    page = Comparison()
+    for run in runs:
+        _add(page, run, "distilled" if run.distils else "plain")
+    evaluated = runs[0].folder / "teacher"
+    named = [other for other in (teacher, control) if other is not None]
+    if control is None and len(runs) == 1 and runs[0].distils:
+        control = page.attempt("ap", "Control", find_control, runs[0])
+    if control is not None:
+        _add(page, control, "control", named=control in named)
+    elif len(runs) == 1 and runs[0].distils:
+        start = page.attempt("ap", "AP of the start weights", find_start, runs[0])
+        if start is not None:
+            _add(page, start, "start")
+    if teacher is None and runs[0].distils:
+        if len(runs) == 1 and (evaluated / PREDICTIONS).is_file():
+            # Detectron2 writes no metrics for it, so that its AP comes of the detections.
+            teacher = Run(evaluated, config=runs[0].config)
+        else:
+            teacher = page.attempt("ap", "Teacher", find_teacher, runs[0])
+    if teacher is not None:
+        _add(page, teacher, "teacher", named=teacher in named)
+    _name(page.columns)
+    _read_detections(page)
+    for column in page.columns:
+        _read_ap(page, column)
+    return page
+
+
+def _add(page: Comparison, run: Run, role: str, *, named: bool = False) -> None:
+    for column in page.columns:
+        if column.run.folder.resolve() == run.folder.resolve():
+            # Asked for as a run as well.
+            column.role = role if named else column.role
+            return
+    number = TEACHERS_NUMBER if role == "teacher" else len(page.columns) % TEACHERS_NUMBER
+    page.columns.append(Column(run, role, run.folder.name, number))
+
+
+def _name(columns: Sequence[Column]) -> None:
+    """The shortest ends of their paths that differ; a number alone names nothing."""
+    for column in columns:
+        parts = column.run.folder.resolve().parts
+        for count in range(1, len(parts)):
+            label = "/".join(parts[-count:])
+            others = [c for c in columns if c is not column]
+            ends = ["/".join(c.run.folder.resolve().parts[-count:]) for c in others]
+            if label not in ends and not label.isdigit():
+                break
+        column.label = label
+
+
+def _read_detections(page: Comparison) -> None:
+    first = page.columns[0].run
+    name = first.test_sets[-1] if first.test_sets else ""
+    page.test_set = page.attempt("errors", "Error types", find_test_set, first, name)
+    if page.test_set is None:
+        return
+    page.truth = page.attempt("errors", "Error types", read_truth, page.test_set)
+    for column in page.columns if page.truth else ():
+        column.detections = page.attempt(
+            "errors", f"Errors of {column.label}", _own_detections, page, column
+        )
+
+
+def _own_detections(page: Comparison, column: Column) -> Detections:
+    assert page.test_set is not None and page.truth is not None
+    check_same_test_set(page.columns[0].run, column.run, last=True)
+    if column.role == "teacher" and column.run.config is not page.columns[0].run.config:
+        # Its folder shows its last weights.
+        wanted = teacher_iteration(page.columns[0].run, column.run)
+        known = column.run.boxes().get("AP")
+        if wanted is not None and known is not None and wanted != known.iterations[-1]:
+            raise NotAvailableError("it taught with other weights than its last")
+    return detections_of(column.run, page.truth)
+
+
+def _read_ap(page: Comparison, column: Column) -> None:
+    """Take the AP from metrics.json, or compute it from the detections."""
+    first, run = page.columns[0].run, column.run
+    what = f"AP of {column.label}"
+    try:
+        if run is not first:
+            check_same_test_set(first, run)
+        at = teacher_iteration(first, run) if column.role == "teacher" else None
+    except NotAvailableError as error:
+        page.note("ap", f"{what}: not available: {error}")
+        return
+    series = run.boxes()
+    if series.get("AP"):
+        at = series["AP"].iterations[-1] if at is None else at
+        column.ap = {
+            name: known.values[known.iterations.index(at)]
+            for name, known in series.items()
+            if at in known.iterations
+        }
+    elif column.detections and page.truth and len(run.test_sets) == 1:
+        found = column.detections
+        column.ap = evaluate_boxes(page.truth, found.found, limit=found.limit)
+        page.note("ap", f"{what}: computed by pycocotools from its detections.")
+        return
+    else:
+        page.note("ap", f"{what}: not available: no evaluation in {run.folder / 'metrics.json'}")
+        return
+    if column.detections and len(run.test_sets) == 1:
+        ap50 = column.detections.errors.ap50
+        if abs(ap50 - column.ap.get("AP50", ap50)) > 0.05:
+            page.note(
+                "errors",
+                f"The detections in {run.folder / Path(PREDICTIONS).parent} are not those of the "
+                f"AP above: AP50 {ap50:.2f}, but {column.ap['AP50']:.2f} in metrics.json.",
+            )

@@ -1,0 +1,142 @@
+"""Finds the runs that a run is compared with: its teacher, its control, where it started from."""
+
+import re
+from pathlib import Path
+
+from .detections import find_test_set
+from .runs import NotAvailableError, Run, read_config, read_run
+
+# Keys that the control of a run may have otherwise: those of distillation, and those that change
+# nothing in what is trained.
+_MAY_DIFFER = re.compile(
+    r"MODEL\.DISTILL\..*|MODEL\.META_ARCHITECTURE|OUTPUT_DIR|VIS_PERIOD|TEST\.REPORT"
+)
+_NAMED = "Name the folder with {flag}."
+
+
+def find_teacher(run: Run) -> Run:
+    """The run that made the teacher, by the keys of its config.
+
+    Raises:
+        NotAvailableError: there is no teacher, or its run is not here.
+    """
+    if not run.distils:
+        raise NotAvailableError("the training had none")
+    name = str(run.get("MODEL.DISTILL.TEACHER.CONFIG_FILE", "model.teacher.name", ""))
+    weights = _teachers_weights(run)
+    for path in (Path(text).expanduser() for text in (weights, name) if text):
+        folder = path if path.is_dir() else path.parent
+        if path.exists() and (folder / "metrics.json").is_file():
+            return read_run(folder)
+    shown = " with the weights ".join(filter(None, (name, weights)))
+    raise NotAvailableError(f"no metrics.json beside {shown}. {_NAMED.format(flag='--teacher')}")
+
+
+def teacher_iteration(run: Run, teacher: Run) -> int | None:
+    """The iteration whose evaluation is that of the weights which taught; None for the last.
+
+    Raises:
+        NotAvailableError: the weights are a checkpoint that was not evaluated.
+    """
+    name = Path(
+        str(run.get("MODEL.DISTILL.TEACHER.WEIGHTS", "model.teacher.weights", "") or "")
+    ).name
+    series = teacher.boxes().get("AP")
+    best = name == "model_best.pth" or (not name and not _has_final(teacher))
+    if series is None:
+        return None
+    if best and series.finite():
+        return max(series.finite(), key=lambda pair: pair[1])[0]
+    numbered = re.fullmatch(r"model_(\d+)\.pth", name)
+    if not numbered:
+        return None
+    for iteration in (int(numbered[1]), int(numbered[1]) + 1):
+        if iteration in series.iterations:
+            return iteration
+    raise NotAvailableError(f"its checkpoint {name} was not evaluated")
+
+
+def _teachers_weights(run: Run) -> str:
+    return str(run.get("MODEL.DISTILL.TEACHER.WEIGHTS", "model.teacher.weights", "") or "")
+
+
+def _has_final(run: Run) -> bool:
+    return (run.folder / "model_final.pth").is_file()
+
+
+def check_same_test_set(run: Run, other: Run, *, last: bool = False) -> None:
+    """Two runs can be compared if they were tested on the same boxes.
+
+    Args:
+        run, other: the runs.
+        last: compare the last of their test sets, whose detections are left; else the first.
+
+    Raises:
+        NotAvailableError: they were not, or that is unknown.
+    """
+    place = -1 if last else 0
+    ours, theirs = (r.test_sets[place] if r.test_sets else "no known set" for r in (run, other))
+    if ours != theirs:
+        raise NotAvailableError(f"{other.folder} was tested on {theirs}, not on {ours}")
+    try:
+        same = find_test_set(run, ours).is_same(find_test_set(other, theirs))
+    except NotAvailableError:
+        return  # a set of the user's own, which is known by its name alone
+    if not same:
+        raise NotAvailableError(f"{other.folder} was tested on another file named {theirs}")
+
+
+def find_control(run: Run) -> Run:
+    """The run beside this one that differs by distillation alone.
+
+    Raises:
+        NotAvailableError: the training did not distil; there is no such run, or more than one.
+    """
+    if not run.distils:
+        raise NotAvailableError("the training did not distil: it is itself a plain run")
+    if run.is_lazy or not run.config:
+        raise NotAvailableError(
+            "which it is is not certain without a YAML config. " + _NAMED.format(flag="--control")
+        )
+    found = []
+    for folder in sorted(run.folder.resolve().parent.iterdir()):
+        there = all((folder / name).is_file() for name in ("config.yaml", "metrics.json"))
+        if there and folder != run.folder.resolve():
+            other = read_config(folder)
+            if not other.distils and _same_recipe(run, other):
+                found.append(read_run(folder))
+    found = [other for other in found if other.boxes()]
+    if len(found) == 1:
+        return found[0]
+    beside = run.folder.resolve().parent
+    reason = f"no run in {beside} has the same config without distillation"
+    if found:
+        reason = "several runs could be it: " + ", ".join(str(r.folder) for r in found)
+    raise NotAvailableError(f"{reason}. {_NAMED.format(flag='--control')}")
+
+
+def _same_recipe(run: Run, other: Run) -> bool:
+    keys = {k for k in run.config.keys() | other.config.keys() if not _MAY_DIFFER.fullmatch(k)}
+    architectures = {_architecture(run), _architecture(other)}
+    return len(architectures) == 1 and all(
+        run.config.get(key) == other.config.get(key) for key in keys
+    )
+
+
+def _architecture(run: Run) -> str:
+    name = str(run.get("MODEL.META_ARCHITECTURE"))
+    own = run.get("MODEL.DISTILL.STUDENT_META_ARCHITECTURE")
+    return str(own) if name == "DistilledDetector" else name
+
+
+def find_start(run: Run) -> Run:
+    """The run whose weights the student started from.
+
+    Raises:
+        NotAvailableError: it started from other weights.
+    """
+    weights = str(run.get("MODEL.WEIGHTS", "train.init_checkpoint", "") or "")
+    path = Path(weights).expanduser()
+    if not weights or not path.is_file() or not (path.parent / "metrics.json").is_file():
+        raise NotAvailableError("the weights that it started from are those of no run")
+    return read_run(path.parent)

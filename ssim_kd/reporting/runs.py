@@ -1,0 +1,265 @@
+"""Reads what a training left in its folder: config.yaml, metrics.json, log.txt."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Where Detectron2's COCOEvaluator leaves the detections, below the folder of a run.
+PREDICTIONS = "inference/coco_instances_results.json"
+# Tasks of Detectron2's evaluators: what stands before the name of a metric.
+_TASKS = r"(?:bbox|segm|keypoints|box_proposals|sem_seg|panoptic_seg)(?:_TTA)?"
+_METRIC = re.compile(rf"(?:(?P<set>.+)/)?(?P<task>{_TASKS})/(?P<metric>.+)", re.S)
+# A pair of a key and a value in Detectron2's table of the environment.
+_PAIR = re.compile(r"(\S.*?)\s{2,}(\S.*)")
+_INSTALLED_AT = re.compile(r"\s@\S+$")
+
+
+class NotAvailableError(Exception):
+    """Something is unknown; the message holds why, for the page."""
+
+
+@dataclass
+class Series:
+    """A metric over the training: one value an iteration, iterations growing."""
+
+    iterations: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, iteration: int, value: float) -> None:
+        """Add a value; what is known of this iteration and of later ones is out of date."""
+        self.cut(iteration - 1)
+        self.iterations.append(iteration)
+        self.values.append(value)
+
+    def cut(self, last: int) -> None:
+        """Forget what comes after an iteration."""
+        while self.iterations and self.iterations[-1] > last:
+            self.iterations.pop()
+            self.values.pop()
+
+    def finite(self) -> list[tuple[int, float]]:
+        """The pairs of iteration and value whose value is finite."""
+        pairs = zip(self.iterations, self.values, strict=True)
+        return [(i, v) for i, v in pairs if math.isfinite(v)]
+
+
+@dataclass
+class Run:
+    """A training, as far as its folder shows it.
+
+    Attributes:
+        folder: of the training, its OUTPUT_DIR.
+        config: values by dotted key; {} where config.yaml is missing or not readable.
+        config_text: the file.
+        series: of metrics.json, by name.
+        environment: pairs of log.txt, in its order.
+        command: the arguments of the command line, as the log has them.
+        commit: of ssim_kd, as the log has it.
+        memory: peak of the GPU memory in MiB, None where the log has none.
+        problems: sentences on what is missing or damaged.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    series: dict[str, Series] = field(default_factory=dict)
+    environment: list[tuple[str, str]] = field(default_factory=list)
+    command: str = ""
+    commit: str = ""
+    memory: int | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def get(self, key: str, lazy_key: str = "", default: Any = None) -> Any:
+        """A value of the config, by its key in a YAML config or in a LazyConfig."""
+        return self.config.get(key, self.config.get(lazy_key, default))
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the config is a LazyConfig."""
+        return bool(self.config) and not any(key.startswith("MODEL.") for key in self.config)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the training had a teacher."""
+        if self.is_lazy:
+            return any(key.startswith("model.teacher") for key in self.config)
+        return (
+            self.get("MODEL.META_ARCHITECTURE") == "DistilledDetector"
+            and bool(self.get("MODEL.DISTILL.ENABLED", default=True))
+            and bool(self.get("MODEL.DISTILL.TEACHER.CONFIG_FILE"))
+        )
+
+    @property
+    def test_sets(self) -> list[str]:
+        """The names of the data sets that it was tested on."""
+        found = self.get("DATASETS.TEST", "dataloader.test.dataset.names", ())
+        return [found] if isinstance(found, str) else [str(name) for name in found or ()]
+
+    def evaluations(self) -> dict[tuple[str, str], dict[str, Series]]:
+        """The metrics of the evaluations, by (data set, task) and name.
+
+        Detectron2 leaves the name of the set out where there is one alone.
+        """
+        alone = self.test_sets[0] if len(self.test_sets) == 1 else ""
+        found: dict[tuple[str, str], dict[str, Series]] = {}
+        for key, series in self.series.items():
+            match = _METRIC.fullmatch(key)
+            if match:
+                place = (match["set"] or alone, match["task"])
+                found.setdefault(place, {})[match["metric"]] = series
+        return found
+
+    def boxes(self, name: str | None = None) -> dict[str, Series]:
+        """The metrics of the boxes ("AP", "AP50", "AP-person", ...) on a set, or on the first."""
+        found = self.evaluations()
+        first = self.test_sets[0] if self.test_sets else ""
+        return found.get((first if name is None else name, "bbox"), {})
+
+
+def read_run(folder: Path) -> Run:
+    """Read a training's folder. What is missing in it is noted in ``problems``.
+
+    Raises:
+        ValueError: the folder is none of a training.
+    """
+    if not any((folder / name).is_file() for name in ("metrics.json", "config.yaml")):
+        state = "holds neither metrics.json nor config.yaml" if folder.is_dir() else "is no folder"
+        raise ValueError(
+            f"RUN is {str(folder)!r}, which {state}; expected the folder of a training, its "
+            "OUTPUT_DIR. Name the folder that holds metrics.json."
+        )
+    run = read_config(folder)
+    _read_metrics(run)
+    _read_log(run)
+    return run
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML without running code: a value with a tag is kept as what it is made of."""
+    return yaml.load(text, Loader=_PlainLoader)
+
+
+class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads config.yaml of a LazyConfig as well, which may have tags of Python's objects."""
+
+
+def _plain(loader: Any, _suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return loader.construct_scalar(node)
+
+
+for _prefix in ("tag:yaml.org,2002:python/", "!"):
+    _PlainLoader.add_multi_constructor(_prefix, _plain)
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested dicts, and their values; tuples become lists."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def read_config(folder: Path) -> Run:
+    """A run of which the config alone is read."""
+    run = Run(folder)
+    path = folder / "config.yaml"
+    try:
+        run.config_text = path.read_text(encoding="utf-8", errors="replace")
+        found = read_yaml(run.config_text)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no keys")
+        run.config = dict(flatten(found))
+    except FileNotFoundError:
+        run.problems.append(f"Config: not available: no config.yaml in {run.folder}.")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        run.problems.append(f"Config: not available: {path} is not readable: {reason}.")
+    return run
+
+
+def _read_metrics(run: Run) -> None:
+    path = run.folder / "metrics.json"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        run.problems.append(f"Curves and AP: not available: no metrics.json in {run.folder}.")
+        return
+    rows = [_row(line) for line in lines if line.strip()]
+    damaged = rows.count(None)
+    if damaged:
+        run.problems.append(f"{path}: {damaged} of {len(rows)} lines are damaged and left out.")
+    run.series = _merge([row for row in rows if row])
+
+
+def _row(line: str) -> dict[str, float] | None:
+    try:
+        found = json.loads(line)
+        row = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
+        row["iteration"] = int(row["iteration"])
+        return row
+    except (ValueError, AttributeError, KeyError, OverflowError):
+        return None
+
+
+def _merge(rows: Sequence[Mapping[str, float]]) -> dict[str, Series]:
+    """Series by name. A run that was resumed wrote the iterations since its checkpoint twice.
+
+    Of rows that another one repeats the later one counts. Metrics that are read one step late come
+    behind the row of the next iteration: one step back is no resume.
+    """
+    series: dict[str, Series] = {}
+    newest = -1
+    for row in rows:
+        iteration = int(row["iteration"])
+        if iteration < newest - 1:
+            for known in series.values():
+                known.cut(iteration)
+            newest = iteration
+        newest = max(newest, iteration)
+        for name, value in row.items():
+            if name != "iteration":
+                series.setdefault(name, Series()).add(iteration, value)
+    return {name: known for name, known in series.items() if known.iterations}
+
+
+def _read_log(run: Run) -> None:
+    path = run.folder / "log.txt"
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            _take_in(run, file)
+    except OSError:
+        run.problems.append(f"Environment: not available: no log.txt in {run.folder}.")
+        return
+    if not run.environment:
+        run.problems.append(f"Environment: not available: {path} has no table of it.")
+
+
+def _take_in(run: Run, lines: Iterator[str]) -> None:
+    """The last start's environment, command and commit; the peak of all."""
+    inside = 0  # rulers seen of the table, which has one before and one behind it; 0: outside
+    for line in lines:
+        if inside:
+            if line.startswith("---"):
+                inside = (inside + 1) % 3
+            elif pair := _PAIR.match(line):
+                run.environment.append((pair[1], _INSTALLED_AT.sub("", pair[2].strip())))
+            continue
+        if line.rstrip().endswith("Environment info:"):
+            inside, run.environment = 1, []
+        elif "Command line arguments: " in line:
+            run.command = line.split("Command line arguments: ", 1)[1].strip()
+        elif found := re.search(r"ssim_kd \S+, commit (.+?)\.?$", line):
+            run.commit = found[1]
+        elif found := re.search(r"max_mem: (\d+)M", line):
+            run.memory = max(run.memory or 0, int(found[1]))
