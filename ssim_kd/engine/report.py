@@ -1,13 +1,12 @@
 """What a training leaves for its report, and the report at its end."""
 
+import importlib
 import importlib.util
 import logging
 import subprocess
 from pathlib import Path
 
 from detectron2.utils import comm
-
-from .. import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +15,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def log_version() -> None:
     """Log the version of ssim_kd and its commit, which the report reads."""
-    logger.info("ssim_kd %s, commit %s.", __version__, commit() or "none: no checkout")
+    # By name: the package's own names are those of its parts, and an import would be a circle.
+    version = importlib.import_module(__name__.partition(".")[0]).__version__
+    logger.info("ssim_kd %s, commit %s.", version, commit() or "none: no checkout")
 
 
 def commit() -> str:

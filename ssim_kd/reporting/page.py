@@ -7,7 +7,6 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .. import __version__
 from . import figures, tables
 from .columns import Column, Comparison, compare
 from .detections import MIN_SCORE
@@ -78,7 +77,6 @@ def render(page: Comparison) -> str:
         config=tables.config_rows(page),
         config_columns=tables.config_columns(page),
         environment=tables.environment_rows(page),
-        version=__version__,
         written=f"{datetime.now():%d %B %Y, %H:%M}",
     )
 
