@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -14,7 +15,9 @@ import yaml
 from detectron2.config import CfgNode
 
 import ssim_kd.projects
+from ssim_kd.engine import argument_parser, load_config
 from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers
+from ssim_kd.projects import add_project_configs
 from tests.helpers import full_config
 from tests.level_maps import bind, maps_of
 from tools import methods_table
@@ -98,3 +101,15 @@ def test_the_method_of_the_readme_works(toy: str) -> None:
     cfg.MODEL.DISTILL.MYKD.POWER = -1.0
     with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.MYKD\.POWER is -1\.0"):
         build_distillers(cfg)
+
+
+def test_the_command_of_the_readme_trains_with_the_method(toy: str) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    (command,) = (block for block in blocks if "MyDistiller" in block)
+    program, script, *arguments = shlex.split(command.replace("\\\n", ""))
+    assert (program, script) == ("python", "train_net.py")
+    args = argument_parser().parse_args(arguments)
+    args.config_file = str(methods_table.ROOT / args.config_file)
+    args.opts += ["MODEL.DEVICE", "cpu"]
+    (distiller,) = build_distillers(load_config(args, add_project_configs))
+    assert distiller.name == toy and distiller.power == 1.0
