@@ -1,0 +1,7 @@
+#!/bin/sh
+# docs/results.md, "Why": how strong each loss is beside the detection losses, at the end of runs of runs/digits_study.sh.
+set -e
+cd "$(dirname "$0")/.."
+runs=output/compare
+python studies/digits/gradients.py $runs/short/ssim/t1/1 $runs/short/ssim/t2/2 $runs/short/ssim_4/t1/3 $runs/short/ssim_4/t2/2 \
+    $runs/short/l2/t1/1 $runs/short/l2/t2/2 $runs/tuning/l2/500/t1/101 "$@"
