@@ -41,6 +41,8 @@ RECORDS = ROOT / "studies" / "results" / "methods.json"
 BEGIN, END = "<!-- methods: tools/methods_table.py -->", "<!-- end of methods -->"
 KEYS = ("method", "paper", "levels", "needs")
 AP = "AP on digits (gain; seeds)"
+#: Ends the name of an arm whose student is a RetinaNet.
+DENSE = "_retinanet"
 COLUMNS = (
     *("method", "paper", "levels or heads", "needs", "parameters", "step / l2"),
     *(AP, "its loss", "tests"),
@@ -209,7 +211,19 @@ def notes() -> str:
             f"student of the same seed, which has {plain}. Nothing was tuned: the weights are "
             "those of COCO. Of one seed, a gain below 1 is within noise."
         )
+        found += on_retinanet()
     return "\n\n".join(found)
+
+
+def on_retinanet() -> list[str]:
+    """A sentence on the arms whose students are RetinaNets, if their plain student has run."""
+    found = {arm.removesuffix(DENSE): ap for arm, ap in aps().items() if arm.endswith(DENSE)}
+    plain = found.pop("none", {})
+    if not plain or not found:
+        return []
+    arms = ", ".join(f"{arm} {_ap(ap, plain)}" for arm, ap in sorted(found.items()))
+    mean = sum(plain.values()) / len(plain)
+    return [f"On RetinaNet, stage `retinanet`: the plain student {mean:.1f} AP; {arms}."]
 
 
 def write_table(readme: Path = README) -> None:

@@ -53,6 +53,22 @@ def test_notes_name_seeds_commits_and_the_plain_student(results) -> None:
         assert text in notes
 
 
+def test_notes_hold_the_arms_on_retinanet_beside_their_own_plain_student(results) -> None:
+    assert "RetinaNet" not in methods_table.notes()
+    content = json.loads(methods_table.RECORDS.read_text())
+    for arm, seed, ap in (
+        ("none", 1, 10.0),
+        ("none", 2, 11.0),
+        ("bckd", 1, 13.0),
+        ("bckd", 2, 12.0),
+    ):
+        arm = f"{arm}_retinanet"
+        run = {"arm": arm, "seed": seed, "metrics": {"AP": ap}, "commit": "e"}
+        content["runs"][f"retinanet/{arm}/{seed}"] = run
+    methods_table.RECORDS.write_text(json.dumps(content))
+    assert "student 10.5 AP; bckd 12.5 (+2.0; 2)." in methods_table.notes()
+
+
 def test_results_that_are_not_there(results) -> None:
     for file in results.glob("*.json"):
         file.unlink()
