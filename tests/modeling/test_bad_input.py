@@ -10,7 +10,7 @@ from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-import ssim_kd.modeling.teacher as teacher_module
+import ssim_kd.modeling.teacher_loading as teacher_loading
 from ssim_kd.modeling import DistilledDetector, SSIMDistiller, teacher_config
 from tests.helpers import (
     KINDS,
@@ -247,7 +247,7 @@ def test_channel_orders_that_cannot_be_converted(ours, theirs, weights_of) -> No
 
 def test_without_distillation_no_teacher_is_read(weights_of, monkeypatch) -> None:
     monkeypatch.setattr(
-        teacher_module, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
+        teacher_loading, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
     )
     build(distilled_config("faster", "faster", weights_of("faster"), D + "ENABLED", False))
 
