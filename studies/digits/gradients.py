@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How strong is a loss on maps beside the detection losses? Norms of their gradients in the student's backbone.
+"""How strong is a loss on maps beside the detection losses? Norms of their gradients.
 
-For each run, a distilled training of ``tools/compare.py studies/digits.yaml``: of its weights at the
-end, on batches of the training set, the norm of the gradient of the detection losses, and of its
-distillation loss with the weight 1.
+For each run, a distilled training of ``tools/compare.py studies/digits.yaml``: with its weights at
+the end, on batches of the training set, the norm of the gradient of the detection losses in the
+student's backbone, and that of its distillation loss with the weight 1.
 
     python studies/digits/gradients.py output/compare/short/ssim/t1/1 output/compare/short/l2/t1/1
 """
