@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import add_distill_config, student_config
-    from .engine import DistillTrainer, distill
+    from .engine import DistillTrainer, MLflowWriter, WandbWriter, distill
     from .modeling import (
         DISTILLER_REGISTRY,
         DistillBatch,
@@ -28,7 +28,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "config": ("add_distill_config", "student_config"),
-    "engine": ("DistillTrainer", "distill"),
+    "engine": ("DistillTrainer", "MLflowWriter", "WandbWriter", "distill"),
     "modeling": (
         "DISTILLER_REGISTRY",
         "DistillBatch",
@@ -53,9 +53,11 @@ __all__ = [
     "FrozenTeacher",
     "LevelMaps",
     "LpDistiller",
+    "MLflowWriter",
     "PyramidDistiller",
     "SSIMDistiller",
     "Tap",
+    "WandbWriter",
     "__version__",
     "add_distill_config",
     "distill",

@@ -18,6 +18,7 @@ def add_distill_config(cfg: CN) -> None:
     _add_dataset_keys(cfg)
     # True: after the training a page is written, OUTPUT_DIR/report.html: see docs/report.md.
     cfg.TEST.REPORT = True
+    _add_tracking_keys(cfg)
     add_timm_config(cfg)
 
 
@@ -262,6 +263,18 @@ def _add_dataset_keys(cfg: CN) -> None:
     # 0: upright clean digits on a plain background, 1: small ones are hard for people as well.
     # Scales rotation, shear, occlusion, noise, blur, low contrast and distractors.
     digits.DIFFICULTY = 1.0
+
+
+def _add_tracking_keys(cfg: CN) -> None:
+    node = cfg.TRACKING = CN()
+    # Experiment trackers beside TensorBoard and metrics.json: "mlflow", "wandb" or both. Their own
+    # variables (MLFLOW_TRACKING_URI, WANDB_MODE, ...) say where they are.
+    node.WRITERS = ()
+    # Project of W&B, experiment of MLflow. "" is that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME,
+    # else the tracker's default.
+    node.PROJECT = ""
+    # Name of the run. "" is the name of the folder OUTPUT_DIR.
+    node.RUN_NAME = ""
 
 
 def add_timm_config(cfg: CN) -> None:

@@ -78,7 +78,7 @@ def check_disk(folder: str) -> Finding:
 def check_extras() -> Finding:
     """Optional packages."""
     names = {"timm": "timm", "detr": "transformers", "export": "onnxruntime", "study": "optuna"}
-    names |= {"digits": "sklearn", "report": "jinja2"}
+    names |= {"digits": "sklearn", "report": "jinja2", "mlflow": "mlflow", "wandb": "wandb"}
     missing = [x for x, package in names.items() if importlib.util.find_spec(package) is None]
     advice = f"pip install 'ssim_kd[{','.join(missing)}]', if you need them."
     return not missing, f"extras: {', '.join(sorted(set(names) - set(missing))) or 'none'}", advice

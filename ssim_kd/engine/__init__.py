@@ -16,6 +16,16 @@ for _message in (
 from .arguments import argument_parser  # noqa: E402
 from .defaults import load_config, main, run  # noqa: E402
 from .distill import distill  # noqa: E402
+from .trackers import MLflowWriter, WandbWriter  # noqa: E402
 from .trainer import DistillTrainer  # noqa: E402
 
-__all__ = ["DistillTrainer", "argument_parser", "distill", "load_config", "main", "run"]
+__all__ = [
+    "DistillTrainer",
+    "MLflowWriter",
+    "WandbWriter",
+    "argument_parser",
+    "distill",
+    "load_config",
+    "main",
+    "run",
+]

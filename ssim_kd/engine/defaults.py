@@ -301,6 +301,7 @@ def _prepare_training(
         expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
         if expected:
             check_teacher(cfg, trainer_class, expected)
+    _once(trainer.start_trackers)
     return trainer.train
 
 

@@ -147,17 +147,20 @@ class GuardedWriter(EventWriter):
         """
         self.writer = writer
         self._accessory = Accessory(f"The writer {type(writer).__name__}")
+        self._closed = False
 
     def write(self) -> None:
         """Write the latest metrics."""
-        if not self._accessory.failed:
+        if not self._accessory.failed and not self._closed:
             with self._accessory.guard():
                 self.writer.write()
 
     def close(self) -> None:
-        """Close the writer."""
-        with self._accessory.guard():
-            self.writer.close()
+        """Close the writer, once."""
+        if not self._closed:
+            self._closed = True
+            with self._accessory.guard():
+                self.writer.close()
 
 
 class VisualizeDistillation(HookBase):

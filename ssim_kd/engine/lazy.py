@@ -9,6 +9,8 @@ and ``train``. Distillation is a matter of ``model``::
         distillers=[L(SSIMDistiller)(weight=4.0)],
         max_iter="${..train.max_iter}",
     )
+
+``train.writers`` takes further writers: ``[L(MLflowWriter)(folder="${train.output_dir}")]``.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from .optimizer import add_groups
 from .output_lock import output_lock
 from .report import log_version, write_report
 from .signals import StopOnSignal
+from .trackers import TrackerWriter
 from .train_loop import DistillStep
 
 logger = logging.getLogger(__name__)
@@ -206,6 +209,7 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
         return trainer.results
 
     trainer.max_iter = cfg.train.max_iter
+    writers = _build_writers(cfg) if comm.is_main_process() else []
     stop = StopOnSignal(GRACE_PERIOD)
     trainer.register_hooks(
         [
@@ -216,12 +220,7 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
             if comm.is_main_process()
             else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate),
-            hooks.PeriodicWriter(
-                [GuardedWriter(w) for w in default_writers(cfg.train.output_dir, trainer.max_iter)],
-                period=cfg.train.log_period,
-            )
-            if comm.is_main_process()
-            else None,
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if writers else None,
         ]
     )
     resumed = trainer.checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
@@ -230,6 +229,9 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
             "--resume: the data loader of a LazyConfig begins anew, so that the order of images is "
             "not that of an uninterrupted run."
         )
+    for writer in writers:
+        if isinstance(writer.writer, TrackerWriter):
+            writer.writer.start(resume=resumed)
 
     def train() -> Any:
         try:
@@ -241,3 +243,14 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
         return trainer.results
 
     return train
+
+
+def _build_writers(cfg: DictConfig) -> list[GuardedWriter]:
+    """Those of ``train.writers`` first: TensorBoard's clears the pictures."""
+    own = list(instantiate(cfg.train.get("writers", [])))
+    for writer in own:
+        if isinstance(writer, TrackerWriter) and not writer.params:
+            writer.params = OmegaConf.to_container(cfg)
+    return [
+        GuardedWriter(w) for w in (*own, *default_writers(cfg.train.output_dir, cfg.train.max_iter))
+    ]

@@ -26,6 +26,7 @@ from ..checkpoint import local_file, read_file
 from ..data.mapper import check_image_files
 from ..modeling import teacher_source
 from .evaluation import check_teachers_classes
+from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _check_training(cfg: CfgNode) -> None:
         raise ValueError(
             "OUTPUT_DIR is ''; expected a folder for checkpoints and logs (it is made if missing)."
         )
+    check_trackers(cfg)
 
 
 def _check_expected_ap(cfg: CfgNode) -> None:

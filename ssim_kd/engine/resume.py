@@ -24,7 +24,7 @@ from ..data import TrainLoader
 logger = logging.getLogger(__name__)
 
 # Keys that change nothing in what a run computes.
-_LEFT_OUT = ("OUTPUT_DIR",)
+_LEFT_OUT = ("OUTPUT_DIR", "TRACKING")
 
 
 def settings_of(cfg: CfgNode) -> str:
@@ -48,9 +48,11 @@ def differences(ours: str, theirs: str) -> list[str]:
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
+        if prefix + key in _LEFT_OUT:
+            continue
         if isinstance(value, CfgNode):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif prefix + key not in _LEFT_OUT:
+        else:
             yield prefix + key, value
 
 

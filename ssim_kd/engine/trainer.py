@@ -31,6 +31,7 @@ from .preflight import check_evaluation, named
 from .report import write_report
 from .resume import ExactResume, settings_of
 from .signals import StopOnSignal
+from .trackers import TrackerWriter, build_trackers
 from .train_loop import DistillStep
 
 logger = logging.getLogger(__name__)
@@ -145,9 +146,24 @@ class DistillTrainer(ExactResume):
         return [Reseed(), *found]
 
     def build_writers(self) -> list[EventWriter]:
-        """DefaultTrainer's writers, of which none can stop the training."""
-        self._writers: list[EventWriter] = [GuardedWriter(w) for w in super().build_writers()]
-        return self._writers
+        """DefaultTrainer's writers and the trackers; none of them can stop the training."""
+        # The trackers first: TensorBoard's writer clears the pictures.
+        return [GuardedWriter(w) for w in (*build_trackers(self.cfg), *super().build_writers())]
+
+    def start_trackers(self) -> None:
+        """Open the run in each tracker, or go on with it where the training was resumed.
+
+        Raises:
+            ValueError: a tracker cannot be reached or configured.
+        """
+        for hook in self._writers_hooks():
+            for writer in hook._writers:
+                tracker = writer.writer if isinstance(writer, GuardedWriter) else writer
+                if isinstance(tracker, TrackerWriter):
+                    tracker.start(resume=self.start_iter > 0)
+
+    def _writers_hooks(self) -> list[hooks.PeriodicWriter]:
+        return [hook for hook in self._hooks if isinstance(hook, hooks.PeriodicWriter)]
 
     def _checkpoint_is_due(self) -> bool:
         done, period = self.iter + 1, self.cfg.TEST.EVAL_PERIOD
@@ -177,13 +193,7 @@ class DistillTrainer(ExactResume):
         return self._last_eval_results
 
     def _test_with_augmentation(self) -> OrderedDict:
-        try:
-            return test_time_augmentation(self.cfg, self.student, self)
-        except BaseException:
-            # The writers' turn comes no more, and the results of the plain evaluation wait there.
-            for writer in getattr(self, "_writers", ()):
-                writer.write()
-            raise
+        return test_time_augmentation(self.cfg, self.student, self)
 
     def after_train(self) -> None:
         """Write what is still on its way, then run the hooks; after an error do not evaluate."""
@@ -196,6 +206,11 @@ class DistillTrainer(ExactResume):
         self._trainer.close()
         try:
             super().after_train()
+        except BaseException:
+            # An evaluation, say: the writers, whose turn has not come, hold results and open runs.
+            for hook in self._writers_hooks():
+                hook.after_train()
+            raise
         finally:
             self._stop.give_back()
         if isinstance(self.data_loader, TrainLoader):
