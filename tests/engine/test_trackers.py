@@ -13,7 +13,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -21,7 +21,8 @@ from ssim_kd import DistillTrainer, MLflowWriter, WandbWriter
 from ssim_kd.config import write_stock_config
 from ssim_kd.engine import lazy, trackers
 from ssim_kd.engine.preflight import check_config
-from tests.engine.runs import World, log, metrics
+from tests.documentation import fences
+from tests.engine.runs import ROOT, World, log, metrics
 
 mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
 wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
@@ -31,6 +32,8 @@ from wandb.proto.wandb_internal_pb2 import Record  # noqa: E402
 BOTH = ("TRACKING.WRITERS", "('mlflow', 'wandb')", "TRACKING.PROJECT", "digits")
 
 
+#: The code of the documentation's page.
+BLOCKS = fences(ROOT / "docs/trackers.md", "python")
 PLAIN = (*BOTH, "MODEL.DISTILL.ENABLED", "False")
 
 
@@ -295,26 +298,21 @@ def test_write_pictures_histograms_and_names(store: Path, tmp_path) -> None:
     assert ours["uint8"][0]["_type"] == "image-file" and list(ours["uint8"]) == [0]
 
 
-class UserTrainer(DefaultTrainer):
-    """A trainer of Detectron2's, with the line of the documentation."""
-
-    def build_writers(self) -> list[Any]:
-        return [MLflowWriter(self.cfg), JSONWriter(f"{self.cfg.OUTPUT_DIR}/metrics.json")]
-
-
 def test_default_trainer_with_a_tracker(world: World, store: Path, tmp_path, caplog) -> None:
+    names: dict[str, Any] = {"DefaultTrainer": DefaultTrainer}
+    exec(BLOCKS[0], names)
     cfg = world.cfg(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
     cfg.defrost()
     cfg.SOLVER.STEPS, cfg.DATASETS.TEST = (), ()
     from ssim_kd.data import register_datasets
 
     register_datasets(cfg)
-    trainer = UserTrainer(cfg)
+    trainer = names["Trainer"](cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
     first = runs_of(tmp_path)
     cfg.SOLVER.MAX_ITER = 3
-    trainer = UserTrainer(cfg)
+    trainer = names["Trainer"](cfg)
     trainer.resume_or_load(resume=True)
     trainer.train()
     assert runs_of(tmp_path) == first
@@ -330,7 +328,7 @@ def test_stock_config_has_no_tracker(world: World, tmp_path) -> None:
 def test_lazy_config_with_a_tracker(tmp_path) -> None:
     train = {"output_dir": str(tmp_path), "max_iter": 1}
     cfg = OmegaConf.create({"train": train, "model": LazyCall(torch.nn.Linear)(in_features=3)})
-    cfg.train.writers = [LazyCall(WandbWriter)(folder="${train.output_dir}", project="parts")]
+    exec(BLOCKS[1], {"L": LazyCall, "WandbWriter": WandbWriter, "train": cfg.train})
     writers = [guarded.writer for guarded in lazy._build_writers(cfg)]
     tracker = writers[0]
     assert isinstance(tracker, WandbWriter) and len(writers) == 4
