@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 from pathlib import Path
 
@@ -76,3 +77,10 @@ def test_files_and_tests_that_are_named_exist(page: Path, tests_by_file) -> None
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_readme_names_every_extra() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [e for e in setup["options.extras_require"] if f"`{e}`" not in text]
