@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from .runs import Series
 
-#: Most points of a line; more are thinned.
+#: Most points of a curve that is alone in its chart; more are thinned.
 MOST_POINTS = 300
 #: Colours of runs in the style sheet, --run-0 and so on.
 NUM_COLOURS = 8
@@ -101,7 +101,9 @@ def curves(name: str, title: str, lines: Sequence[Line], *, markers: bool = Fals
         markers: whether to mark each value.
     """
     with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure(_HEIGHT)
+        figure, axes = _figure(_HEIGHT, layout=None)
+        # Axes of the same place and size in every chart; there is room for six digits.
+        figure.subplots_adjust(left=0.135, right=0.985, bottom=0.12, top=0.96)
         finite: list[float] = []
         for line in lines:
             if line.level is not None:
@@ -109,7 +111,8 @@ def curves(name: str, title: str, lines: Sequence[Line], *, markers: bool = Fals
                 axes.axhline(line.level, color=line.colour, linestyle="--")
             if line.series is None:
                 continue
-            series = thin(line.series)
+            # Noisy curves over one another are readable only if they are smooth.
+            series = thin(line.series, max(MOST_POINTS // len(lines), MOST_POINTS // 5))
             values = np.array([v if np.isfinite(v) else np.nan for v in series.values])
             finite += values[np.isfinite(values)].tolist()
             marked = markers or len(values) == 1
@@ -124,7 +127,7 @@ def curves(name: str, title: str, lines: Sequence[Line], *, markers: bool = Fals
             _mark_lost(axes, line)
         if finite and min(finite) > 0 and max(finite) > 30 * min(finite):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=_STEPS, min_n_ticks=4))
@@ -205,8 +208,10 @@ def _thousands(value: float, _position: int) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def _figure(
+    height: float, *, layout: Literal["constrained"] | None = "constrained"
+) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout=layout)
     FigureCanvasSVG(figure)
     figure.patch.set_visible(False)
     axes = figure.subplots()

@@ -35,7 +35,8 @@ def tiles(page: Comparison) -> list[tuple[str, str, str]]:
     teacher = page.of_role("teacher")
     ap, tiles = own.ap.get("AP"), []
     if ap is not None:
-        tiles.append(("Box AP", number(ap), _best(own)))
+        best = _best(own)
+        tiles.append(("Box AP", number(ap), f"best {best}" if best else ""))
     if ap is not None and before is not None and "AP" in before.ap:
         name = "control" if before.role == "control" else "start"
         remark = f"{before.label} has {number(before.ap['AP'])}"
@@ -63,7 +64,7 @@ def _best(column: Column) -> str:
     if len(known) < 2:
         return ""
     iteration, value = max(known, key=lambda pair: pair[1])
-    return f"best {number(value)} at iteration {iteration}"
+    return f"{number(value)} at {iteration}"
 
 
 def result_row(page: Comparison, column: Column) -> dict[str, Any]:

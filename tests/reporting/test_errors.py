@@ -10,7 +10,7 @@ import pytest
 
 from ssim_kd.reporting.detections import PREDICTIONS, read_detections
 from ssim_kd.reporting.errors import KINDS, evaluate_boxes
-from tests.reporting.made import TRUTH, box, read_set, write_run, write_set
+from tests.reporting.made import FOUND, TRUTH, box, read_set, write_run, write_set
 
 
 def analysed(folder: Path, truth: list[dict], found: list[dict]):
@@ -20,8 +20,6 @@ def analysed(folder: Path, truth: list[dict], found: list[dict]):
 
 
 def test_analyse_kinds_and_costs_by_hand(tmp_path: Path) -> None:
-    from tests.reporting.made import FOUND
-
     _, detections = analysed(tmp_path, TRUTH, FOUND)
     errors = detections.errors
     assert [errors.kinds[i] for i in range(1, 10)] == [
@@ -111,8 +109,6 @@ def test_analyse_agrees_with_evaluate_boxes(tmp_path: Path) -> None:
 
 def test_analyse_agrees_with_tidecv(tmp_path: Path) -> None:
     tide = pytest.importorskip("tidecv", reason="its package asks for another build of OpenCV")
-    from tests.reporting.made import FOUND
-
     # Without the crowd, in which tidecv counts errors and COCO does not.
     truth = [a for a in TRUTH if not a.get("iscrowd")]
     _, detections = analysed(tmp_path, truth, FOUND)
