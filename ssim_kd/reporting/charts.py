@@ -91,14 +91,15 @@ def thin(series: Series, most: int = MOST_POINTS) -> Series:
     return thinned
 
 
-def curves(name: str, title: str, lines: Sequence[Line], *, markers: bool = False) -> str:
+def curves(name: str, title: str, lines: Sequence[Line], *, evaluations: bool = False) -> str:
     """Curves over iterations. A value that is not finite is a gap, and a cross at the top.
 
     Args:
         name: of the chart, unique on the page.
         title: of the chart, for those who do not see it.
         lines: at least one, with a series or a level. A series of one value is a dot.
-        markers: whether to mark each value.
+        evaluations: whether the values are evaluations: each is marked, and the scale is linear.
+            That of a loss may be logarithmic.
     """
     with matplotlib.rc_context(_SETTINGS):
         figure, axes = _figure(_HEIGHT, layout=None)
@@ -115,7 +116,7 @@ def curves(name: str, title: str, lines: Sequence[Line], *, markers: bool = Fals
             series = thin(line.series, max(MOST_POINTS // len(lines), MOST_POINTS // 5))
             values = np.array([v if np.isfinite(v) else np.nan for v in series.values])
             finite += values[np.isfinite(values)].tolist()
-            marked = markers or len(values) == 1
+            marked = evaluations or len(values) == 1
             axes.plot(
                 series.iterations,
                 values,
@@ -125,7 +126,7 @@ def curves(name: str, title: str, lines: Sequence[Line], *, markers: bool = Fals
                 markersize=4.5,
             )
             _mark_lost(axes, line)
-        if finite and min(finite) > 0 and max(finite) > 30 * min(finite):
+        if not evaluations and finite and max(finite) > 30 * min(finite) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -191,7 +192,8 @@ def dots(name: str, title: str, rows: Sequence[str], lines: Sequence[Line]) -> s
         axes.margins(x=0.06)
         low, high = axes.get_xlim()
         wider = max(0.0, _LEAST_RANGE - (high - low)) / 2
-        axes.set_xlim(low - wider, high + wider)
+        lowest = max(low - wider, min(low, -0.2))  # no AP is below 0
+        axes.set_xlim(lowest, max(high + wider, lowest + _LEAST_RANGE))
         return _svg(figure, name, f"{title}: {', '.join(line.label for line in lines)}")
 
 

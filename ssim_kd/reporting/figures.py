@@ -34,7 +34,7 @@ def ap_charts(page: Comparison) -> Iterable[tuple[str, Markup]]:
             if column.role in ("teacher", "start") and _known(column.ap, metric)
         ]
         name = f"ap-{metric.lower()}"
-        yield metric, Markup(charts.curves(name, f"{metric} by iteration", lines, markers=True))
+        yield metric, Markup(charts.curves(name, f"{metric} by iteration", lines, evaluations=True))
 
 
 def _value_lines(page: Comparison, names: dict[str, str]) -> list[charts.Line]:

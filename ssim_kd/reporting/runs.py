@@ -215,21 +215,23 @@ def _row(line: str) -> dict[str, float] | None:
 def _merge(rows: Sequence[Mapping[str, float]]) -> dict[str, Series]:
     """Series by name. A run that was resumed wrote the iterations since its checkpoint twice.
 
-    Of rows that another one repeats the later one counts. Metrics that are read one step late come
-    behind the row of the next iteration: one step back is no resume.
+    Of values that come twice the later one counts, and what an earlier part of the run wrote of
+    later iterations is out of date. The rows themselves are in no order: Detectron2 writes those of
+    several iterations at a time, such as an evaluation behind the losses of later steps. A new part
+    begins where a metric of this part goes back.
     """
     series: dict[str, Series] = {}
-    newest = -1
+    part: set[str] = set()
     for row in rows:
         iteration = int(row["iteration"])
-        if iteration < newest - 1:
+        names = row.keys() - {"iteration"}
+        if any(series[name].iterations[-1:] >= [iteration] for name in names & part):
+            part = set()
             for known in series.values():
                 known.cut(iteration)
-            newest = iteration
-        newest = max(newest, iteration)
-        for name, value in row.items():
-            if name != "iteration":
-                series.setdefault(name, Series()).add(iteration, value)
+        part |= names
+        for name in names:
+            series.setdefault(name, Series()).add(iteration, row[name])
     return {name: known for name, known in series.items() if known.iterations}
 
 

@@ -44,9 +44,10 @@ def tiles(page: Comparison) -> list[tuple[str, str, str]]:
     if teacher is not None and "AP" in teacher.ap:
         remark = ""
         if ap is not None:
-            remark = f"{number(teacher.ap['AP'] - ap)} above the student"
+            gap = teacher.ap["AP"] - ap
+            remark = f"{number(abs(gap))} {'above' if gap >= 0 else 'below'} the student"
             start = before.ap.get("AP", ap) if before is not None else ap
-            if start < ap and start < teacher.ap["AP"]:
+            if start < ap < teacher.ap["AP"]:
                 share = (ap - start) / (teacher.ap["AP"] - start)
                 remark = f"{share:.0%} of the gap to it is closed"
         tiles.append(("Teacher's AP", number(teacher.ap["AP"]), remark))

@@ -51,7 +51,7 @@ def test_read_run_that_was_resumed(tmp_path: Path) -> None:
 
 
 def test_read_run_that_began_anew_in_the_same_folder(tmp_path: Path) -> None:
-    before = [{"iteration": i, "distill/ssim_p3": 1.0} for i in (19, 39)]
+    before = [{"iteration": i, "distill/ssim_p3": 1.0, "total_loss": 1.0} for i in (19, 39)]
     run = run_of(tmp_path, [*before, {"iteration": 9, "total_loss": 2.0}])
     assert list(run.series) == ["total_loss"]
 
@@ -61,6 +61,18 @@ def test_read_run_with_metrics_that_come_a_step_late(tmp_path: Path) -> None:
     run = run_of(tmp_path, [*late, {"iteration": 40, "lr": 0.1}])
     assert run.series["lr"].iterations == [20, 40]
     assert run.series["total_loss"].iterations == [19]
+
+
+def test_read_run_with_an_evaluation_behind_later_losses(tmp_path: Path) -> None:
+    losses = [{"iteration": i, "total_loss": 1.0} for i in (39, 59, 79)]
+    evaluations = [{"iteration": i, "bbox/AP": 1.0} for i in (49, 79)]
+    run = run_of(tmp_path, [losses[0], losses[1], evaluations[0], losses[2], evaluations[1]])
+    assert run.series["total_loss"].iterations == [39, 59, 79]
+    # Resumed from 50, with the evaluation that was cut: in the order of one write.
+    again = [{"iteration": 69, "total_loss": 2.0}, {"iteration": 49, "bbox/AP": 2.0}]
+    run = run_of(tmp_path / "resumed", [*losses[:2], evaluations[0], losses[2], *again])
+    assert run.series["total_loss"].iterations == [39, 59, 69]
+    assert run.series["bbox/AP"].values == [2.0]
 
 
 def test_read_run_with_damaged_lines(tmp_path: Path) -> None:
