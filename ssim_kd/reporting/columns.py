@@ -68,6 +68,11 @@ class Comparison:
     truth: COCO | None = None
     absent: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def student(self) -> Run:
+        """The first run that had a teacher; the first of all if none had."""
+        return next((c.run for c in self.columns if c.run.distils), self.columns[0].run)
+
     def attempt(
         self, section: str, what: str, find: Callable[..., _Found], *args: object
     ) -> _Found | None:
@@ -97,34 +102,43 @@ def compare(
 
     Args:
         runs: at least one.
-        teacher, control: named by the user; None looks for those of a single run.
+        teacher, control: named by the user. None looks for the teacher that all have in common, and
+            for the control of a single run.
     """
     page = Comparison()
     for run in runs:
         _add(page, run, "distilled" if run.distils else "plain")
-    evaluated = runs[0].folder / "teacher"
-    named = [other for other in (teacher, control) if other is not None]
+    control_named, teacher_named = control is not None, teacher is not None
     if control is None and len(runs) == 1 and runs[0].distils:
         control = page.attempt("ap", "Control", find_control, runs[0])
     if control is not None:
-        _add(page, control, "control", named=control in named)
+        _add(page, control, "control", named=control_named)
     elif len(runs) == 1 and runs[0].distils:
         start = page.attempt("ap", "AP of the start weights", find_start, runs[0])
         if start is not None:
             _add(page, start, "start")
-    if teacher is None and runs[0].distils:
-        if len(runs) == 1 and (evaluated / PREDICTIONS).is_file():
-            # Detectron2 writes no metrics for it, so that its AP comes of the detections.
-            teacher = Run(evaluated, config=runs[0].config)
-        else:
-            teacher = page.attempt("ap", "Teacher", find_teacher, runs[0])
+    if teacher is None and any(run.distils for run in runs):
+        teacher = page.attempt("ap", "Teacher", _teacher_of_all, runs)
     if teacher is not None:
-        _add(page, teacher, "teacher", named=teacher in named)
+        _add(page, teacher, "teacher", named=teacher_named)
     _name(page.columns)
     _read_detections(page)
     for column in page.columns:
         _read_ap(page, column)
     return page
+
+
+def _teacher_of_all(runs: Sequence[Run]) -> Run:
+    """The teacher that the runs have in common."""
+    evaluated = runs[0].folder / "teacher"
+    if len(runs) == 1 and (evaluated / PREDICTIONS).is_file():
+        # Detectron2 writes no metrics for it, so that its AP comes of the detections.
+        return Run(evaluated, config=runs[0].config)
+    found = [find_teacher(run) for run in runs if run.distils]
+    folders = sorted({str(teacher.folder.resolve()) for teacher in found})
+    if len(folders) > 1:
+        raise NotAvailableError(f"there are several: {', '.join(folders)}. Name one by --teacher")
+    return found[0]
 
 
 def _add(page: Comparison, run: Run, role: str, *, named: bool = False) -> None:
@@ -168,7 +182,7 @@ def _own_detections(page: Comparison, column: Column) -> Detections:
     check_same_test_set(page.columns[0].run, column.run, last=True)
     if column.role == "teacher" and column.run.config is not page.columns[0].run.config:
         # Its folder shows its last weights.
-        wanted = teacher_iteration(page.columns[0].run, column.run)
+        wanted = teacher_iteration(page.student, column.run)
         known = column.run.boxes().get("AP")
         if wanted is not None and known is not None and wanted != known.iterations[-1]:
             raise NotAvailableError("it taught with other weights than its last")
@@ -182,7 +196,7 @@ def _read_ap(page: Comparison, column: Column) -> None:
     try:
         if run is not first:
             check_same_test_set(first, run)
-        at = teacher_iteration(first, run) if column.role == "teacher" else None
+        at = teacher_iteration(page.student, run) if column.role == "teacher" else None
     except NotAvailableError as error:
         page.note("ap", f"{what}: not available: {error}")
         return

@@ -128,6 +128,8 @@ def test_lazy_main_trains_resumes_and_evaluates_the_student_alone(configs, tmp_p
     again = checkpoint(tmp_path)
     assert again["iteration"] == 2
     assert "Resuming from" in log(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "distill/ssim_p3: " in page and "3 iterations" in page and "digits_val" in page
 
     # The teacher's weights are gone: evaluation does not ask for them.
     weights = configs["weights"]

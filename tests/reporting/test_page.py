@@ -117,6 +117,24 @@ def test_write_report_of_several_runs(tmp_path: Path) -> None:
     assert ["SOLVER.MAX_ITER", "60", "90", "60", "40000"] in page.rows
 
 
+def test_write_report_of_runs_with_one_teacher_and_with_several(tmp_path: Path) -> None:
+    run, control, teacher = write_pair(tmp_path)
+    page = page_of(control, run)
+    assert page.row("teacher")[-1] == "teacher" and page.row("plain")[-1] == "plain"
+    other = write_run(tmp_path / "other", config(write_set(tmp_path / "data")), rows())
+    cfg = config(write_set(tmp_path / "data"), teacher=str(other))
+    page = page_of(run, write_run(tmp_path / "second", cfg, rows(distils=True)))
+    notes = page.sections["ap"]
+    assert "Teacher: not available: there are several" in notes and "--teacher" in notes
+    assert str(teacher) in notes and str(other) in notes
+
+
+def test_write_report_of_a_plain_run(tmp_path: Path) -> None:
+    entry = write_set(tmp_path / "data")
+    page = page_of(write_run(tmp_path / "run", config(entry), rows()))
+    assert "Teacher" not in page.html and "without distillation" in page.html
+
+
 def test_write_report_of_a_run_alone(tmp_path: Path) -> None:
     entry = write_set(tmp_path / "data")
     page = page_of(
