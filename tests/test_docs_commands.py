@@ -96,6 +96,8 @@ def test_commands_are_read_by_their_programs(
 
         launch = get_args_parser().parse_args(words[1:])
         words = [launch.training_script, *launch.training_script_args]
+    if words[0] == "srun":
+        words = words[words.index("./train_net.py") :]
     if words[0] == "python":
         words = words[1:]
     program, *arguments = words

@@ -58,30 +58,20 @@ def finish(process: subprocess.Popen) -> str:
 SHORT = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
 
 
-def test_spawned_and_torchrun_processes_and_a_stock_student(world: World, tmp_path: Path) -> None:
-    """Two processes each way come to the same weights; Detectron2 alone can use them."""
-    spawn, torchrun = tmp_path / "spawn", tmp_path / "torchrun"
-    # The digits are made while both start: by one of the four processes.
-    processes = [
-        start(*world.arguments(spawn, "--num-gpus", "--dist-url=auto", *SHORT)),
-        start(
-            *world.arguments(torchrun, *SHORT),
-            module=(
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node=2",
-                "--master-addr=127.0.0.1",
-                f"--master-port={free_port()}",
-            ),
-        ),
-    ]
-    outputs = [finish(process) for process in processes]
+@pytest.fixture(scope="module")
+def spawn(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training by two processes that --num-gpus starts."""
+    folder = tmp_path_factory.mktemp("spawn")
+    output = finish(start(*world.arguments(folder, "--num-gpus", "--dist-url=auto", *SHORT)))
+    assert checkpoint(folder)["trainer"]["data"]["processes"] == 2
     # A run that nothing is wrong with prints no warning of libraries about each other.
     noise = ("torch.jit.script", "meshgrid", "TypedStorage", "broadcast_buffers", "USDT")
-    assert not [word for word in noise for text in outputs if word in text]
-    assert_same(checkpoint(spawn), checkpoint(torchrun))
-    assert checkpoint(spawn)["trainer"]["data"]["processes"] == 2
+    assert not [word for word in noise if word in output]
+    return folder
 
+
+def test_student_in_the_hands_of_stock_detectron2(spawn: Path, tmp_path: Path) -> None:
+    """Detectron2 alone can use it."""
     stock = subprocess.run(
         [sys.executable, "-c", STOCK, str(spawn)],
         capture_output=True,
@@ -89,3 +79,32 @@ def test_spawned_and_torchrun_processes_and_a_stock_student(world: World, tmp_pa
         cwd=tmp_path,
     )
     assert stock.returncode == 0 and "instances" in stock.stdout, stock.stderr[-3000:]
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_comes_to_the_weights_of_num_gpus(machines, world, spawn, tmp_path) -> None:
+    """Two processes on one machine, or one on each of two."""
+    place = ("--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    number = (f"--nnodes={machines}", f"--nproc-per-node={2 // machines}")
+    processes = [
+        start(
+            *world.arguments(tmp_path, *SHORT),
+            module=("-m", "torch.distributed.run", *number, f"--node-rank={rank}", *place),
+        )
+        for rank in range(machines)
+    ]
+    for process in processes:
+        finish(process)
+    assert_same(checkpoint(spawn), checkpoint(tmp_path))
+
+
+def test_two_machines_come_to_the_weights_of_one(world, spawn, tmp_path) -> None:
+    """Two launches that meet at an address, by Detectron2's flags."""
+    meet = ("--num-machines=2", f"--dist-url=tcp://127.0.0.1:{free_port()}")
+    processes = [
+        start(*world.arguments(tmp_path, *meet, f"--machine-rank={rank}", *SHORT))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        finish(process)
+    assert_same(checkpoint(spawn), checkpoint(tmp_path))

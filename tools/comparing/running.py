@@ -53,14 +53,28 @@ class Place:
 
 
 def build_executor(
-    cluster: str, folder: Path, workers: int, parameters: Mapping[str, str]
+    cluster: str,
+    folder: Path,
+    workers: int,
+    parameters: Mapping[str, Any],
+    *,
+    max_timeouts: int = 3,
 ) -> submitit.Executor:
-    """An executor whose jobs have time enough, on this machine ("local") or on SLURM."""
+    """An executor whose jobs have time enough, on this machine ("local") or on SLURM.
+
+    Args:
+        cluster: "local" or "slurm".
+        folder: of submitit's logs and requests.
+        workers: jobs at once on SLURM; 0 leaves that to it.
+        parameters: of submitit; text that is a number becomes one.
+        max_timeouts: times that a job which can go on is queued again after its time limit.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    numbers = {name: int(text) for name, text in parameters.items() if text.isdigit()}
+    limit = {f"{cluster}_max_num_timeout": max_timeouts}
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster, **limit)
+    numbers = {name: int(text) for name, text in parameters.items() if str(text).isdigit()}
     executor.update_parameters(**{"timeout_min": 24 * 60, **parameters, **numbers})
     if cluster == "slurm" and workers:
         executor.update_parameters(slurm_array_parallelism=workers)
