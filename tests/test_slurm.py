@@ -37,6 +37,8 @@ def children_of(pid: int) -> list[int]:
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # four programs start, one after the other
 def test_local_job_that_is_preempted_equals_the_whole(tmp_path: Path) -> None:
     world = World(tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -46,7 +48,7 @@ def test_local_job_that_is_preempted_equals_the_whole(tmp_path: Path) -> None:
     job = slurm.submit(slurm.parse([*argv, *world.arguments(cut, *options)]))
     assert not isinstance(job, str)
     try:
-        wait_until(lambda: (cut / "model_0000002.pth").exists() or job.done(), 120)
+        wait_until(lambda: (cut / "model_0000002.pth").exists() or job.done(), 300)
         assert not job.done(), job.stderr()
         # As SLURM does: to every process of the step, the training included.
         (task,) = children_of(int(job.job_id))
