@@ -59,6 +59,17 @@ def merge_file(cfg: CN, path: str) -> set[str]:
     return set(_dotted(loaded))
 
 
+def is_saved_lazy_config(path: str) -> bool:
+    """Whether a .yaml is what ``LazyConfig.save`` leaves in the folder of a run."""
+    with PathManager.open(path, "r") as file:
+        try:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return False
+    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    return "model" in keys and "MODEL" not in keys
+
+
 def did_you_mean(cfg: CN, message: str) -> str:
     """What may be meant by the unknown key that a message of yacs ends with.
 

@@ -7,6 +7,7 @@ sets by hand wins. What they chose is logged.
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -27,9 +28,32 @@ CLASS_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
 _PERIODS = ("WARMUP_ITERS", "CHECKPOINT_PERIOD")
 
 
+_EXAMPLES = """
+Examples:
+
+Distil from a better detector, and train the control without it:
+    $ {program} --config-file cfg.yaml --num-gpus 8 --teacher output/teacher \\
+        OUTPUT_DIR output/distilled
+    $ {program} --config-file cfg.yaml --num-gpus 8 OUTPUT_DIR output/plain
+
+Your own data in COCO format, 12 epochs, another option of the config:
+    $ {program} --config-file cfg.yaml --data data.yaml --epochs 12 --batch 8 \\
+        --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml MODEL.DISTILL.LOSS_WEIGHT 2.0
+
+Go on with a run that was stopped; evaluate its student:
+    $ {program} --config-file cfg.yaml --teacher output/teacher --resume OUTPUT_DIR output/distilled
+    $ {program} --config-file output/distilled/config.yaml --eval-only \\
+        MODEL.WEIGHTS output/distilled/model_final.pth
+
+Several machines:
+    (machine0)$ {program} --machine-rank 0 --num-machines 2 --dist-url <URL> [--other-flags]
+    (machine1)$ {program} --machine-rank 1 --num-machines 2 --dist-url <URL> [--other-flags]
+"""
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's own arguments, and those of distillation."""
-    parser = default_argument_parser()
+    parser = default_argument_parser(_EXAMPLES.format(program=sys.argv[0]))
     parser.add_argument(
         "--eval-teacher",
         action="store_true",

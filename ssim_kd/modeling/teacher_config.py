@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..config import add_distill_config, add_shared_keys, student_config
-from ..config_files import merge_file
+from ..config_files import is_saved_lazy_config, merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ EXPECTED = (
 #: Weights that the folder of a run holds, the first that is there is taken.
 RUN_WEIGHTS = ("model_final.pth", "model_best.pth", "model_final.pkl")
 #: Configs that the folder of a run holds.
-RUN_CONFIGS = ("config.yaml", "config.yaml.pkl", "config.py")
+RUN_CONFIGS = ("config.yaml", "config.py")
 
 
 class TeacherNotFoundError(ValueError):
@@ -152,6 +152,13 @@ def source_of(
     if is_rtdetr(name) and not run:
         return _rtdetr_source(name, weights, opts)
     path, weights = find_teacher(name, weights)
+    if not path.endswith(".py") and is_saved_lazy_config(path):
+        # It names what to call, anything at all: to read it would be to run code of a .yaml.
+        raise ValueError(
+            f"{KEY} (--teacher) is {name!r}: {path} was saved by the training of a LazyConfig and "
+            f"is not read; expected the .py file of that training, and {weights} as "
+            "MODEL.DISTILL.TEACHER.WEIGHTS."
+        )
     try:
         if path.endswith(".py"):
             return _lazy_source(name, path, weights, opts)

@@ -270,3 +270,14 @@ def test_apply_teacher_that_is_not_there_stops_before_anything_is_built(plain, t
             main(args, add_project_configs)
         assert near in str(caught.value)
         assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_argument_parser_examples() -> None:
+    """What -h shows is a command line that is read."""
+    text = argument_parser().epilog.replace("\\\n", " ")
+    lines = [line.split("$ ")[1].split() for line in text.splitlines() if "$ " in line]
+    read = [argument_parser().parse_args(words[1:]) for words in lines if "<URL>" not in words]
+    assert len(read) == 5
+    assert {args.teacher for args in read} > {"output/teacher", ""}
+    assert [args.data for args in read if args.data] == ["data.yaml"]
+    assert sum(args.resume for args in read) == sum(args.eval_only for args in read) == 1

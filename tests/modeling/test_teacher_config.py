@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import nn
 
 from ssim_kd import config
 from ssim_kd.config import share_keys, write_stock_config
-from ssim_kd.modeling.teacher_config import teacher_config
+from ssim_kd.modeling.teacher_config import source_of, teacher_config
 from tests.helpers import build, distilled_config, full_config, save_weights, stock_config
 
 
@@ -149,3 +150,15 @@ def test_share_keys_once(shared) -> None:
     share_keys(add_wide)
     assert shared == [add_wide]
     assert "WIDE" not in full_config().MODEL
+
+
+def test_teacher_of_a_lazy_training_is_refused_with_the_remedy(tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lazy = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    LazyConfig.save(lazy, str(folder / "config.yaml"))
+    assert (folder / "config.yaml").is_file()
+    (folder / "model_final.pth").touch()
+    with pytest.raises(ValueError, match=r"LazyConfig.*\.py .*model_final\.pth") as caught:
+        source_of(str(folder))
+    assert "MODEL.DISTILL.TEACHER.WEIGHTS" in str(caught.value)
