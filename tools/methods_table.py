@@ -207,8 +207,8 @@ def notes() -> str:
         plain = ", ".join(f"{ap:.1f}" for _, ap in sorted(aps().get("none", {}).items()))
         commits = sorted({run["commit"] for run in students if run["arm"] != "none"})
         found.append(
-            f"AP: [each run and its intervals](../docs/results_methods.md), commits {', '.join(commits)}. Gain: over the plain "
-            f"student of the same seed, which has {plain}. Nothing was tuned: the weights are "
+            f"AP: [runs and intervals](../docs/results_methods.md), commits {', '.join(commits)}. "
+            f"Gain: over the plain student of the same seed, which has {plain}. Nothing was tuned: the weights are "
             "those of COCO. Of one seed, a gain below 1 is within noise."
         )
         found += on_retinanet()
