@@ -163,6 +163,43 @@ class GuardedWriter(EventWriter):
                 self.writer.close()
 
 
+class PeriodicWriter(hooks.PeriodicWriter):
+    """Detectron2's PeriodicWriter, which also writes after each evaluation.
+
+    Its writers keep the latest value of a metric alone: of evaluations between two periods they
+    would lose all but the last.
+    """
+
+    def __init__(
+        self, writers: Sequence[EventWriter], period: int = 20, *, eval_period: int = 0
+    ) -> None:
+        """
+        Args:
+            writers: of the metrics.
+            period, eval_period: in iterations; an ``eval_period`` of 0 is none.
+        """
+        super().__init__(writers, period)
+        self._eval_period = eval_period
+
+    def before_train(self) -> None:
+        """Write an evaluation that was made again, see :class:`SavedEvaluation`."""
+        if self.trainer.start_iter and self.trainer.storage.latest():
+            self.trainer.storage.iter -= 1
+            self._write()
+            self.trainer.storage.iter += 1
+
+    def after_step(self) -> None:
+        """Write, where either period ends."""
+        if self._eval_period > 0 and (self.trainer.iter + 1) % self._eval_period == 0:
+            self._write()
+        else:
+            super().after_step()
+
+    def _write(self) -> None:
+        for writer in self._writers:
+            writer.write()
+
+
 class VisualizeDistillation(HookBase):
     """Puts the SSIM loss maps of a few fixed images into TensorBoard, level by level.
 

@@ -34,7 +34,7 @@ from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..modeling import DistilledDetector
 from .errors import start_up
 from .evaluation import set_up_evaluation
-from .hooks import GuardedWriter, share_buffers
+from .hooks import GuardedWriter, PeriodicWriter, share_buffers
 from .optimizer import add_groups
 from .output_lock import output_lock
 from .report import log_version, write_report
@@ -194,6 +194,7 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
         amp=cfg.train.amp.enabled,
         output_dir=cfg.train.output_dir,
         log_period=cfg.train.log_period,
+        eval_period=cfg.train.eval_period,
     )
     trainer.student = student
     trainer.checkpointer = StudentCheckpointer(
@@ -220,7 +221,9 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
             if comm.is_main_process()
             else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate),
-            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if writers else None,
+            PeriodicWriter(writers, period=cfg.train.log_period, eval_period=cfg.train.eval_period)
+            if writers
+            else None,
         ]
     )
     resumed = trainer.checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import logging
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from detectron2.utils import comm
@@ -14,10 +16,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def log_version() -> None:
-    """Log the version of ssim_kd and its commit, which the report reads."""
+    """Log the version of ssim_kd, its commit and the command, which the report reads."""
     # By name: the package's own names are those of its parts, and an import would be a circle.
     version = importlib.import_module(__name__.partition(".")[0]).__version__
     logger.info("ssim_kd %s, commit %s.", version, commit() or "none: no checkout")
+    # Processes that were spawned have the arguments of the one that did it.
+    python = ["python"] if sys.argv[0].endswith(".py") else []
+    logger.info("Command: %s", shlex.join([*python, *sys.argv]))
 
 
 def commit() -> str:

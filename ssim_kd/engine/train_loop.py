@@ -63,6 +63,7 @@ class DistillStep(TrainerBase):
         output_dir: str = ".",
         log_period: int = 20,
         accumulate: int = 1,
+        eval_period: int = 0,
     ) -> None:
         """
         Args:
@@ -74,13 +75,14 @@ class DistillStep(TrainerBase):
             output_dir: for the report on such a step.
             log_period: in iterations; every so often the metrics are brought up to date.
             accumulate: parts of the batch that go through the model one after the other.
+            eval_period: as ``log_period``; 0 for none.
         """
         super().__init__()
         model.train()
         self.model = model
         self.data_loader = data_loader
         self.optimizer = optimizer
-        self.log_period = log_period
+        self.log_periods = [period for period in (log_period, eval_period) if period > 0]
         self.accumulate = accumulate
         self.max_skipped = max_skipped
         self.output_dir = output_dir
@@ -147,7 +149,7 @@ class DistillStep(TrainerBase):
         at_once = (
             self.device.type == "cpu"
             or self.max_skipped > 0
-            or (self.iter + 1) % self.log_period == 0
+            or any((self.iter + 1) % period == 0 for period in self.log_periods)
         )
         self.flush(keep=0 if at_once else 1)
         if at_once and self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() < LEAST_SCALE:

@@ -20,6 +20,7 @@ from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
 from .hooks import (
     BestCheckpoint,
     GuardedWriter,
+    PeriodicWriter,
     PreciseBN,
     RankStates,
     Reseed,
@@ -87,6 +88,7 @@ class DistillTrainer(ExactResume):
             max_skipped=cfg.SOLVER.MAX_SKIPPED_STEPS,
             output_dir=cfg.OUTPUT_DIR,
             accumulate=cfg.SOLVER.ACCUMULATE,
+            eval_period=cfg.TEST.EVAL_PERIOD,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         own = {"distillers": model.distillers} if distills else {}
@@ -128,6 +130,8 @@ class DistillTrainer(ExactResume):
             if isinstance(hook, hooks.EvalHook):
                 found[i] = SavedEvaluation(cfg.TEST.EVAL_PERIOD, self._test, self._stop)
                 found.insert(i + 1, self._best)
+            if isinstance(hook, hooks.PeriodicWriter):
+                found[i] = PeriodicWriter(hook._writers, eval_period=cfg.TEST.EVAL_PERIOD)
             if isinstance(hook, hooks.PreciseBN) and isinstance(self.data_loader, TrainLoader):
                 found[i] = PreciseBN.replacing(hook, self.student)
         # Behind all that changes the model or the learning rate, whose state after the step a

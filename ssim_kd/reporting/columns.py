@@ -1,6 +1,6 @@
 """The runs of a page side by side: who is who, their AP, and what is not known of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,8 @@ from .runs import PREDICTIONS, NotAvailableError, Run
 
 #: The teacher's colour, which no other run has.
 TEACHERS_NUMBER = NUM_COLOURS - 1
+#: Of runs that others are compared with, in the order of the page.
+ROLES = ("control", "start", "teacher")
 
 _Found = TypeVar("_Found")
 
@@ -49,7 +51,7 @@ class Column:
     @property
     def is_reference(self) -> bool:
         """Whether the others are compared with it."""
-        return self.role in ("teacher", "control", "start")
+        return self.role in ROLES
 
 
 @dataclass
@@ -102,17 +104,15 @@ def compare(
 
     Args:
         runs: at least one.
-        teacher, control: named by the user. None looks for the teacher that all have in common, and
-            for the control of a single run.
+        teacher, control: named by the user. None looks for those that all runs have in common.
     """
     page = Comparison()
     for run in runs:
         _add(page, run, "distilled" if run.distils else "plain")
-    control_named, teacher_named = control is not None, teacher is not None
-    if control is None and len(runs) == 1 and runs[0].distils:
-        control = page.attempt("ap", "Control", find_control, runs[0])
+    if control is None and any(run.distils for run in runs):
+        control = page.attempt("ap", "Control", _control_of_all, runs)
     if control is not None:
-        _add(page, control, "control", named=control_named)
+        _add(page, control, "control")
     elif len(runs) == 1 and runs[0].distils:
         start = page.attempt("ap", "AP of the start weights", find_start, runs[0])
         if start is not None:
@@ -120,12 +120,18 @@ def compare(
     if teacher is None and any(run.distils for run in runs):
         teacher = page.attempt("ap", "Teacher", _teacher_of_all, runs)
     if teacher is not None:
-        _add(page, teacher, "teacher", named=teacher_named)
+        _add(page, teacher, "teacher")
+    page.columns.sort(key=lambda column: ROLES.index(column.role) if column.is_reference else -1)
     _name(page.columns)
     _read_detections(page)
     for column in page.columns:
         _read_ap(page, column)
     return page
+
+
+def _control_of_all(runs: Sequence[Run]) -> Run:
+    """The control that the runs have in common."""
+    return _common((find_control(run, runs) for run in runs if run.distils), "--control")
 
 
 def _teacher_of_all(runs: Sequence[Run]) -> Run:
@@ -134,20 +140,26 @@ def _teacher_of_all(runs: Sequence[Run]) -> Run:
     if len(runs) == 1 and (evaluated / PREDICTIONS).is_file():
         # Detectron2 writes no metrics for it, so that its AP comes of the detections.
         return Run(evaluated, config=runs[0].config)
-    found = [find_teacher(run) for run in runs if run.distils]
-    folders = sorted({str(teacher.folder.resolve()) for teacher in found})
-    if len(folders) > 1:
-        raise NotAvailableError(f"there are several: {', '.join(folders)}. Name one by --teacher")
-    return found[0]
+    return _common((find_teacher(run) for run in runs if run.distils), "--teacher")
 
 
-def _add(page: Comparison, run: Run, role: str, *, named: bool = False) -> None:
+def _common(runs: Iterable[Run], flag: str) -> Run:
+    found = {str(run.folder.resolve()): run for run in runs}
+    if len(found) > 1:
+        raise NotAvailableError(
+            f"there are several: {', '.join(sorted(found))}. Name one by {flag}"
+        )
+    return next(iter(found.values()))
+
+
+def _add(page: Comparison, run: Run, role: str) -> None:
+    number = TEACHERS_NUMBER if role == "teacher" else len(page.columns) % TEACHERS_NUMBER
     for column in page.columns:
         if column.run.folder.resolve() == run.folder.resolve():
             # Asked for as a run as well.
-            column.role = role if named else column.role
+            column.role = role
+            column.number = number if role == "teacher" else column.number
             return
-    number = TEACHERS_NUMBER if role == "teacher" else len(page.columns) % TEACHERS_NUMBER
     page.columns.append(Column(run, role, run.folder.name, number))
 
 

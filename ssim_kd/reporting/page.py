@@ -25,8 +25,8 @@ def write_report(
     Args:
         folders: of the trainings; at least one.
         output: the file; replaced.
-        teacher, control: folders of the runs to compare with. None: of a single run they are
-            looked for, see docs/report.md.
+        teacher, control: folders of the runs to compare with. None: they are looked for, see
+            docs/report.md.
 
     Raises:
         ValueError: a folder is none of a training.
@@ -52,7 +52,7 @@ def render(page: Comparison) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": tables.number, "signed": tables.signed}
-    shown = [column for column in page.columns if not column.is_reference]
+    shown = [column for column in page.columns if not column.is_reference] or page.columns[:1]
     for column in page.columns:
         for problem in column.run.problems:
             section = {"Config": "config", "Environment": "environment"}

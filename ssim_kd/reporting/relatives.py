@@ -1,6 +1,7 @@
 """Finds the runs that a run is compared with: its teacher, its control, where it started from."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .detections import find_test_set
@@ -86,8 +87,8 @@ def check_same_test_set(run: Run, other: Run, *, last: bool = False) -> None:
         raise NotAvailableError(f"{other.folder} was tested on another file named {theirs}")
 
 
-def find_control(run: Run) -> Run:
-    """The run beside this one that differs by distillation alone.
+def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
+    """The run that differs by distillation alone: of those on the page, or in a folder beside.
 
     Raises:
         NotAvailableError: the training did not distil; there is no such run, or more than one.
@@ -99,13 +100,15 @@ def find_control(run: Run) -> Run:
             "which it is is not certain without a YAML config. " + _NAMED.format(flag="--control")
         )
     found = []
-    for folder in sorted(run.folder.resolve().parent.iterdir()):
+    shown = {other.folder.resolve() for other in given}
+    for folder in sorted({*run.folder.resolve().parent.iterdir(), *shown}):
         there = all((folder / name).is_file() for name in ("config.yaml", "metrics.json"))
         if there and folder != run.folder.resolve():
             other = read_config(folder)
             if not other.distils and _same_recipe(run, other):
                 found.append(read_run(folder))
     found = [other for other in found if other.boxes()]
+    found = [other for other in found if other.folder in shown] or found
     if len(found) == 1:
         return found[0]
     beside = run.folder.resolve().parent

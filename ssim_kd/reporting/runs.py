@@ -59,7 +59,7 @@ class Run:
         config_text: the file.
         series: of metrics.json, by name.
         environment: pairs of log.txt, in its order.
-        command: the arguments of the command line, as the log has them.
+        command: of the last start, for a shell; of older logs what they have of its arguments.
         commit: of ssim_kd, as the log has it.
         memory: peak of the GPU memory in MiB, None where the log has none.
         problems: sentences on what is missing or damaged.
@@ -162,12 +162,16 @@ for _prefix in ("tag:yaml.org,2002:python/", "!"):
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of nested dicts, and their values; tuples become lists."""
+    """The dotted keys of nested dicts, and their values; tuples become lists, at any depth."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def read_config(folder: Path) -> Run:
@@ -261,6 +265,8 @@ def _take_in(run: Run, lines: Iterator[str]) -> None:
             inside, run.environment = 1, []
         elif "Command line arguments: " in line:
             run.command = line.split("Command line arguments: ", 1)[1].strip()
+        elif " INFO: Command: " in line:
+            run.command = line.split(" INFO: Command: ", 1)[1].strip()
         elif found := re.search(r"ssim_kd \S+, commit (.+?)\.?$", line):
             run.commit = found[1]
         elif found := re.search(r"max_mem: (\d+)M", line):

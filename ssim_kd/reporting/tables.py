@@ -13,20 +13,24 @@ from .runs import Series, flatten
 
 #: Sizes of boxes, by Detectron2's name of their AP.
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
+#: A sentence of the page.
+WORSE_TEACHER = "The teacher has a lower AP than the student: look for a better one."
 #: The AP of a table's columns.
 AP_COLUMNS = ("AP", "AP50", "AP75", *SIZES)
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """A figure, or a dash where it is unknown."""
-    return f"{value:.{digits}f}" if value is not None and value == value else "–"
+def number(value: float | None) -> str:
+    """A figure with one decimal, two digits where it would show as 0; a dash where unknown."""
+    if value is None or value != value:
+        return "–"
+    return (f"{value:.2g}" if 0 < abs(value) < 0.05 else f"{value:.1f}").replace("-", "−")
 
 
 def signed(value: float | None) -> str:
-    """A difference with its sign, or a dash."""
+    """A difference with its sign, "0.0" where there is none to see; or a dash."""
     if value is None or value != value:
         return "–"
-    return f"{value:+.1f}".replace("-", "−")
+    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
 def tiles(page: Comparison) -> list[tuple[str, str, str]]:
@@ -45,7 +49,10 @@ def tiles(page: Comparison) -> list[tuple[str, str, str]]:
         remark = ""
         if ap is not None:
             gap = teacher.ap["AP"] - ap
-            remark = f"{number(abs(gap))} {'above' if gap >= 0 else 'below'} the student"
+            place = "above" if gap > 0 else "below"
+            remark = f"{number(abs(gap))} {place} the student" if abs(gap) >= 0.05 else ""
+            if gap <= -0.05:
+                page.note("result", WORSE_TEACHER)
             start = before.ap.get("AP", ap) if before is not None else ap
             if start < ap < teacher.ap["AP"]:
                 share = (ap - start) / (teacher.ap["AP"] - start)
@@ -77,6 +84,8 @@ def result_row(page: Comparison, column: Column) -> dict[str, Any]:
     facts["gain"] = None
     if before is not None and "AP" in before.ap and not column.is_reference and column.ap:
         facts["gain"] = column.ap["AP"] - before.ap["AP"]
+    if column.ap and column.ap["AP"] != column.ap["AP"]:
+        page.note("result", f"AP of {column.label}: no number: the evaluation had no predictions")
     times = [v for _, v in series.get("time", Series()).finite()]
     waits = [v for _, v in series.get("data_time", Series()).finite()]
     facts["seconds"] = median(times) if times else None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from detectron2.engine import HookBase
+from detectron2.engine.defaults import default_writers
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
 from ssim_kd.engine import hooks
-from ssim_kd.engine.hooks import GuardedWriter, RankStates, VisualizeDistillation
+from ssim_kd.engine.hooks import GuardedWriter, PeriodicWriter, RankStates, VisualizeDistillation
 from tests.engine.runs import World
 
 
@@ -91,3 +95,35 @@ def test_rank_states_of_a_step_without_checkpoint() -> None:
     assert hook.state_dict() == {}
     hook.load_state_dict({"loss_normalizer": [1.5, 2.5]})
     assert student.loss_normalizer == 1.5
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_periodic_writer_after_each_evaluation(start: int, tmp_path: Path) -> None:
+    """Every 3 iterations; one that is made again on a resume is written as well."""
+
+    class Evaluates(HookBase):
+        def before_train(self) -> None:
+            if start:
+                self.trainer.iter = self.trainer.storage.iter = start - 1
+                self.after_step()
+                self.trainer.iter = self.trainer.storage.iter = start
+
+        def after_step(self) -> None:
+            if (self.trainer.iter + 1) % 3 == 0:
+                self.trainer.storage.put_scalar("bbox/AP", self.trainer.iter, smoothing_hint=False)
+
+    class Steps(TrainerBase):
+        def run_step(self) -> None:
+            self.storage.put_scalar("total_loss", self.iter)
+
+    writers = [GuardedWriter(w) for w in default_writers(str(tmp_path), 12)]
+    trainer = Steps()
+    trainer.register_hooks([Evaluates(), PeriodicWriter(writers, eval_period=3)])
+    trainer.train(start, 12)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    again = [5] if start else []
+    evaluated = [row["iteration"] for row in rows if "bbox/AP" in row]
+    assert evaluated == [*again, *range(start + 2, 12, 3)]
+    assert all(row["bbox/AP"] == row["iteration"] for row in rows)
+    assert [row["iteration"] for row in rows if "total_loss" in row] == evaluated[len(again) :]
+    assert not any(writer._accessory.failed for writer in writers)

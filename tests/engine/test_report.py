@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ def test_training_leaves_a_report(world: World, tmp_path: Path) -> None:
     assert page.count("data:image/jpeg") == 4 and "digits_val" in page
     assert run.commit and run.commit in page and dict(run.environment)["PyTorch"] in page
     assert "Report: " in log(tmp_path / "run")
+    assert shlex.split(run.command)[-len(sys.argv) :] == sys.argv
     assert not (tmp_path / "run" / "student.yaml").read_text().count("REPORT")
 
 

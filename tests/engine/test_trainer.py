@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssim_kd.data import build_train_loader, register_datasets
 from ssim_kd.engine import DistillTrainer
 from ssim_kd.engine import trainer as trainer_module
-from ssim_kd.engine.hooks import GuardedWriter, Reseed, SavedEvaluation
+from ssim_kd.engine.hooks import GuardedWriter, PeriodicWriter, Reseed, SavedEvaluation
 from ssim_kd.engine.signals import StopOnSignal
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
 from tests.helpers import bfloat16_without_onednn
@@ -214,6 +214,9 @@ def test_subclass_with_detectron2s_loader(world: World, tmp_path) -> None:
     world.main(tmp_path, *options, "SOLVER.MAX_ITER", 3, trainer=UserTrainer)
     assert {"boxes/number", "boxes_TTA/number"} <= metrics(tmp_path)[-1].keys()
     warned = [line for line in log(tmp_path).splitlines() if "WARNING" in line]
+    # After each evaluation, and with the losses of its step.
+    rows = {row["iteration"]: row for row in metrics(tmp_path)}
+    assert {"boxes/number", "total_loss"} <= rows[1].keys() and "boxes/number" in rows[3]
     assert sum("UserTrainer.build_train_loader" in line for line in warned) == 1
     assert Offline.calls == 1 and sum("ConnectionError" in line for line in warned) == 1
     saved = checkpoint(tmp_path)
@@ -349,7 +352,7 @@ def test_build_hooks_order(world: World, tmp_path) -> None:
         StopOnSignal,
         hooks.PeriodicCheckpointer,
         SavedEvaluation,
-        hooks.PeriodicWriter,
+        PeriodicWriter,
     ]
     assert [kind for kind in kinds if kind in order] == order
     modules = list(trainer.model.modules())

@@ -110,17 +110,32 @@ def test_write_report_beside_control_and_teacher(tmp_path: Path) -> None:
 
 def test_write_report_of_several_runs(tmp_path: Path) -> None:
     run, control, teacher = write_pair(tmp_path)
-    page = page_of(run, teacher, control=control)
+    cfg = config(write_set(tmp_path / "data"), teacher=str(teacher), SOLVER__BASE_LR=0.01)
+    page = page_of(run, write_run(tmp_path / "slow", cfg, rows(ap=40.0)), control=control)
     assert "2 trainings side by side" in page.html
-    assert page.row("ssim")[2] == "+10.0" and page.row("teacher")[2] == "+40.0"
-    assert "AP by iteration: ssim, teacher, plain" in page.html
-    assert ["SOLVER.MAX_ITER", "60", "90", "60", "40000"] in page.rows
+    assert page.row("ssim")[2] == "+10.0" and page.row("slow")[2] == "+20.0"
+    assert "AP by iteration: ssim, slow, plain, teacher" in page.html
+    assert page.row("SOLVER.BASE_LR")[1:] == ["0.02", "0.01", "0.02", "0.001"]
+
+
+def test_write_report_finds_teacher_and_control_among_the_runs(tmp_path: Path) -> None:
+    run, control, teacher = write_pair(tmp_path)
+    # Another that could be the control, but is not on the page.
+    write_run(tmp_path / "again", config(write_set(tmp_path / "data")), rows())
+    page = page_of(teacher, run, control)
+    roles = [(row[0], row[2], row[-1]) for row in page.rows[1:4]]
+    assert roles == [
+        ("ssim", "+10.0", "distilled"),
+        ("plain", "–", "control"),
+        ("teacher", "–", "teacher"),
+    ]
+    assert "25% of the gap" in page.sections["result"] and "Control" not in page.sections["ap"]
 
 
 def test_write_report_of_runs_with_one_teacher_and_with_several(tmp_path: Path) -> None:
     run, control, teacher = write_pair(tmp_path)
     page = page_of(control, run)
-    assert page.row("teacher")[-1] == "teacher" and page.row("plain")[-1] == "plain"
+    assert page.row("teacher")[-1] == "teacher" and page.row("plain")[-1] == "control"
     other = write_run(tmp_path / "other", config(write_set(tmp_path / "data")), rows())
     cfg = config(write_set(tmp_path / "data"), teacher=str(other))
     page = page_of(run, write_run(tmp_path / "second", cfg, rows(distils=True)))
