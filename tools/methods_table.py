@@ -208,8 +208,8 @@ def notes() -> str:
         commits = sorted({run["commit"] for run in students if run["arm"] != "none"})
         found.append(
             f"AP: [runs and intervals](../docs/results_methods.md), commits {', '.join(commits)}. "
-            f"Gain: over the plain student of the same seed, which has {plain}. Nothing was tuned: the weights are "
-            "those of COCO. Of one seed, a gain below 1 is within noise."
+            f"Gain: over the plain student of the same seed, which has {plain}. Nothing was tuned: "
+            "the weights are those of COCO. Of one seed, a gain below 1 is within noise."
         )
         found += on_retinanet()
     return "\n\n".join(found)
