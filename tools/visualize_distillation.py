@@ -33,20 +33,22 @@ from ssim_kd.visualization import PANELS, LossMaps, loss_maps, map_panels, pyram
 
 PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
 <title>What is distilled</title>
 <style>
-:root { color-scheme: light dark; } body { font: 15px system-ui, sans-serif; margin: 2em; }
-img { max-width: 100%; } table { border-collapse: collapse; }
+:root { color-scheme: light dark; } body { font: 15px system-ui, sans-serif; }
+body { margin: clamp(12px, 3vw, 32px); overflow-wrap: anywhere; }
+img { max-width: 100%; } div { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { padding: .2em .8em; text-align: right; }
 </style>
 <h1>What is distilled</h1>
 <p>{{ weights }}; {{ data }}. Over each image, by level: {{ panels | join(", ") }}. Loss: black 0,
 yellow 0.5 or more. Luminance, contrast, structure: black 1 (equal), yellow 0. Activations and l2:
 each map's own range. The table holds the means over the images.</p>
-<table><tr><th>level</th>{% for name in panels %}<th>{{ name }}</th>{% endfor %}</tr>
+<div><table><tr><th>level</th>{% for name in panels %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for level, means in table.items() %}<tr><th>{{ level }}</th>
 {% for name in panels %}<td>{{ "%.4f" | format(means[name]) }}</td>{% endfor %}</tr>{% endfor %}
-</table>
+</table></div>
 {% for name, title in sheets %}<h2>{{ title }}</h2>
 <img src="{{ name }}" alt="{{ title }}" loading="lazy">
 {% endfor %}
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         maps = loss_maps(model, inputs)
         image = to_rgb(inputs[0]["image"], cfg.INPUT.FORMAT)
         figure = draw_sheet(image, 0, maps, strides)
-        sheets.append((f"{number:03d}.png", record["file_name"]))
+        sheets.append((f"{number:03d}.png", Path(record["file_name"]).name))
         figure.savefig(args.output / sheets[-1][0], dpi=110)
         pyplot.close(figure)
         for level, found in maps.items():

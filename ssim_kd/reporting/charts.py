@@ -133,6 +133,8 @@ def curves(name: str, title: str, lines: Sequence[Line], *, evaluations: bool = 
         else:
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=_STEPS, min_n_ticks=4))
             axes.margins(y=0.08)
+            if evaluations:
+                axes.set_ylim(_range_of_ap(*axes.get_ylim()))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
@@ -190,11 +192,15 @@ def dots(name: str, title: str, rows: Sequence[str], lines: Sequence[Line]) -> s
             )
         _rows(axes, rows)
         axes.margins(x=0.06)
-        low, high = axes.get_xlim()
-        wider = max(0.0, _LEAST_RANGE - (high - low)) / 2
-        lowest = max(low - wider, min(low, -0.2))  # no AP is below 0
-        axes.set_xlim(lowest, max(high + wider, lowest + _LEAST_RANGE))
+        axes.set_xlim(_range_of_ap(*axes.get_xlim(), room=0.2))
         return _svg(figure, name, f"{title}: {', '.join(line.label for line in lines)}")
+
+
+def _range_of_ap(low: float, high: float, *, room: float = 0.0) -> tuple[float, float]:
+    """At least ``_LEAST_RANGE`` wide, and none of it below 0 but room for a mark."""
+    wider = max(0.0, _LEAST_RANGE - (high - low)) / 2
+    lowest = max(low - wider, -room)
+    return lowest, max(high + wider, lowest + _LEAST_RANGE)
 
 
 def _rows(axes: Axes, rows: Sequence[str]) -> None:
@@ -203,6 +209,7 @@ def _rows(axes: Axes, rows: Sequence[str]) -> None:
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    axes.xaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
     axes.grid(axis="x")
 
 

@@ -236,6 +236,8 @@ def draw_boxes(truth: COCO, detections: Detections, number: int) -> dict[str, An
         boxes.append(_box(truth, detection, kind))
     named = [CORRECT, *sorted(count.keys() - {CORRECT, IGNORED, "not found"}), "not found"]
     parts = [f"{count[kind]} {kind}" for kind in named if count[kind] or kind == CORRECT]
+    if not shown:
+        parts.insert(0, f"no detection at {MIN_SCORE} or more")
     return {"boxes": boxes, "summary": ", ".join(parts)}
 
 

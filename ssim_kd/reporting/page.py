@@ -4,13 +4,14 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import figures, tables
 from .columns import Column, Comparison, compare
 from .detections import MIN_SCORE
-from .runs import read_run
+from .runs import Run, read_run
 
 
 def write_report(
@@ -87,9 +88,20 @@ def _subtitle(shown: Sequence[Column]) -> str:
     run, parts = shown[0].run, []
     terms = run.get("MODEL.DISTILL.TERMS") or [[run.get("MODEL.DISTILL.NAME", default="")]]
     if run.distils and not run.is_lazy:
-        parts.append("distilled: " + " + ".join(str(term[0]) for term in terms))
+        parts.append("distilled: " + " + ".join(_term(run, term) for term in terms))
     else:
         parts.append("distilled" if run.distils else "plain, without distillation")
     iterations = run.get("SOLVER.MAX_ITER", "train.max_iter")
     parts += [f"{iterations} iterations"] if iterations else []
     return " · ".join([*parts, *run.test_sets[:1]])
+
+
+def _term(run: Run, term: Sequence[Any]) -> str:
+    """A distiller's loss and weight: "SSIM, weight 4"."""
+    own = dict(zip(term[1::2], term[2::2], strict=False))
+    name = str(term[0])
+    if name == "FeatureDistiller":
+        name = str(own.get("LOSS", run.get("MODEL.DISTILL.LOSS", default=name)))
+        name = "SSIM" if name == "ssim" else name
+    weight = own.get("LOSS_WEIGHT", run.get("MODEL.DISTILL.LOSS_WEIGHT"))
+    return name.removesuffix("Distiller") + (f", weight {weight:g}" if weight is not None else "")

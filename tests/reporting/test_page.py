@@ -34,7 +34,7 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag not in ("meta", "link", "img", "br"):
+        if tag not in ("meta", "link", "img", "br", "wbr"):
             self.open.append(tag)
         names = dict(attrs)
         if tag == "section":
@@ -142,6 +142,19 @@ def test_write_report_of_runs_with_one_teacher_and_with_several(tmp_path: Path) 
     notes = page.sections["ap"]
     assert "Teacher: not available: there are several" in notes and "--teacher" in notes
     assert str(teacher) in notes and str(other) in notes
+
+
+def test_write_report_of_a_feature_loss_that_detects_nothing(tmp_path: Path) -> None:
+    keys = {"MODEL__DISTILL__NAME": "FeatureDistiller", "MODEL__DISTILL__LOSS": "ssim"}
+    cfg = config(write_set(tmp_path / "data"), teacher="t", **keys, MODEL__DISTILL__LOSS_WEIGHT=4.0)
+    run = write_run(tmp_path / "distilled", cfg, rows(ap=0.0), found=[{**FOUND[0], "score": 0.1}])
+    page = page_of(run)
+    assert "distilled: SSIM, weight 4 ·" in page.html and "FeatureDistiller ·" not in page.html
+    assert "<small>distilled</small>" not in page.html
+    assert "no detection at 0.5 or more" in page.sections["pictures"]
+    assert "MODEL.<wbr>META_<wbr>ARCHITECTURE" in page.html
+    labels = page.html.split('aria-label="AP by iteration')[1].split("</svg>")[0]
+    assert ">0</text>" in labels and "\u2212" not in labels
 
 
 def test_write_report_of_a_plain_run(tmp_path: Path) -> None:
