@@ -167,6 +167,8 @@ def bars(name: str, title: str, rows: Sequence[str], lines: Sequence[Line]) -> s
         _rows(axes, rows)
         axes.axvline(0, color=_MUTED, linewidth=0.8)
         axes.margins(x=0.14)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low if low < -0.5 else 0, max(high, 1.0))
         return _svg(figure, name, f"{title}: {', '.join(line.label for line in lines)}")
 
 
