@@ -1,6 +1,8 @@
 """Reads config files: with their bases, without running code, and with errors that say where."""
 
+import copy
 import difflib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +10,10 @@ from typing import Any
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
+from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from fvcore.common.config import BASE_KEY
+from omegaconf import DictConfig
 
 _ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
 
@@ -70,6 +74,20 @@ def is_saved_lazy_config(path: str) -> bool:
     return "model" in keys and "MODEL" not in keys
 
 
+def load_lazy_file(path: str) -> DictConfig:
+    """``LazyConfig.load``, which runs a file once in a process: it may register data sets.
+
+    A file that has been written since is run again. A base of it that was is not noticed.
+    """
+    written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0
+    return copy.deepcopy(_run_lazy_file(os.path.abspath(path) if written else path, written))
+
+
+@functools.cache
+def _run_lazy_file(path: str, written: int) -> DictConfig:
+    return LazyConfig.load(path)
+
+
 def did_you_mean(cfg: CN, message: str) -> str:
     """What may be meant by the unknown key that a message of yacs ends with.
 
@@ -81,7 +99,9 @@ def did_you_mean(cfg: CN, message: str) -> str:
         " Did you mean MODEL.DISTILL.LOSS?"; "" if no key is like it.
     """
     key = message.rsplit(": ", 1)[-1].strip("'\" ")
-    near = difflib.get_close_matches(key, list(_dotted(cfg)), n=2, cutoff=0.85)
+    known = dict.fromkeys(_dotted(cfg))
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, 6)}
+    near = difflib.get_close_matches(key, sorted({*known, *sections}), n=2, cutoff=0.85)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

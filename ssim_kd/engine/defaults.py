@@ -126,6 +126,8 @@ def _run_process(
 def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
     """Detectron2's defaults, ours, the file, the overrides; frozen.
 
+    ``args.config_file`` becomes the path of the file, which Detectron2's ``default_setup`` opens.
+
     Raises:
         ValueError: an unknown key, a file that is not readable, or what :func:`check_config`
             raises.
@@ -135,7 +137,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     if add_config is not None:
         add_config(cfg)
         share_keys(add_config)
-    config_file = find_config_file(os.path.expanduser(args.config_file))
+    config_file = args.config_file = find_config_file(os.path.expanduser(args.config_file))
     in_file = _merge_file(cfg, config_file) if config_file else set()
     by_hand = {str(key) for key in args.opts[::2]}
     # Arguments of another program's may lack these.

@@ -31,6 +31,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
+from ..config_files import find_config_file, load_lazy_file
 from ..modeling import DistilledDetector
 from .errors import start_up
 from .evaluation import set_up_evaluation
@@ -56,11 +57,14 @@ def is_lazy(config_file: str) -> bool:
 def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     """Read ``--config-file`` and apply the overrides ("key=value").
 
+    ``args.config_file`` becomes the path of the file, which Detectron2's ``default_setup`` opens.
+
     Raises:
         ValueError: the file cannot be read, lacks a part, or an override does not fit.
     """
+    args.config_file = find_config_file(os.path.expanduser(args.config_file))
     try:
-        cfg = LazyConfig.load(os.path.expanduser(args.config_file))
+        cfg = load_lazy_file(args.config_file)
         cfg = LazyConfig.apply_overrides(cfg, list(args.opts))
     except Exception as error:
         raise ValueError(

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..config import add_distill_config, add_shared_keys, student_config
-from ..config_files import is_saved_lazy_config, merge_file
+from ..config_files import is_saved_lazy_config, load_lazy_file, merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _fill(node: CfgNode, other: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _lazy_source(name: str, path: str, weights: str, opts: Sequence[Any]) -> TeacherSource:
-    config = LazyConfig.load(path)
+    config = load_lazy_file(path)
     if "model" not in config:
         raise ValueError("it has no 'model'")
     config = LazyConfig.apply_overrides(config, [str(x) for x in opts])

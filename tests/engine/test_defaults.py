@@ -340,3 +340,36 @@ def test_run_prints_one_line_of_an_error_of_spawned_processes(
     last = output.err.rstrip().splitlines()[-1]
     assert last.startswith("ERROR: MODEL.DISTILL.TEACHER.WEIGHTS is '/nowhere.pth'")
     assert "Traceback" not in output.err + output.out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",  # of the zoo
+        "COCO-Detection/plain_faster_rcnn_R_50_FPN_1x.yaml",  # shipped
+        "~/student.yaml",
+    ],
+)
+def test_run_of_a_config_that_is_no_file_of_the_working_directory(
+    name, world: World, tmp_path, monkeypatch, capfd
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(world.config, tmp_path / "student.yaml")
+    line = ["--config-file", name, "OUTPUT_DIR", str(tmp_path / "out")]
+    line += ["MODEL.WEIGHTS", "/nowhere.pth"]
+    with pytest.raises(SystemExit):
+        run(argument_parser().parse_args(line), add_project_configs)
+    # What follows default_setup.
+    assert "ERROR: MODEL.WEIGHTS is '/nowhere.pth'" in capfd.readouterr().err
+    text = (tmp_path / "out/log.txt").read_text()
+    assert "Contents of args.config_file=/" in text and f"{Path(name).name}:" in text
+    assert (tmp_path / "out/config.yaml").is_file()
+
+
+def test_load_config_unknown_section_in_a_file(world: World, tmp_path) -> None:
+    config = tmp_path / "near.yaml"
+    for text, meant in (("MODEL: {DISTIL: {LOSS: l2}}", "MODEL.DISTILL"), ("SOLVR: {}", "SOLVER")):
+        config.write_text(f"_BASE_: {world.config}\n{text}\n")
+        with pytest.raises(ValueError, match=rf"Did you mean {meant}\?"):
+            world.cfg(tmp_path, config=config)

@@ -189,3 +189,29 @@ def test_load_lazy_config_home(configs, monkeypatch, tmp_path) -> None:
     arguments = ["--config-file", str(configs["student"]), "train.output_dir='~/out'"]
     cfg = load_lazy_config(argument_parser().parse_args(arguments))
     assert cfg.train.output_dir == f"{tmp_path}/out"
+
+
+def test_lazy_main_of_a_shipped_config_by_its_name(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        lazy_run(Path("COCO-Detection/plain_fcos_R_50_FPN_1x.py"), tmp_path, "train.device=nothing")
+    # What follows default_setup.
+    assert "ERROR: " in (error := capfd.readouterr().err) and "nothing" in error
+    assert "plain_fcos_R_50_FPN_1x.py:" in log(tmp_path)
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_lazy_main_runs_a_file_that_registers_data_once(configs, tmp_path) -> None:
+    config = tmp_path / "registers.py"
+    register = (
+        "from detectron2.data.datasets import register_coco_instances\n"
+        f"register_coco_instances('{tmp_path.name}', {{}}, 'a.json', 'a')\n"
+    )
+    config.write_text(configs["teacher"].read_text() + register)
+    lazy_run(config, tmp_path / "out", "train.max_iter=1", "train.eval_period=0")
+    assert checkpoint(tmp_path / "out")["iteration"] == 0
+    # As a teacher it is read several times, with overrides that do not stay.
+    for width in (8, 16):
+        opts = [f"model.backbone.top_block.out_channels={width}"]
+        teacher = FrozenTeacher.load_from(str(config), weights=str(configs["weights"]), opts=opts)
+        assert teacher is not None
