@@ -257,7 +257,7 @@ def test_readme_distill(user: World, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run_block("README.md", 2)
     # 12 epochs of 6 images, a batch of 4.
     assert names["trainer"].max_iter == 18
-    assert (user.folder / "output/model_final.pth").is_file()
+    assert (user.folder / "output/distilled/model_final.pth").is_file()
 
 
 def test_readme_pyramid_loss() -> None:

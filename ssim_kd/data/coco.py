@@ -28,6 +28,8 @@ _JSON_READERS = (
 
 # What this process has registered: name -> (json file, image folder).
 _REGISTERED: dict[str, tuple[str, str]] = {}
+# Where a set is described, if not in the config: (name, json file) -> "entry 'val' of data.yaml".
+_SOURCES: dict[tuple[str, str], str] = {}
 
 
 def register_coco(cfg: CfgNode) -> None:
@@ -124,9 +126,17 @@ def count_classes(json_file: str) -> int:
     return len(categories)
 
 
-def is_registered_here(name: str) -> bool:
-    """Whether the data set comes from ``DATASETS.REGISTER_COCO``."""
-    return name in _REGISTERED
+def note_source(name: str, json_file: str, source: str) -> None:
+    """Note what describes an entry of ``DATASETS.REGISTER_COCO``, for :func:`source_of_set`."""
+    _SOURCES[name, json_file] = source
+
+
+def source_of_set(name: str) -> str:
+    """Where the paths of a data set can be corrected; "" if it is not registered here."""
+    if name not in _REGISTERED:
+        return ""
+    default = "DATASETS.REGISTER_COCO (relative to the working directory)"
+    return _SOURCES.get((name, _REGISTERED[name][0]), default)
 
 
 def _parse(position: int, entry: Any) -> tuple[str, str, str]:

@@ -5,7 +5,9 @@ sets by hand wins. What they chose is logged.
 """
 
 import argparse
+import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Collection
@@ -17,7 +19,8 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import default_argument_parser
 
-from ..data import count_classes, register_datasets
+from ..data import check_datasets, count_classes, register_datasets
+from ..data.coco import note_source
 from ..data.validation import num_classes_key
 
 logger = logging.getLogger(__name__)
@@ -130,7 +133,12 @@ def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
     cfg.DATASETS.REGISTER_COCO = [*registered, *entries.values()]
     cfg.DATASETS.TRAIN = (entries["train"][0],)
     cfg.DATASETS.TEST = tuple(entries[split][0] for split in ("val", "test") if split in entries)
-    classes = count_classes(entries["train"][1])
+    for split, (entry, json_file, _) in entries.items():
+        note_source(entry, json_file, f"entry {split!r} of {path}")
+    try:
+        classes = count_classes(entries["train"][1])
+    except ValueError as error:
+        raise ValueError(f"--data {path}, entry 'train': {error}") from error
     read = num_classes_key(cfg) or CLASS_KEYS[0]
     for key in CLASS_KEYS:
         *parents, leaf = key.split(".")
@@ -147,68 +155,113 @@ def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
 
 
 _SET_KEYS = ("json", "images")
+_SPLITS = ("train", "val", "test")
+# Keys that a message shows.
+_SHOWN = 8
 
 
 def _read_data_file(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            sets = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            # YAML takes minutes to read the json of a big set, which may be given by mistake.
+            sets = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise ValueError(f"DATASETS.DATA_FILE (--data) {path} is not readable: {error}") from error
-    splits = ("train", "val", "test")
     valid = (
         isinstance(sets, dict)
         and "train" in sets
-        and set(sets) <= {"name", *splits}
+        and set(sets) <= {"name", *_SPLITS}
         and all(
             isinstance(sets[s], dict)
             and set(sets[s]) == set(_SET_KEYS)
             and all(isinstance(value, str) for value in sets[s].values())
-            for s in splits
+            for s in _SPLITS
             if s in sets
         )
     )
     if not valid:
         raise ValueError(
-            f"DATASETS.DATA_FILE (--data) {path} holds {sets!r}; expected 'train', 'val' and "
-            "'test' (train at least), each {json: FILE, images: FOLDER}, and 'name'."
+            f"DATASETS.DATA_FILE (--data) {path} holds {_outline(sets)}; expected a YAML file with "
+            "'train', 'val' and 'test' (train at least), each {json: FILE, images: FOLDER}, and "
+            "'name'."
         )
     return dict(sets)
 
 
+def _outline(content: Any, depth: int = 1) -> str:
+    """The keys of a mapping and of those in it, or the type: a file may hold a million values."""
+    if not isinstance(content, dict):
+        return "nothing" if content is None else f"a {type(content).__name__}"
+    if not depth:
+        return f"the keys {_some(content)}"
+    return f"the keys {_some(content)}" + "".join(
+        f", in {key!r} {_outline(value, depth - 1)}"
+        for key, value in list(content.items())[:_SHOWN]
+        if key in _SPLITS
+    )
+
+
+def _some(keys: Collection[Any]) -> str:
+    shown = ", ".join(str(key)[:40] for key in list(keys)[:_SHOWN])
+    return f"{shown}, ..." if len(keys) > _SHOWN else shown
+
+
 def apply_schedule(
-    cfg: CfgNode, *, epochs: float | None, batch: int | None, by_hand: Collection[str]
+    cfg: CfgNode,
+    *,
+    epochs: float | None,
+    batch: int | None,
+    by_hand: Collection[str],
+    max_iter: int | None = None,
 ) -> list[str]:
     """Set the schedule that ``--epochs`` and ``--batch`` ask for.
 
     With a batch of B images for the config's B0 the learning rate becomes B / B0 of the config's.
-    E epochs are E x images / B iterations; STEPS keep their share of MAX_ITER. Without epochs a
-    batch keeps the number of images that are seen.
+    E epochs are E x images / B iterations; STEPS keep their share of MAX_ITER, and those that
+    fall on its end are left out. Without epochs a batch keeps the number of images that are seen.
+    With epochs the student is evaluated after each, and saved once in each at most.
 
     Args:
         cfg: changed in place; its data sets can be registered.
         epochs: > 0; None: ``SOLVER.EPOCHS``, where 0 leaves MAX_ITER as it is.
         batch: images a step, >= 1; None: as in the config.
-        by_hand: keys of KEY VALUE pairs, which stay as they are.
+        by_hand: keys of KEY VALUE pairs, which stay as they are; so does their MAX_ITER.
+        max_iter: of the config without these pairs, to which its STEPS belong; None: that of cfg.
 
     Returns:
-        what was set, a line; [] for nothing.
+        what was set, and what a pair stands for; [] for nothing.
 
     Raises:
-        ValueError: a value out of its range, or a length that is given twice.
+        ValueError: a value out of its range, a length that two pairs give, or one that is shorter
+            than a step.
     """
     solver = cfg.SOLVER
-    epochs = solver.EPOCHS if epochs is None else epochs
-    if epochs < 0 or (batch is not None and batch < 1):
-        raise ValueError(f"--epochs is {epochs} and --batch {batch}; expected positive numbers.")
-    if not epochs and batch is None:
-        return []
-    if epochs and "SOLVER.MAX_ITER" in by_hand:
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs is {epochs}; expected a positive number.")
+    if batch is not None and batch < 1:
+        raise ValueError(f"--batch is {batch}; expected a positive number.")
+    if not 0 <= solver.EPOCHS < math.inf:
+        raise ValueError(f"SOLVER.EPOCHS is {solver.EPOCHS}; expected 0 or a positive number.")
+    if solver.EPOCHS and {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"} <= set(by_hand):
         raise ValueError(
-            f"SOLVER.EPOCHS (--epochs) is {epochs} and SOLVER.MAX_ITER {solver.MAX_ITER}; expected "
-            "one of them."
+            f"SOLVER.EPOCHS is {solver.EPOCHS} and SOLVER.MAX_ITER {solver.MAX_ITER}; expected one "
+            "of them."
         )
+    notes = []
+    if epochs is None or "SOLVER.EPOCHS" in by_hand:
+        if epochs is not None:
+            notes.append(
+                f"SOLVER.EPOCHS {solver.EPOCHS:g} is set by hand: not --epochs {epochs:g}."
+            )
+        epochs = solver.EPOCHS
+    if batch is not None and "SOLVER.IMS_PER_BATCH" in by_hand:
+        notes.append(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is set by hand: not --batch.")
+        batch = None
+    if not epochs and batch is None:
+        return notes
     before, factor = int(solver.MAX_ITER), 1.0
+    if epochs and max_iter is not None:
+        before = max_iter
     if batch is not None:
         factor = batch / solver.IMS_PER_BATCH
         solver.IMS_PER_BATCH = batch
@@ -216,29 +269,53 @@ def apply_schedule(
             solver.BASE_LR = float(solver.BASE_LR * factor)
     images = None
     if epochs:
-        register_datasets(cfg)
-        images = len(
-            get_detection_dataset_dicts(
-                list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        images = _count_images(cfg)
+        steps = round(epochs * images / solver.IMS_PER_BATCH)
+        if "SOLVER.MAX_ITER" in by_hand:
+            notes.append(
+                f"SOLVER.MAX_ITER {solver.MAX_ITER} is set by hand: not the {steps} iterations of "
+                f"--epochs (SOLVER.EPOCHS) {epochs:g}."
             )
-        )
-        solver.MAX_ITER = max(1, round(epochs * images / solver.IMS_PER_BATCH))
+        elif not steps:
+            raise ValueError(
+                f"--epochs (SOLVER.EPOCHS) is {epochs:g} and --batch (SOLVER.IMS_PER_BATCH) "
+                f"{solver.IMS_PER_BATCH}, which of {images} images is less than one iteration; "
+                "expected more epochs or a smaller batch."
+            )
+        else:
+            solver.MAX_ITER = steps
         if not cfg.TEST.EVAL_PERIOD and "TEST.EVAL_PERIOD" not in by_hand:
             cfg.TEST.EVAL_PERIOD = max(1, images // solver.IMS_PER_BATCH)
     elif "SOLVER.MAX_ITER" not in by_hand:
         solver.MAX_ITER = max(1, round(before / factor))
     ratio = solver.MAX_ITER / before
     if "SOLVER.STEPS" not in by_hand:
-        solver.STEPS = tuple(sorted({s for s in (round(x * ratio) for x in solver.STEPS) if s}))
+        scaled = {round(step * ratio) for step in solver.STEPS}
+        solver.STEPS = tuple(sorted(step for step in scaled if 0 < step < solver.MAX_ITER))
     for key in _PERIODS:
         if f"SOLVER.{key}" not in by_hand:
             solver[key] = max(1, round(solver[key] * min(ratio, 1.0))) if solver[key] else 0
+    if images and solver.CHECKPOINT_PERIOD and "SOLVER.CHECKPOINT_PERIOD" not in by_hand:
+        epoch = math.ceil(images / solver.IMS_PER_BATCH)
+        solver.CHECKPOINT_PERIOD = max(solver.CHECKPOINT_PERIOD, epoch)
     seen = f" for {images} images" if images is not None else ""
     return [
+        *notes,
         f"Schedule{seen}: SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, MAX_ITER {solver.MAX_ITER}, "
         f"STEPS {solver.STEPS}, BASE_LR {solver.BASE_LR:g}, WARMUP_ITERS {solver.WARMUP_ITERS}, "
-        f"CHECKPOINT_PERIOD {solver.CHECKPOINT_PERIOD}; TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}"
+        f"CHECKPOINT_PERIOD {solver.CHECKPOINT_PERIOD}; TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}",
     ]
+
+
+def _count_images(cfg: CfgNode) -> int:
+    """The number of images that are trained on; the checks name a fault."""
+    register_datasets(cfg)
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    try:
+        return len(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=filter_empty))
+    except Exception:
+        check_datasets(cfg, train=True)
+        raise
 
 
 def resolved_options(cfg: CfgNode) -> list[Any]:

@@ -147,6 +147,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     if cfg.DATASETS.DATA_FILE:
         path = _beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
         notes += apply_data(cfg, path, in_file)
+    max_iter = cfg.SOLVER.MAX_ITER
     _merge_options(cfg, list(args.opts))
     if flags["teacher"]:
         apply_teacher(cfg, flags["teacher"])
@@ -156,7 +157,8 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     teacher.CONFIG_FILE = _beside(teacher.CONFIG_FILE, config_file)
     evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
     if not evaluate:
-        notes += apply_schedule(cfg, epochs=flags["epochs"], batch=flags["batch"], by_hand=by_hand)
+        length = {"epochs": flags["epochs"], "batch": flags["batch"], "max_iter": max_iter}
+        notes += apply_schedule(cfg, **length, by_hand=by_hand)
     notes += use_cpu_without_gpu(cfg, by_hand | in_file)
     args.notes = [*getattr(args, "notes", []), *notes]
     check_config(cfg, evaluate=evaluate)

@@ -12,8 +12,9 @@ from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
-from ssim_kd.data import register_datasets
-from ssim_kd.engine import argument_parser, distill, load_config, main
+from ssim_kd.data import check_datasets, register_datasets
+from ssim_kd.engine import DistillTrainer, argument_parser, distill, load_config, main
+from ssim_kd.engine.preflight import check_schedule
 from ssim_kd.engine.train_loop import DistillStep
 from ssim_kd.modeling import DistilledDetector, SSIMDistiller
 from ssim_kd.projects import add_project_configs
@@ -175,8 +176,77 @@ def test_apply_schedule_by_hand_worked_numbers(tmp_path) -> None:
 def test_apply_schedule_of_two_lengths(tmp_path) -> None:
     path = data_file(tmp_path / "parts")
     with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS") as caught:
-        cfg_of("--data", path, "--epochs", 2, "SOLVER.MAX_ITER", 7)
+        cfg_of("--data", path, "SOLVER.EPOCHS", 2.0, "SOLVER.MAX_ITER", 7)
     assert "SOLVER.MAX_ITER" in str(caught.value)
+    # A pair wins over a flag, and over the config file. The zoo: steps at 60000 and 80000 of 90000.
+    config = tmp_path / "epochs.yaml"
+    config.write_text(
+        f"_BASE_: {model_zoo.get_config_file('COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml')}\n"
+        "SOLVER: {EPOCHS: 2.0}\n"
+    )
+    line = ("--config-file", config, "--data", path)
+    for flags in ((), ("--epochs", 3)):
+        cfg, args = cfg_of(*line, *flags, "SOLVER.MAX_ITER", 9, "SOLVER.IMS_PER_BATCH", 4)
+        assert cfg.SOLVER.MAX_ITER == 9 and cfg.SOLVER.STEPS == (6, 8)
+        assert any("SOLVER.MAX_ITER 9 " in note and "--epochs" in note for note in args.notes)
+    cfg, _ = cfg_of(*line, "--epochs", 3, "--batch", 2, "SOLVER.EPOCHS", 5.0)
+    assert cfg.SOLVER.MAX_ITER == 20
+    cfg, _ = cfg_of(*line, "--batch", 2, "SOLVER.IMS_PER_BATCH", 4)
+    assert cfg.SOLVER.IMS_PER_BATCH == 4 and cfg.SOLVER.MAX_ITER == 4
+
+
+def test_apply_schedule_of_a_short_epoch(tmp_path) -> None:
+    line = ("--config-file", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    line += ("--data", data_file(tmp_path / "parts"))  # 8 images
+    # 2 iterations: 1.33 and 1.78 of them are the steps.
+    cfg, _ = cfg_of(*line, "--epochs", 1, "--batch", 4)
+    assert cfg.SOLVER.MAX_ITER == 2 and cfg.SOLVER.STEPS == (1,)
+    check_schedule(cfg, DistillTrainer)
+    # 6 iterations: at 4 and 5; one checkpoint an epoch of 2.
+    cfg, _ = cfg_of(*line, "--epochs", 3, "--batch", 4)
+    assert cfg.SOLVER.STEPS == (4, 5)
+    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (2, 2)
+    cfg, _ = cfg_of(*line, "--epochs", 3, "--batch", 4, "SOLVER.CHECKPOINT_PERIOD", 1)
+    assert cfg.SOLVER.CHECKPOINT_PERIOD == 1
+    with pytest.raises(ValueError, match=r"--epochs .*0\.1.* --batch .*16.* 8 images"):
+        cfg_of(*line, "--epochs", 0.1)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--epochs", 0), ("--epochs", -1), ("--epochs", "inf"), ("--batch", 0)]
+)
+def test_apply_schedule_of_no_length(flags, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} is"):
+        cfg_of("--config-file", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", *flags)
+
+
+def test_apply_schedule_of_data_with_a_fault(tmp_path) -> None:
+    path = data_file(tmp_path / "faulty")
+    content = json.loads((tmp_path / "faulty/train.json").read_text())
+    content["annotations"][2]["category_id"] = 9
+    (tmp_path / "faulty/train.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN.*train\.json.*category_id"):
+        cfg_of("--data", path, "--epochs", 1)
+
+
+def test_apply_data_of_a_json_of_coco(tmp_path) -> None:
+    data_file(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"YAML") as caught:
+        cfg_of("--data", tmp_path / "parts/val.json")
+    text = str(caught.value)
+    assert "images, annotations, categories" in text and "0.png" not in text and len(text) < 400
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_apply_data_that_names_a_missing_json(split, tmp_path) -> None:
+    path = data_file(tmp_path / f"lacks_{split}", name=f"lacks_{split}")
+    (path.parent / f"{split}.json").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{split}\.json") as caught:
+        cfg, _ = cfg_of("--data", path)
+        register_datasets(cfg)
+        check_datasets(cfg, train=True)
+    text = str(caught.value)
+    assert f"entry '{split}'" in text and str(path) in text and "REGISTER_COCO" not in text
 
 
 def test_use_cpu_without_gpu_unless_set_by_hand(monkeypatch, tmp_path) -> None:

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..coco import is_registered_here, own_json_file, read_records, reads_json_file
+from ..coco import own_json_file, read_records, reads_json_file, source_of_set
 from ..digits import ensure_digits
 from .annotations import Needs
 from .classes import (
@@ -317,8 +317,8 @@ def _refuse(where: str, json_file: str, problems: list[str]) -> None:
 
 
 def _advice(name: str) -> str:
-    if is_registered_here(name):
-        return "Correct the path in DATASETS.REGISTER_COCO (relative to the working directory)."
+    if source := source_of_set(name):
+        return f"Correct the path in {source}."
     root = os.environ.get("DETECTRON2_DATASETS")
     state = f"it is {root!r}" if root else "it is not set, so ./datasets is used"
     return (
