@@ -254,3 +254,15 @@ def test_weights_hash_is_that_of_the_student(tmp_path: Path) -> None:
         return measuring.weights_hash(path)
 
     assert hash_of(1.0, 2) == hash_of(1.0, 3) != hash_of(1.5, 2)
+
+
+def test_a_student_that_detects_nothing_has_an_ap_of_zero(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "model_final.pth")
+    row = {"iteration": 9, **{f"bbox/{name}": float("nan") for name in ("AP", "AP50", "AP75")}}
+    (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference" / "coco_instances_results.json").write_text("[]")
+    request = {"small_box": 400, "teacher_sha256": ""}
+    found = measuring.measure(tmp_path, str(tmp_path), request, {})["measured"]
+    assert found["metrics"] == dict.fromkeys(("AP", "AP50", "AP75", "small", "large"), 0.0)
+    assert found["curve"] == [[9, 0.0]]

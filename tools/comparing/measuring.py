@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -39,11 +40,12 @@ def measure(
     """
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     evaluated = [row for row in rows if "bbox/AP" in row]
-    metrics = {name: evaluated[-1][f"bbox/{name}"] for name in NAMES}
+    # Detectron2 has NaN where nothing is detected.
+    metrics = {name: _or_zero(evaluated[-1][f"bbox/{name}"]) for name in NAMES}
     metrics |= by_size(folder, request["small_box"])
     own = {
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
-        "curve": [[int(row["iteration"]), round(row["bbox/AP"], 2)] for row in evaluated],
+        "curve": [[int(row["iteration"]), round(_or_zero(row["bbox/AP"]), 2)] for row in evaluated],
         **measured,
         "weights_sha256": weights_hash(folder / "model_final.pth"),
         "commit": _git(code, "rev-parse", "--short=10", "HEAD"),
@@ -59,6 +61,8 @@ def by_size(folder: Path, small_box: float) -> dict[str, float]:
     COCO's own areas do not part the small images of a study.
     """
     found = folder / "inference" / "coco_instances_results.json"
+    if not json.loads(found.read_text()):
+        return {"small": 0.0, "large": 0.0}
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         coco = COCO(ground_truth(folder))
         for annotation in coco.dataset["annotations"]:
@@ -75,6 +79,10 @@ def by_size(folder: Path, small_box: float) -> dict[str, float]:
         values = precision[:, :, :, place, 0]
         sizes[name] = 100 * float(np.mean(values[values > -1]))
     return sizes
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
 
 
 def ground_truth(folder: Path) -> str:
