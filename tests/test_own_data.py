@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from detectron2.utils.logger import setup_logger
+from detectron2.utils import logger
 
 from tests.documentation import ROOT, commands, user_folder
 
@@ -20,8 +20,9 @@ def test_own_data_page_from_a_folder_of_images_to_an_exported_student(
     found = list(commands(ROOT / "docs/own_data.md"))
     assert len(found) == 6
     monkeypatch.chdir(tmp_path)
-    # It keeps its files by name, and other tests have the same names in other folders.
-    setup_logger.cache_clear()
+    # Detectron2 keeps log files open by their name, and other tests have the same names elsewhere.
+    logger.setup_logger.cache_clear()
+    logger._cached_log_stream.cache_clear()
     for command in found:
         # Each script as its own interpreter would run it, but without the seconds of its imports.
         script, *arguments = shlex.split(command.removeprefix("python "))
