@@ -17,18 +17,17 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ssim_kd.checkpoint import read_checkpoint  # noqa: E402
 from ssim_kd.data import register_digits  # noqa: E402
 from ssim_kd.engine import argument_parser  # noqa: E402
 from ssim_kd.engine.defaults import load_config  # noqa: E402
 from ssim_kd.projects import add_project_configs  # noqa: E402
+from tools.demo_picture import load_distilled  # noqa: E402
 
 DISTILL = "loss_distill"
 
@@ -52,10 +51,7 @@ def norms(run: Path, batches: int) -> dict[str, float]:
     weight = cfg.MODEL.DISTILL.LOSS_WEIGHT
     cfg.defrost()
     cfg.MODEL.DISTILL.LOSS_WEIGHT = 1.0
-    model = build_model(cfg)
-    saved = read_checkpoint(str(run / "model_final.pth"))
-    model.student.load_state_dict(saved["model"])
-    model.distillers.load_state_dict(saved["distillers"])
+    model = load_distilled(cfg, run).train()
     found: dict[str, list[float]] = {"detection": [], "distillation": []}
     torch.manual_seed(0)
     with EventStorage():
@@ -66,7 +62,7 @@ def norms(run: Path, batches: int) -> dict[str, float]:
                 "detection": sum(value for key, value in losses.items() if key != DISTILL),
             }
             for name, loss in parts.items():
-                found[name].append(gradient_norm(loss, model.student.backbone))
+                found[name].append(gradient_norm(loss, model.student.get_submodule("backbone")))
     return {"weight": weight, **{k: statistics.median(v) for k, v in found.items()}}
 
 
