@@ -43,7 +43,7 @@ rows = [{"iteration": 1, **row, "bbox/AP": ap - 0.5}, {"iteration": 3, **row}]
 (folder / "metrics.json").write_text("\\n".join(map(json.dumps, rows)))
 (folder / "model_final.pth").write_text(str(ap))
 (folder / "config.yaml").write_text(
-    "DATASETS: {TEST: [own], REGISTER_COCO: [[own, %s, x]]}" % (data / "truth.json")
+    "DATASETS: {TEST: [own], REGISTER_COCO: [[own, truth.json, x]]}"
 )
 (folder / "inference").mkdir(exist_ok=True)
 found = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}]
@@ -112,7 +112,8 @@ class Bench:
         for folder in (self.path.parent, code):
             folder.mkdir()
         (code / "train_net.py").write_text(STAND_IN)
-        (root / "truth.json").write_text(json.dumps(TRUTH))
+        # Trainings run in the checkout, and name their data from there.
+        (code / "truth.json").write_text(json.dumps(TRUTH))
         for name in ("student", "teacher"):
             (self.path.parent / f"{name}.yaml").write_text("SOLVER: {MAX_ITER: 3}")
         self.write(STUDY)

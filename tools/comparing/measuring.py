@@ -42,7 +42,7 @@ def measure(
     evaluated = [row for row in rows if "bbox/AP" in row]
     # Detectron2 has NaN where nothing is detected.
     metrics = {name: _or_zero(evaluated[-1][f"bbox/{name}"]) for name in NAMES}
-    metrics |= by_size(folder, request["small_box"])
+    metrics |= by_size(folder, Path(code), request["small_box"])
     own = {
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
         "curve": [[int(row["iteration"]), round(_or_zero(row["bbox/AP"]), 2)] for row in evaluated],
@@ -55,16 +55,17 @@ def measure(
     return {"measured": own, "machine": machine()}
 
 
-def by_size(folder: Path, small_box: float) -> dict[str, float]:
+def by_size(folder: Path, code: Path, small_box: float) -> dict[str, float]:
     """AP of small and of large boxes, 0 to 100: those with an area below ``small_box``, and others.
 
-    COCO's own areas do not part the small images of a study.
+    COCO's own areas do not part the small images of a study. ``code`` is the folder in which the
+    training ran, where a relative path of its data begins.
     """
     found = folder / "inference" / "coco_instances_results.json"
     if not json.loads(found.read_text()):
         return {"small": 0.0, "large": 0.0}
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        coco = COCO(ground_truth(folder))
+        coco = COCO(code / ground_truth(folder))
         for annotation in coco.dataset["annotations"]:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         evaluation = COCOeval(coco, coco.loadRes(str(found)), "bbox")
