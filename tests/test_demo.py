@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from ssim_kd.config import student_config
+from ssim_kd.metrics_file import Series
 from tools import demo, demo_picture, demo_training
 
 TEACHER, STUDENT, DISTILLED = demo.TRAININGS
@@ -151,13 +152,8 @@ def test_progress_of_a_training(out: Path) -> None:
     assert demo_training.progress_of(job) == "teacher is evaluated"
 
 
-def test_seconds_trained_counts_iterations_that_came_again() -> None:
-    rows = [
-        {"iteration": 19, "time": 0.5},
-        {"iteration": 39, "time": 1.0},
-        {"iteration": 39, "bbox/AP": 3.0},
-    ]
-    assert demo.seconds_trained(rows) == 20 * 0.5 + 20 * 1.0
+def test_seconds_trained_of_medians() -> None:
+    assert demo.seconds_trained({"time": Series([19, 39], [0.5, 1.0])}) == 20 * 0.5 + 20 * 1.0
 
 
 def test_images_per_second_of_each_model() -> None:

@@ -26,6 +26,7 @@ from detectron2.config import CfgNode  # noqa: E402
 from ssim_kd.data import ensure_digits, register_digits  # noqa: E402
 from ssim_kd.engine import argument_parser  # noqa: E402
 from ssim_kd.engine.defaults import load_config  # noqa: E402
+from ssim_kd.metrics_file import Series  # noqa: E402
 from ssim_kd.projects import add_project_configs  # noqa: E402
 from tools.demo_training import (  # noqa: E402
     CONFIGS,
@@ -34,8 +35,8 @@ from tools.demo_training import (  # noqa: E402
     Job,
     StepError,
     Training,
-    read_metrics,
     results_of,
+    series_of,
     train,
 )
 
@@ -170,23 +171,23 @@ def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any
             **{name: round(value, 2) for name, value in (results_of(out / key) or {}).items()},
             "parameters": sum(p.numel() for p in model.parameters()),
             "images_per_second": round(speeds[key], 1),
-            "seconds_trained": round(seconds_trained(read_metrics(out / key)), 1),
+            "seconds_trained": round(
+                seconds_trained(series_of(out / key).get("time", Series())), 1
+            ),
         }
     return summary
 
 
-def seconds_trained(rows: list[dict[str, float]]) -> float:
+def seconds_trained(series: Mapping[str, Series]) -> float:
     """Seconds that the iterations took, without start and evaluation, also over a resume.
 
     Args:
-        rows: of metrics.json; "time" is the median of the iterations since the row before.
+        series: of metrics.json; "time" is the median of the iterations since the value before.
     """
-    seconds, previous = 0.0, -1.0
-    for row in rows:
-        if "time" in row:
-            # After a resume the iterations since the last checkpoint come again.
-            seconds += row["time"] * max(row["iteration"] - previous, 0)
-            previous = row["iteration"]
+    seconds, previous = 0.0, -1
+    for iteration, value in series.get("time", Series()).pairs():
+        seconds += value * (iteration - previous)
+        previous = iteration
     return seconds
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ssim_kd.metrics_file import Series, read_metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits-Detection"
 METRICS = ("AP", "AP50", "AP75")
@@ -166,37 +168,33 @@ def finish(job: Job, status: int, console: Console) -> None:
 def progress_of(job: Job) -> str:
     """Where a training is, e.g. "teacher 20/1200, loss 1.250, 1:23 left"."""
     iterations = job.cfg.SOLVER.MAX_ITER
-    losses = [row for row in read_metrics(job.folder) if "total_loss" in row]
-    if not losses:
+    series = series_of(job.folder)
+    if "total_loss" not in series:
         return f"{job.training.title} starts"
-    row = losses[-1]
-    if row["iteration"] + 1 >= iterations:
+    iteration, loss = series["total_loss"].pairs()[-1]
+    if iteration + 1 >= iterations:
         return f"{job.training.title} is evaluated"
-    left = int(row.get("eta_seconds", 0))
+    left = int(series["eta_seconds"].values[-1]) if "eta_seconds" in series else 0
     return (
-        f"{job.training.title} {row['iteration'] + 1}/{iterations}, "
-        f"loss {row['total_loss']:.3f}, {left // 60}:{left % 60:02d} left"
+        f"{job.training.title} {iteration + 1}/{iterations}, "
+        f"loss {loss:.3f}, {left // 60}:{left % 60:02d} left"
     )
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.json that are whole."""
-    path = folder / "metrics.json"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # being written
-    return rows
+def series_of(folder: Path) -> dict[str, Series]:
+    """The metrics of a training so far."""
+    try:
+        return read_metrics(folder).series
+    except OSError:
+        return {}
 
 
 def results_of(folder: Path) -> dict[str, float] | None:
     """The metrics of the evaluation, 0 to 100, or None before there is one."""
-    for row in reversed(read_metrics(folder)):
-        if "bbox/AP" in row:
-            return {name: row[f"bbox/{name}"] for name in METRICS}
-    return None
+    series = series_of(folder)
+    if "bbox/AP" not in series:
+        return None
+    return {name: series[f"bbox/{name}"].values[-1] for name in METRICS}
 
 
 def fingerprint(cfg: CfgNode) -> dict[str, str]:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from ssim_kd.config import student_config  # noqa: E402
 from ssim_kd.engine import load_config  # noqa: E402
+from ssim_kd.metrics_file import METRICS_FILE, Series, read_metrics  # noqa: E402
 from ssim_kd.modeling import FrozenTeacher, build_distillers  # noqa: E402
 from ssim_kd.projects import add_project_configs, project_names  # noqa: E402
 
@@ -137,13 +138,9 @@ def losses() -> dict[str, list[list[float]]]:
 def collect_losses(output: Path) -> None:
     """Read them off the folders of a study's runs, and write them."""
     taken: dict[str, list[list[float]]] = {}
-    for file in sorted(output.glob("*/*/*/*/metrics.json")):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        curve = [
-            [row["iteration"] + 1, round(row["loss_distill"], 4)]
-            for row in rows
-            if "loss_distill" in row
-        ]
+    for file in sorted(output.glob(f"*/*/*/*/{METRICS_FILE}")):
+        loss = read_metrics(file.parent).series.get("loss_distill", Series())
+        curve = [[iteration + 1, round(value, 4)] for iteration, value in loss.pairs()]
         if curve:
             # About every hundred iterations, and the last.
             taken.setdefault(file.parts[-4], [*curve[:-1:5], curve[-1]])

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .runs import Series
+from ..metrics_file import Series
 
 #: Most points of a curve that is alone in its chart; more are thinned.
 MOST_POINTS = 300

@@ -5,11 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..metrics_file import Series
 from . import charts
 from .columns import Column, Comparison
 from .detections import choose_images, draw_boxes, draw_image
 from .errors import KINDS
-from .runs import Series
 from .tables import SIZES
 
 # Pictures of detections, and most rows of a chart by class.

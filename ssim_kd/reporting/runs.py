@@ -1,14 +1,14 @@
 """Reads what a training left in its folder: config.yaml, metrics.json, log.txt."""
 
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..metrics_file import METRICS_FILE, Series, read_metrics
 
 #: Where Detectron2's COCOEvaluator leaves the detections, below the folder of a run.
 PREDICTIONS = "inference/coco_instances_results.json"
@@ -22,31 +22,6 @@ _INSTALLED_AT = re.compile(r"\s@\S+$")
 
 class NotAvailableError(Exception):
     """Something is unknown; the message holds why, for the page."""
-
-
-@dataclass
-class Series:
-    """A metric over the training: one value an iteration, iterations growing."""
-
-    iterations: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-
-    def add(self, iteration: int, value: float) -> None:
-        """Add a value; what is known of this iteration and of later ones is out of date."""
-        self.cut(iteration - 1)
-        self.iterations.append(iteration)
-        self.values.append(value)
-
-    def cut(self, last: int) -> None:
-        """Forget what comes after an iteration."""
-        while self.iterations and self.iterations[-1] > last:
-            self.iterations.pop()
-            self.values.pop()
-
-    def finite(self) -> list[tuple[int, float]]:
-        """The pairs of iteration and value whose value is finite."""
-        pairs = zip(self.iterations, self.values, strict=True)
-        return [(i, v) for i, v in pairs if math.isfinite(v)]
 
 
 @dataclass
@@ -128,7 +103,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: the folder is none of a training.
     """
-    if not any((folder / name).is_file() for name in ("metrics.json", "config.yaml")):
+    if not any((folder / name).is_file() for name in (METRICS_FILE, "config.yaml")):
         state = "holds neither metrics.json nor config.yaml" if folder.is_dir() else "is no folder"
         raise ValueError(
             f"RUN is {str(folder)!r}, which {state}; expected the folder of a training, its "
@@ -193,50 +168,17 @@ def read_config(folder: Path) -> Run:
 
 
 def _read_metrics(run: Run) -> None:
-    path = run.folder / "metrics.json"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = read_metrics(run.folder)
     except OSError:
         run.problems.append(f"Curves and AP: not available: no metrics.json in {run.folder}.")
         return
-    rows = [_row(line) for line in lines if line.strip()]
-    damaged = rows.count(None)
-    if damaged:
-        run.problems.append(f"{path}: {damaged} of {len(rows)} lines are damaged and left out.")
-    run.series = _merge([row for row in rows if row])
-
-
-def _row(line: str) -> dict[str, float] | None:
-    try:
-        found = json.loads(line)
-        row = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
-        row["iteration"] = int(row["iteration"])
-        return row
-    except (ValueError, AttributeError, KeyError, OverflowError):
-        return None
-
-
-def _merge(rows: Sequence[Mapping[str, float]]) -> dict[str, Series]:
-    """Series by name. A run that was resumed wrote the iterations since its checkpoint twice.
-
-    Of values that come twice the later one counts, and what an earlier part of the run wrote of
-    later iterations is out of date. The rows themselves are in no order: Detectron2 writes those of
-    several iterations at a time, such as an evaluation behind the losses of later steps. A new part
-    begins where a metric of this part goes back.
-    """
-    series: dict[str, Series] = {}
-    part: set[str] = set()
-    for row in rows:
-        iteration = int(row["iteration"])
-        names = row.keys() - {"iteration"}
-        if any(series[name].iterations[-1:] >= [iteration] for name in names & part):
-            part = set()
-            for known in series.values():
-                known.cut(iteration)
-        part |= names
-        for name in names:
-            series.setdefault(name, Series()).add(iteration, row[name])
-    return {name: known for name, known in series.items() if known.iterations}
+    if found.damaged:
+        run.problems.append(
+            f"{run.folder / METRICS_FILE}: {found.damaged} of {found.lines} lines are damaged and "
+            "left out."
+        )
+    run.series = found.series
 
 
 def _read_log(run: Run) -> None:

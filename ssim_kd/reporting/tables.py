@@ -8,8 +8,9 @@ from typing import Any
 from detectron2.config import get_cfg
 
 from ..config import add_distill_config, add_shared_keys
+from ..metrics_file import Series
 from .columns import Column, Comparison
-from .runs import Series, flatten
+from .runs import flatten
 
 #: Sizes of boxes, by Detectron2's name of their AP.
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}

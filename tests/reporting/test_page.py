@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ssim_kd.metrics_file import Series
 from ssim_kd.reporting import write_report
 from ssim_kd.reporting.charts import MOST_POINTS, Line, curves, thin
 from ssim_kd.reporting.detections import NotAvailableError
 from ssim_kd.reporting.relatives import find_control, find_start, find_teacher, teacher_iteration
-from ssim_kd.reporting.runs import Series, read_run
+from ssim_kd.reporting.runs import read_run
 from tests.reporting.made import FOUND, box, config, rows, write_pair, write_run, write_set
 from tools.report import main
 

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ssim_kd.data.digits.dataset import DIGITS_NAMES, splits_from_config
+from ssim_kd.metrics_file import read_metrics
 
 NAMES = ("AP", "AP50", "AP75")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy")
@@ -38,14 +39,13 @@ def measure(
     Returns:
         "measured", a record without what was asked for, and "machine".
     """
-    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    evaluated = [row for row in rows if "bbox/AP" in row]
+    series = read_metrics(folder).series
     # Detectron2 has NaN where nothing is detected.
-    metrics = {name: _or_zero(evaluated[-1][f"bbox/{name}"]) for name in NAMES}
+    metrics = {name: _or_zero(series[f"bbox/{name}"].values[-1]) for name in NAMES}
     metrics |= by_size(folder, Path(code), request["small_box"])
     own = {
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
-        "curve": [[int(row["iteration"]), round(_or_zero(row["bbox/AP"]), 2)] for row in evaluated],
+        "curve": [[i, round(_or_zero(ap), 2)] for i, ap in series["bbox/AP"].pairs()],
         **measured,
         "weights_sha256": weights_hash(folder / "model_final.pth"),
         "commit": _git(code, "rev-parse", "--short=10", "HEAD"),
