@@ -171,9 +171,7 @@ def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any
             **{name: round(value, 2) for name, value in (results_of(out / key) or {}).items()},
             "parameters": sum(p.numel() for p in model.parameters()),
             "images_per_second": round(speeds[key], 1),
-            "seconds_trained": round(
-                seconds_trained(series_of(out / key).get("time", Series())), 1
-            ),
+            "seconds_trained": round(seconds_trained(series_of(out / key)), 1),
         }
     return summary
 
