@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 
 from ssim_kd import DistilledDetector, FrozenTeacher, SSIMDistiller
 from ssim_kd.engine import argument_parser, load_config
-from ssim_kd.engine.arguments import apply_data
+from ssim_kd.engine.data_file import apply_data
 from ssim_kd.modeling import external_teacher, teacher_source
 from ssim_kd.projects import add_project_configs
 from tests.documentation import PAGES, ROOT, commands, fences, name, user_folder

@@ -27,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssim_kd.data import register_datasets
-from ssim_kd.engine.defaults import load_config
+from ssim_kd.engine import load_config
 from ssim_kd.engine.evaluation import student_for_evaluation, teacher_for_evaluation
 from ssim_kd.projects import add_project_configs
 from tools.benchmarking import Clock, environment, summary

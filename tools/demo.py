@@ -24,8 +24,7 @@ import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
 
 from ssim_kd.data import ensure_digits, register_digits  # noqa: E402
-from ssim_kd.engine import argument_parser  # noqa: E402
-from ssim_kd.engine.defaults import load_config  # noqa: E402
+from ssim_kd.engine import argument_parser, load_config  # noqa: E402
 from ssim_kd.metrics_file import Series  # noqa: E402
 from ssim_kd.projects import add_project_configs  # noqa: E402
 from tools.demo_training import (  # noqa: E402

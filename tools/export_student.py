@@ -33,7 +33,7 @@ from ssim_kd.checkpoint import load_strictly, read_weights
 from ssim_kd.config import write_stock_config
 from ssim_kd.config_files import merge_file
 from ssim_kd.data import register_datasets
-from ssim_kd.engine.defaults import load_config
+from ssim_kd.engine import load_config
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
 from ssim_kd.engine.lazy import is_lazy, load_lazy_config
 from ssim_kd.projects import add_project_configs

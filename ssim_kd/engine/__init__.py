@@ -14,7 +14,8 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 
 from .arguments import argument_parser  # noqa: E402
-from .defaults import load_config, main, run  # noqa: E402
+from .config_loading import load_config  # noqa: E402
+from .defaults import main, run  # noqa: E402
 from .distill import distill  # noqa: E402
 from .trackers import MLflowWriter, WandbWriter  # noqa: E402
 from .trainer import DistillTrainer  # noqa: E402

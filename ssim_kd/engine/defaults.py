@@ -4,28 +4,20 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_distill_config, share_keys, write_stock_config
-from ..config_files import did_you_mean, find_config_file, merge_file
+from ..config import write_stock_config
 from ..data import check_datasets, register_datasets
-from .arguments import (
-    apply_data,
-    apply_schedule,
-    apply_teacher,
-    resolved_options,
-    use_cpu_without_gpu,
-)
+from .arguments import resolved_options
+from .config_loading import AddConfig, load_config
 from .errors import start_up, with_one_line_errors
 from .evaluation import (
     check_teacher,
@@ -38,7 +30,6 @@ from .launch import launch_processes
 from .lazy import is_lazy, lazy_main, load_lazy_config
 from .output_lock import output_lock
 from .preflight import (
-    check_config,
     check_schedule,
     check_scored,
     check_start,
@@ -50,14 +41,6 @@ from .trainer import DistillTrainer, is_overridden
 logger = logging.getLogger(__name__)
 
 _FLAGS = ("resume", "eval_only", "eval_teacher")
-# Config keys that hold paths, in which "~" is the user's home.
-_PATHS = (
-    *("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DISTILL.TEACHER.CONFIG_FILE"),
-    *("MODEL.DISTILL.TEACHER.WEIGHTS", "DATASETS.PROPOSAL_FILES_TRAIN"),
-    "DATASETS.PROPOSAL_FILES_TEST",
-)
-
-AddConfig = Callable[[CfgNode], None]
 
 
 def run(
@@ -121,111 +104,6 @@ def _run_process(
         with start_up():
             work = _prepare(stack, args, add_config, trainer)
         return work()
-
-
-def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
-    """Detectron2's defaults, ours, the file, the overrides; frozen.
-
-    ``args.config_file`` becomes the path of the file, which Detectron2's ``default_setup`` opens.
-
-    Raises:
-        ValueError: an unknown key, a file that is not readable, or what :func:`check_config`
-            raises.
-    """
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    if add_config is not None:
-        add_config(cfg)
-        share_keys(add_config)
-    config_file = args.config_file = find_config_file(os.path.expanduser(args.config_file))
-    in_file = _merge_file(cfg, config_file) if config_file else set()
-    by_hand = {str(key) for key in args.opts[::2]}
-    # Arguments of another program's may lack these.
-    flags = {k: getattr(args, k, None) for k in ("teacher", "data", "epochs", "batch")}
-    cfg.DATASETS.DATA_FILE = flags["data"] or cfg.DATASETS.DATA_FILE
-    notes = []
-    if cfg.DATASETS.DATA_FILE:
-        path = _beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
-        notes += apply_data(cfg, path, in_file)
-    max_iter = cfg.SOLVER.MAX_ITER
-    _merge_options(cfg, list(args.opts))
-    if flags["teacher"]:
-        apply_teacher(cfg, flags["teacher"])
-    for key in _PATHS:
-        _expand(cfg, key)
-    teacher = cfg.MODEL.DISTILL.TEACHER
-    teacher.CONFIG_FILE = _beside(teacher.CONFIG_FILE, config_file)
-    evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
-    if not evaluate:
-        length = {"epochs": flags["epochs"], "batch": flags["batch"], "max_iter": max_iter}
-        notes += apply_schedule(cfg, **length, by_hand=by_hand)
-    notes += use_cpu_without_gpu(cfg, by_hand | in_file)
-    args.notes = [*getattr(args, "notes", []), *notes]
-    check_config(cfg, evaluate=evaluate)
-    cfg.freeze()
-    return cfg
-
-
-def _merge_file(cfg: CfgNode, path: str) -> set[str]:
-    """Merge a config file; returns the keys that it and its bases set."""
-    try:
-        return merge_file(cfg, path)
-    except yaml.constructor.ConstructorError as error:
-        raise ValueError(
-            f"--config-file {path} asks to run code ({error.problem}, line "
-            f"{error.problem_mark.line + 1}), which is refused; expected plain values."
-        ) from error
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        advice = " (where a float is expected, 2 is written 2.0)" if "float" in str(error) else ""
-        if isinstance(error, KeyError):
-            advice = did_you_mean(cfg, str(error))
-        raise ValueError(f"--config-file {path} cannot be read: {error}{advice}") from error
-
-
-def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
-    flags = [text for text in opts[::2] if str(text).startswith("--")]
-    if flags:
-        raise ValueError(
-            f"{flags[0]} stands behind KEY VALUE pairs, where it is not read; expected flags "
-            "before the first pair."
-        )
-    if len(opts) % 2:
-        raise ValueError(f"{opts[-1]} has no value; expected KEY VALUE pairs, not {opts}.")
-    for key, value in zip(opts[::2], opts[1::2], strict=True):
-        if isinstance(_get(cfg, key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
-            value = f"{value}.0"  # a whole number for a float
-        try:
-            cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError, ValueError) as error:
-            near = did_you_mean(cfg, key) if "Non-existent" in str(error) else ""
-            raise ValueError(
-                f"{key} {value}: {error.args[0]}.{near} Expected KEY VALUE pairs of known keys, "
-                "and values of the type of the default."
-            ) from error
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, CfgNode) else None
-    return node
-
-
-def _expand(cfg: CfgNode, key: str) -> None:
-    """Replace "~" in a path, or in each of several."""
-    *parents, name = key.split(".")
-    node = _get(cfg, ".".join(parents)) if parents else cfg
-    value = node[name]
-    if isinstance(value, str):
-        node[name] = os.path.expanduser(value)
-    else:
-        node[name] = type(value)(os.path.expanduser(path) for path in value)
-
-
-def _beside(path: str, config_file: str) -> str:
-    """A path that is not there may be relative to the folder of ``--config-file``."""
-    beside = os.path.join(os.path.dirname(config_file), path)
-    return beside if path and not os.path.exists(path) and os.path.exists(beside) else path
 
 
 def _prepare(

@@ -35,13 +35,14 @@ from ..config_files import find_config_file, load_lazy_file
 from ..modeling import DistilledDetector
 from .errors import start_up
 from .evaluation import set_up_evaluation
-from .hooks import GuardedWriter, PeriodicWriter, share_buffers
+from .hooks import share_buffers
 from .optimizer import add_groups
 from .output_lock import output_lock
 from .report import log_version, write_report
 from .signals import StopOnSignal
 from .trackers import TrackerWriter
 from .train_loop import DistillStep
+from .writers import GuardedWriter, PeriodicWriter
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,6 @@ from ..modeling import DistilledDetector
 from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
 from .hooks import (
     BestCheckpoint,
-    GuardedWriter,
-    PeriodicWriter,
     PreciseBN,
     RankStates,
     Reseed,
@@ -34,6 +32,7 @@ from .resume import ExactResume, settings_of
 from .signals import StopOnSignal
 from .trackers import TrackerWriter, build_trackers
 from .train_loop import DistillStep
+from .writers import GuardedWriter, PeriodicWriter
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ssim_kd.data import register_digits  # noqa: E402
-from ssim_kd.engine import argument_parser  # noqa: E402
-from ssim_kd.engine.defaults import load_config  # noqa: E402
+from ssim_kd.engine import argument_parser, load_config  # noqa: E402
 from ssim_kd.projects import add_project_configs  # noqa: E402
 from tools.demo_picture import load_distilled  # noqa: E402
 

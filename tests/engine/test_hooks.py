@@ -15,7 +15,8 @@ from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
 from ssim_kd.engine import hooks
-from ssim_kd.engine.hooks import GuardedWriter, PeriodicWriter, RankStates, VisualizeDistillation
+from ssim_kd.engine.hooks import RankStates, VisualizeDistillation
+from ssim_kd.engine.writers import GuardedWriter, PeriodicWriter
 from tests.engine.runs import World
 
 

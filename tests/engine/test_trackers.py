@@ -21,6 +21,7 @@ from ssim_kd import DistillTrainer, MLflowWriter, WandbWriter
 from ssim_kd.config import write_stock_config
 from ssim_kd.engine import lazy, trackers
 from ssim_kd.engine.preflight import check_config
+from ssim_kd.engine.trackers.writer import leaves
 from tests.documentation import fences
 from tests.engine.runs import ROOT, World, log, metrics
 
@@ -251,7 +252,7 @@ def test_check_trackers(world: World, tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"TRACKING\.WRITERS .*'mlflo'.*\['mlflow', 'wandb'\]"):
         world.cfg(tmp_path, "TRACKING.WRITERS", "('mlflo',)")
     cfg = world.cfg(tmp_path, *BOTH)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_config(cfg, evaluate=True)
     for check in (lambda: check_config(cfg, evaluate=False), lambda: MLflowWriter(cfg)):
         with pytest.raises(ValueError, match=r"pip install 'ssim_kd\[mlflow\]'"):
@@ -333,7 +334,7 @@ def test_lazy_config_with_a_tracker(tmp_path) -> None:
     tracker = writers[0]
     assert isinstance(tracker, WandbWriter) and len(writers) == 4
     assert tracker.folder == str(tmp_path) and tracker.project == "parts"
-    params = dict(trackers._leaves(tracker.params))
+    params = dict(leaves(tracker.params))
     assert params["model.in_features"] == 3 and params["train.max_iter"] == 1
     for writer in writers:
         writer.close()

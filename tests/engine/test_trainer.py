@@ -27,8 +27,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssim_kd.data import build_train_loader, register_datasets
 from ssim_kd.engine import DistillTrainer
 from ssim_kd.engine import trainer as trainer_module
-from ssim_kd.engine.hooks import GuardedWriter, PeriodicWriter, Reseed, SavedEvaluation
+from ssim_kd.engine.hooks import Reseed, SavedEvaluation
 from ssim_kd.engine.signals import StopOnSignal
+from ssim_kd.engine.writers import GuardedWriter, PeriodicWriter
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
 from tests.helpers import bfloat16_without_onednn
 

@@ -1,23 +1,12 @@
-"""Experiment trackers, MLflow and Weights & Biases, as writers beside TensorBoard's.
+"""What the writers of all trackers share."""
 
-``TRACKING.WRITERS ("mlflow",)`` adds them to the trainer. In a trainer of one's own they stand
-first, since TensorBoard's writer clears the pictures::
-
-    class Trainer(DefaultTrainer):
-        def build_writers(self):
-            return [MLflowWriter(self.cfg), *super().build_writers()]
-"""
-
-import contextlib
 import importlib.util
 import json
 import logging
 import os
 import queue
-import re
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -29,7 +18,7 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
-from .hooks import Accessory
+from ..writers import Accessory
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +29,7 @@ PATIENCE = 30.0
 
 _KINDS = ("scalars", "pictures", "histograms")
 # States of a run in MLflow's words.
-_FINISHED, _KILLED, _FAILED = "FINISHED", "KILLED", "FAILED"
+FINISHED, KILLED, FAILED = "FINISHED", "KILLED", "FAILED"
 
 
 class TrackerWriter(EventWriter):
@@ -139,10 +128,10 @@ class TrackerWriter(EventWriter):
             return
         self._closed = True
         error = sys.exc_info()[1]
-        self._state = _FINISHED
+        self._state = FINISHED
         if error is not None and error is not self._handled:
             killed = isinstance(error, SystemExit | KeyboardInterrupt)
-            self._state = _KILLED if killed else _FAILED
+            self._state = KILLED if killed else FAILED
         self._tasks.put(None)
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
@@ -197,124 +186,6 @@ class TrackerWriter(EventWriter):
         raise NotImplementedError
 
 
-class MLflowWriter(TrackerWriter):
-    """MLflow, at ``MLFLOW_TRACKING_URI``; a project is an experiment there.
-
-    It has no histograms.
-    """
-
-    name = "mlflow"
-    expected = "MLFLOW_TRACKING_URI of a server that is reachable, or a store like sqlite:///FILE"
-
-    def _open(self, run_id: str | None) -> str:
-        from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
-        from mlflow.tracking.context.registry import resolve_tags
-
-        self._client = MlflowClient()
-        with _few_retries():
-            if run_id is not None:
-                self._client.get_run(run_id)
-                self._client.update_run(run_id, status="RUNNING")
-                self._run_id = run_id
-                return run_id
-            name = self.project or os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
-            found = self._client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else self._client.create_experiment(name)
-            run = self._client.create_run(experiment, run_name=self.run_name, tags=resolve_tags())
-            self._run_id = str(run.info.run_id)
-            params = [Param(_plain(key), str(value)) for key, value in _leaves(self.params)]
-            for first in range(0, len(params), 100):  # the most that MLflow takes at once
-                self._client.log_batch(self._run_id, params=params[first : first + 100])
-            return self._run_id
-
-    def _log(self, iteration: int, *, scalars: Any, pictures: Any, histograms: Any) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        values = [Metric(_plain(name), x, now, iteration) for name, x in scalars.items()]
-        if values:
-            self._client.log_batch(self._run_id, metrics=values)
-        for name, image in pictures.items():
-            self._client.log_image(self._run_id, _picture(image), key=_plain(name), step=iteration)
-
-    def _end(self, state: str) -> None:
-        self._client.set_terminated(self._run_id, state)
-
-
-class WandbWriter(TrackerWriter):
-    """Weights & Biases, by its own variables: ``WANDB_MODE``, ``WANDB_ENTITY``, ``WANDB_API_KEY``.
-
-    Its files are in the folder of the training, below "wandb".
-    """
-
-    name = "wandb"
-    expected = "a login (`wandb login`, WANDB_API_KEY), or WANDB_MODE=offline"
-
-    def _open(self, run_id: str | None) -> str:
-        import wandb
-
-        # A server that is gone would keep the program from its end.
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(PATIENCE))
-        self._run = wandb.init(
-            project=self.project or None,
-            name=self.run_name,
-            id=run_id,
-            resume="allow" if run_id else None,
-            dir=self.folder,
-            config=None if run_id else dict(_leaves(self.params)),
-        )
-        return str(self._run.id)
-
-    def _log(self, iteration: int, *, scalars: Any, pictures: Any, histograms: Any) -> None:
-        import wandb
-
-        # Steps that a resumed training makes again, bit for bit.
-        if iteration < self._run.step:
-            return
-        values = dict(scalars)
-        values |= {name: wandb.Image(_picture(image)) for name, image in pictures.items()}
-        for name, found in histograms.items():
-            edges = np.array([found["min"], *found["bucket_limits"]])
-            counts = np.array(found["bucket_counts"])
-            values[name] = wandb.Histogram(np_histogram=(counts, edges))
-        self._run.log(values, step=iteration)
-
-    def _end(self, state: str) -> None:
-        if state == _KILLED:
-            self._run.mark_preempting()
-        self._run.finish(exit_code={_FINISHED: 0, _KILLED: 143}.get(state, 1))
-
-
-#: Writers by their name in ``TRACKING.WRITERS``.
-TRACKERS: dict[str, type[TrackerWriter]] = {w.name: w for w in (MLflowWriter, WandbWriter)}
-
-
-def build_trackers(cfg: CfgNode) -> list[TrackerWriter]:
-    """The writers of ``TRACKING.WRITERS``.
-
-    Raises:
-        ValueError: as :func:`check_trackers`.
-    """
-    check_trackers(cfg)
-    return [TRACKERS[name](cfg) for name in cfg.TRACKING.WRITERS]
-
-
-def check_trackers(cfg: CfgNode) -> None:
-    """Check that the trackers of a config are known and installed.
-
-    Raises:
-        ValueError: naming the key, its value and what is expected.
-    """
-    for name in cfg.TRACKING.WRITERS:
-        if name not in TRACKERS:
-            raise ValueError(
-                f"TRACKING.WRITERS is {cfg.TRACKING.WRITERS!r}; expected names of "
-                f"{sorted(TRACKERS)}, e.g. ('mlflow',)."
-            )
-        check_package(name)
-
-
 def check_package(name: str) -> None:
     """Raise ValueError if a tracker's package is not installed."""
     if importlib.util.find_spec(name) is None:
@@ -336,38 +207,19 @@ def _read(path: str) -> str:
         return str(file.read())
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a nested config by dotted name; what is no value of JSON as text."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             plain = isinstance(value, str | int | float | list | tuple | None)
             yield f"{prefix}{key}", value if plain else str(value)
 
 
-def _picture(image: Any) -> NDArray[np.uint8]:
+def picture(image: Any) -> NDArray[np.uint8]:
     """(3, H, W) of TensorBoard, uint8 or in [0, 1], as (H, W, 3) uint8."""
     array = np.asarray(image).transpose(1, 2, 0)
     if array.dtype != np.uint8:
         array = (array.clip(0, 1) * 255).astype(np.uint8)
     return np.ascontiguousarray(array)
-
-
-def _plain(name: str) -> str:
-    """A name without the characters that MLflow refuses."""
-    return re.sub(r"[^\w\-. /]", "_", name)
-
-
-@contextlib.contextmanager
-def _few_retries() -> Iterator[None]:
-    """Inside, MLflow gives up on a server after seconds; by default after minutes."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    before = os.environ.get(name)
-    os.environ[name] = before or "2"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
