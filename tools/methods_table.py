@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Writes the table of the methods in projects/README.md, from the projects and committed results.
+"""Writes the table of the methods in projects/README.md, and the figures in each one's README.
 
-    tools/methods_table.py                              # writes the table
+    tools/methods_table.py                              # writes them
     tools/methods_table.py --losses output/compare      # first takes the losses of a study's runs
 
 What a project says of itself is ``SUMMARY`` in its ``__init__.py``. Parameters are counted on the
@@ -42,6 +42,7 @@ RECORDS = ROOT / "studies" / "results" / "methods.json"
 BEGIN, END = "<!-- methods: tools/methods_table.py -->", "<!-- end of methods -->"
 KEYS = ("method", "paper", "levels", "needs")
 AP = "AP on digits (gain; seeds)"
+MEASURED, END_MEASURED = "<!-- measured: tools/methods_table.py -->", "<!-- end of measured -->"
 #: Ends the name of an arm whose student is a RetinaNet.
 DENSE = "_retinanet"
 COLUMNS = (
@@ -206,7 +207,7 @@ def notes() -> str:
         found.append(
             f"AP: [runs and intervals](../docs/results_methods.md), commits {', '.join(commits)}. "
             f"Gain: over the plain student of the same seed, which has {plain}. Nothing was tuned: "
-            "the weights are those of COCO. Of one seed, a gain below 1 is within noise."
+            "the weights are those of COCO. Intervals of three seeds are up to 2 AP to either side."
         )
         found += on_retinanet()
     return "\n\n".join(found)
@@ -223,12 +224,63 @@ def on_retinanet() -> list[str]:
     return [f"On RetinaNet, stage `retinanet`: the plain student {mean:.1f} AP; {arms}."]
 
 
-def write_table(readme: Path = README) -> None:
-    """Put the table and its notes between the marks of a file."""
+def measured(name: str) -> str:
+    """What a project's README says of its runs on the digits: its arms and their intervals."""
+    content = json.loads(RECORDS.read_text())
+    distillers = set(importlib.import_module(f"ssim_kd.projects.{name}").__all__)
+    arms = {
+        run["arm"]
+        for run in content["runs"].values()
+        if "arm" in run and distillers & _distillers(run.get("opts", {}))
+    }
+    curves = losses()
+    lines = []
+    for stage in content["statistics"].values():
+        for contrast in stage["contrasts"]:
+            arm, gain = contrast["arm"], contrast["differences"]["AP"]
+            if arm not in arms:
+                continue
+            interval = f" [{gain['low']:+.1f}, {gain['high']:+.1f}]" if gain["n"] > 1 else ""
+            curve = curves.get(arm)
+            cells = (
+                f"`{arm}`",
+                str(gain["n"]),
+                f"{stage['arms'][contrast['against']]['AP']['mean']:.1f}",
+                f"{stage['arms'][arm]['AP']['mean']:.1f}",
+                f"{gain['mean']:+.1f}{interval}",
+                f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}" if curve else "-",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return "No run on the digits is recorded."
+    head = ("arm", "seeds", "plain student's AP", "AP", "gain [95%]", "its loss, one seed")
+    return "\n".join(
+        [
+            "Runs of `studies/methods.yaml` ([all of them](../../docs/results_methods.md)), on digits, "
+            "with weights that are",
+            "published and not tuned for digits:",
+            "",
+            f"| {' | '.join(head)} |",
+            "|" + "---|" * len(head),
+            *lines,
+        ]
+    )
+
+
+def _distillers(opts: Mapping[str, Any]) -> set[str]:
+    """The names of the distillers of a run."""
+    return {
+        opts.get("MODEL.DISTILL.NAME", ""),
+        *(t[0] for t in opts.get("MODEL.DISTILL.TERMS", ())),
+    }
+
+
+def write_between(readme: Path, begin: str, content: str, end: str) -> None:
+    """Put a text between two marks of a file."""
     text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n\n{notes()}\n{END}{after}", encoding="utf-8")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    readme.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -240,7 +292,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.losses:
         collect_losses(args.losses)
-    write_table()
+    write_between(README, BEGIN, f"{table()}\n\n{notes()}", END)
+    for name, folder in folders().items():
+        # A method of one's own may have no runs.
+        if MEASURED in (readme := folder / "README.md").read_text(encoding="utf-8"):
+            write_between(readme, MEASURED, measured(name), END_MEASURED)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def results(tmp_path, monkeypatch):
     }
     environment = {"device": "a processor", "threads": 1, "commit": "d"}
     step = {"environment": environment, "size": [64, 96], "images": 1, "pairs": pairs}
-    for name, content in (("STEP", step), ("RECORDS", {"runs": runs})):
+    for name, content in (("STEP", step), ("RECORDS", {"runs": runs, "statistics": {}})):
         path = tmp_path / f"{name.lower()}.json"
         path.write_text(json.dumps(content))
         monkeypatch.setattr(methods_table, name, path)
@@ -51,6 +51,34 @@ def test_notes_name_seeds_commits_and_the_plain_student(results) -> None:
     notes = methods_table.notes()
     for text in ("30.0, 31.0", "commits c.", "commit d", "64 x 96"):
         assert text in notes
+
+
+def test_measured_holds_the_arms_of_a_method_s_distillers(results) -> None:
+    assert methods_table.measured("mgd") == "No run on the digits is recorded."
+    content = json.loads(methods_table.RECORDS.read_text())
+    name, terms = "MODEL.DISTILL.NAME", [["SSIMDistiller"], ["MGDDistiller", "LOSS_WEIGHT", 1.0]]
+    for arm, opts in (
+        ("mgd", {name: "MGDDistiller"}),
+        ("both", {"MODEL.DISTILL.TERMS": terms}),
+        ("pkd", {name: "PKDDistiller"}),
+    ):
+        run = {"arm": arm, "seed": 5, "metrics": {"AP": 1.0}, "commit": "e", "opts": opts}
+        content["runs"][f"own/{arm}/5"] = run
+    gains = {"n": 2, "mean": 4.0, "low": -1.25, "high": 9.25}, {"n": 1, "mean": -2.0}
+    content["statistics"]["stage"] = {
+        "arms": {a: {"AP": {"mean": m}} for a, m in (("none", 30.5), ("mgd", 34.5), ("both", 29))},
+        "contrasts": [
+            {"arm": arm, "against": "none", "differences": {"AP": gain}}
+            for arm, gain in zip(("mgd", "both"), gains, strict=True)
+        ],
+    }
+    content["statistics"]["stage"]["contrasts"].append({"arm": "pkd", "differences": {"AP": {}}})
+    methods_table.RECORDS.write_text(json.dumps(content))
+    rows = [line for line in methods_table.measured("mgd").splitlines() if "`" in line[:4]]
+    assert rows == [
+        "| `mgd` | 2 | 30.5 | 34.5 | +4.0 [-1.2, +9.2] | - |",
+        "| `both` | 1 | 30.5 | 29.0 | -2.0 | - |",
+    ]
 
 
 def test_notes_hold_the_arms_on_retinanet_beside_their_own_plain_student(results) -> None:

@@ -50,15 +50,21 @@ def test_the_table_is_what_the_tool_writes() -> None:
             assert (methods_table.PROJECTS / link).is_dir(), link
 
 
-def test_write_table_replaces_what_is_between_the_marks(tmp_path: Path, monkeypatch) -> None:
-    row = dict.fromkeys(methods_table.COLUMNS, "cell")
-    monkeypatch.setattr(methods_table, "rows", lambda: iter([row]))
+def test_each_readme_has_the_figures_of_its_method() -> None:
+    shown = 0
+    for name, folder in methods_table.folders().items():
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        block = text.split(methods_table.MEASURED)[1].split(methods_table.END_MEASURED)[0]
+        assert block.strip() == methods_table.measured(name), f"run tools/methods_table.py: {name}"
+        shown += block.count("| `")
+    assert shown >= 11
+
+
+def test_write_between_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{methods_table.BEGIN}\nold\n{methods_table.END}\nafter\n")
-    methods_table.write_table(readme)
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert text.count("| cell ") == len(methods_table.COLUMNS)
+    readme.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
+    methods_table.write_between(readme, "<!-- a -->", "new", "<!-- b -->")
+    assert readme.read_text() == "before\n<!-- a -->\nnew\n<!-- b -->\nafter\n"
 
 
 def test_summary_without_a_key(monkeypatch) -> None:
