@@ -256,9 +256,8 @@ def measured(name: str) -> str:
     head = ("arm", "seeds", "plain student's AP", "AP", "gain [95%]", "its loss, one seed")
     return "\n".join(
         [
-            "Runs of `studies/methods.yaml` ([all of them](../../docs/results_methods.md)), on digits, "
-            "with weights that are",
-            "published and not tuned for digits:",
+            "On digits, with the published weights, which are not tuned for it",
+            "(`studies/methods.yaml`, [all of its runs](../../docs/results_methods.md)):",
             "",
             f"| {' | '.join(head)} |",
             "|" + "---|" * len(head),
