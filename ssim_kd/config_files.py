@@ -101,7 +101,11 @@ def did_you_mean(cfg: CN, message: str) -> str:
     key = message.rsplit(": ", 1)[-1].strip("'\" ")
     known = dict.fromkeys(_dotted(cfg))
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, 6)}
-    near = difflib.get_close_matches(key, sorted({*known, *sections}), n=2, cutoff=0.85)
+    names = sorted({*known, *sections})
+    # Keys of the same section first: TEMPERATURE is a name of several.
+    beside = [name for name in names if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    near = difflib.get_close_matches(key, beside, n=2, cutoff=0.85)
+    near = near or difflib.get_close_matches(key, names, n=2, cutoff=0.85)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -68,6 +68,7 @@ def test_a_config_builds(file: Path) -> None:
     if not is_distilled(file):
         assert getattr(model, "teacher", None) is None
         return
+    assert cfg.MODEL.DISTILL.ENABLED, f"{file}: MODEL.DISTILL.ENABLED is False, as in its _BASE_"
     # The teacher is on the meta device too: its weights are loaded at the first use.
     assert not model.teacher.loaded
     distillers = list(model.distillers.values())
@@ -96,7 +97,8 @@ def test_a_distilled_config_differs_from_its_plain_student_by_the_distillation(f
     other = plain_of(file)
     assert other is not None, f"{file.name} has no plain student to be compared with"
     distilled, plain = load(file), load(other)
-    assert distilled.MODEL.DISTILL.ENABLED and not plain.MODEL.DISTILL.ENABLED
+    assert distilled.MODEL.DISTILL.ENABLED, f"{file}: ENABLED is False, as in its _BASE_"
+    assert not plain.MODEL.DISTILL.ENABLED
     for cfg in (distilled, plain):
         cfg.defrost()
         cfg.MODEL.DISTILL = CfgNode()

@@ -120,7 +120,7 @@ def test_commands_are_read_by_their_programs(
             if word.startswith(("configs/", "docs/", "projects/", "studies/")):
                 assert (ROOT / word).exists(), word
         config_file = getattr(args, "config_file", "")
-        if config_file.startswith("projects/"):
+        if config_file.startswith(("configs/", "projects/")) and not Path(config_file).exists():
             monkeypatch.chdir(ROOT)
         # A LazyConfig: tests/engine/test_lazy.py.
         if config_file and not config_file.endswith(".py"):

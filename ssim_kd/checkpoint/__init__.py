@@ -1,6 +1,6 @@
 """Checkpoints: read with suspicion, loaded strictly, written atomically, resumed from."""
 
-from .checkpointer import ResumeError, StudentCheckpointer
+from .checkpointer import BEST, ResumeError, StudentCheckpointer
 from .files import (
     Weights,
     local_file,
@@ -13,6 +13,7 @@ from .files import (
 from .strict import load_strictly
 
 __all__ = [
+    "BEST",
     "ResumeError",
     "StudentCheckpointer",
     "Weights",

@@ -21,6 +21,8 @@ from .files import model_of, read_checkpoint, remove_unfinished, write_atomicall
 # A start may lack these: files of ImageNet backbones do not have them, and their initial values are
 # neutral.
 _NEUTRAL = ("num_batches_tracked", "conv2_offset")
+#: The checkpoint of the best evaluation.
+BEST = "model_best.pth"
 # The tag of a run that has saved nothing yet, in a folder with checkpoints of an earlier one.
 _NONE_YET = "none yet"
 # What a reader that runs no code reads back, beside containers of these.
@@ -155,10 +157,12 @@ class StudentCheckpointer(DetectionCheckpointer):
         """Keep a later resume from the checkpoints that an earlier run has left in the folder."""
         left = self._candidates() if self.save_to_disk else []
         if left:
+            best = Path(self.save_dir, BEST)
+            names = [os.path.basename(path) for path in left] + [BEST] * best.is_file()
             self.logger.warning(
-                "%s holds %d checkpoints of an earlier run, e.g. %s. This run starts anew and will "
+                "%s holds %d checkpoints of an earlier run (%s). This run starts anew and will "
                 "overwrite those of equal names; was --resume meant?",
-                *(self.save_dir, len(left), os.path.basename(left[0])),
+                *(self.save_dir, len(names), ", ".join(names[:3] + ["..."] * (len(names) > 3))),
             )
             self.tag_last_checkpoint(_NONE_YET)
 

@@ -137,7 +137,10 @@ def local_file(path: str, *, key: str) -> str:
     if not os.path.isfile(local):
         url = "://" in str(local)
         reason = "no handler of Detectron2's PathManager reads such URLs" if url else "no such file"
-        raise ValueError(f"{key} is {path!r}: {reason}.")
+        raise ValueError(
+            f"{key} is {path!r}: {reason}; expected a .pth or .pkl file or a URL. Correct it, "
+            "or train it first."
+        )
     return str(local)
 
 

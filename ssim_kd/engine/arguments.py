@@ -94,6 +94,23 @@ def apply_teacher(cfg: CfgNode, name: str) -> None:
     distill.ENABLED = True
 
 
+def without_effect(cfg: CfgNode) -> list[str]:
+    """A line where a config names a teacher or a method, and switches distillation off."""
+    distill = cfg.MODEL.DISTILL
+    named = {
+        "TEACHER.CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
+        "TERMS": distill.TERMS,
+        "NAME": distill.NAME if distill.NAME != "FeatureDistiller" else "",
+    }
+    found = [f"{key} {value}" for key, value in named.items() if value]
+    if distill.ENABLED or not found or cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":
+        return []
+    return [
+        "MODEL.DISTILL.ENABLED is False: the student learns without a teacher. "
+        f"{' and '.join(found)} of MODEL.DISTILL have no effect."
+    ]
+
+
 def apply_schedule(
     cfg: CfgNode,
     *,

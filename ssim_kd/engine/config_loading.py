@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_distill_config, share_keys
 from ..config_files import did_you_mean, find_config_file, merge_file
-from .arguments import apply_schedule, apply_teacher, use_cpu_without_gpu
+from .arguments import apply_schedule, apply_teacher, use_cpu_without_gpu, without_effect
 from .data_file import apply_data
 from .preflight import check_config
 
@@ -61,6 +61,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
     if not evaluate:
         length = {"epochs": flags["epochs"], "batch": flags["batch"], "max_iter": max_iter}
         notes += apply_schedule(cfg, **length, by_hand=by_hand)
+        notes += without_effect(cfg)
     notes += use_cpu_without_gpu(cfg, by_hand | in_file)
     args.notes = [*getattr(args, "notes", []), *notes]
     check_config(cfg, evaluate=evaluate)
@@ -94,8 +95,11 @@ def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
     if len(opts) % 2:
         raise ValueError(f"{opts[-1]} has no value; expected KEY VALUE pairs, not {opts}.")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        if isinstance(_get(cfg, key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
+        default = _get(cfg, key)
+        if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a whole number for a float
+        if isinstance(default, float) and re.fullmatch(r"[+-]?\.?(nan|inf)", str(value).lower()):
+            raise ValueError(f"{key} is {value}; expected a finite number.")
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, ValueError) as error:

@@ -20,7 +20,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import distributed as dist
 from torch import nn
 
-from ..checkpoint import write_atomically
+from ..checkpoint import BEST, write_atomically
 from ..visualization import loss_map_images
 from .signals import StopOnSignal
 from .writers import Accessory
@@ -181,7 +181,7 @@ class BestCheckpoint(HookBase):
         if not ap > self._best.get("AP", -1.0) or not os.path.isfile(saved):  # NaN is no best one
             return
         self._best = {"AP": float(ap), "iteration": int(self.trainer.iter)}
-        path = os.path.join(os.path.dirname(saved), "model_best.pth")
+        path = os.path.join(os.path.dirname(saved), BEST)
         with open(saved, "rb") as file:
             write_atomically(path, lambda copy: shutil.copyfileobj(file, copy))
 

@@ -172,9 +172,12 @@ def test_save_prunes(tmp_path) -> None:
 
 def test_resume_or_load_anew_beside_an_earlier_run(tmp_path, caplog) -> None:
     save(tmp_path, 1, 5)
+    (tmp_path / "model_best.pth").touch()
     checkpointer, _ = make(tmp_path, keep=1)
     assert not checkpointer.resume_or_load("", resume=False)
-    assert "2 checkpoints" in caplog.text and "model_0000005.pth" in caplog.text
+    assert "3 checkpoints" in caplog.text
+    assert "model_0000005.pth" in caplog.text and "model_best.pth" in caplog.text
+    (tmp_path / "model_best.pth").unlink()
     # It was killed before it saved.
     assert make(tmp_path)[0].newest() is None
     # It saved: nothing but its own counts, and the earlier run's make room first.

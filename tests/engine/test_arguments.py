@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
+from ssim_kd.config import add_distill_config
 from ssim_kd.data import check_datasets, register_datasets
 from ssim_kd.engine import DistillTrainer, argument_parser, distill, load_config, main
+from ssim_kd.engine.arguments import without_effect
 from ssim_kd.engine.preflight import check_schedule
 from ssim_kd.engine.train_loop import DistillStep
 from ssim_kd.modeling import DistilledDetector, SSIMDistiller
@@ -247,6 +250,22 @@ def test_apply_data_that_names_a_missing_json(split, tmp_path) -> None:
         check_datasets(cfg, train=True)
     text = str(caught.value)
     assert f"entry '{split}'" in text and str(path) in text and "REGISTER_COCO" not in text
+
+
+def test_a_teacher_or_method_without_effect_is_told() -> None:
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    distill = cfg.MODEL.DISTILL
+    cfg.MODEL.META_ARCHITECTURE, distill.ENABLED = "DistilledDetector", False
+    assert without_effect(cfg) == []  # a plain student
+    distill.NAME, distill.TEACHER.CONFIG_FILE = "MyDistiller", "teacher.yaml"
+    (note,) = without_effect(cfg)
+    for text in ("MODEL.DISTILL.ENABLED is False", "NAME MyDistiller", "CONFIG_FILE teacher.yaml"):
+        assert text in note
+    distill.ENABLED = True
+    assert without_effect(cfg) == []
+    distill.ENABLED, cfg.MODEL.META_ARCHITECTURE = False, "RetinaNet"
+    assert without_effect(cfg) == []
 
 
 def test_use_cpu_without_gpu_unless_set_by_hand(monkeypatch, tmp_path) -> None:

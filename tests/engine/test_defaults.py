@@ -46,6 +46,19 @@ def test_load_config_unknown_key_that_is_like_a_known_one(world: World, tmp_path
         assert "Did you mean" not in str(caught.value)
 
 
+def test_load_config_unknown_key_of_a_section_with_a_key_that_others_have(world, tmp_path) -> None:
+    meant = r"Did you mean MODEL\.DISTILL\.FGD\.TEMPERATURE\?"
+    with pytest.raises(ValueError, match=meant):  # HEAD.TEMPERATURE is as near
+        world.cfg(tmp_path, "MODEL.DISTILL.FGD.TEMPRATURE", "0.5")
+
+
+@pytest.mark.parametrize("value", ["nan", ".nan", "-inf", "NaN"])
+def test_load_config_number_that_is_not_finite(value: str, world: World, tmp_path) -> None:
+    key = "MODEL.DISTILL.LOSS_WEIGHT"
+    with pytest.raises(ValueError, match=rf"{key} is {value}; expected a finite number"):
+        world.cfg(tmp_path, key, value)
+
+
 def test_load_config_whole_number_for_a_float(world: World, tmp_path) -> None:
     cfg = world.cfg(tmp_path, "MODEL.DISTILL.LOSS_WEIGHT", "2", "SOLVER.MAX_ITER", "7")
     assert cfg.MODEL.DISTILL.LOSS_WEIGHT == 2.0

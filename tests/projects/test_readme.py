@@ -54,6 +54,7 @@ def test_each_readme_has_the_figures_of_its_method() -> None:
     shown = 0
     for name, folder in methods_table.folders().items():
         text = (folder / "README.md").read_text(encoding="utf-8")
+        assert methods_table.MEASURED in text, f"{folder}/README.md has no {methods_table.MEASURED}"
         block = text.split(methods_table.MEASURED)[1].split(methods_table.END_MEASURED)[0]
         assert block.strip() == methods_table.measured(name), f"run tools/methods_table.py: {name}"
         shown += block.count("| `")
@@ -111,11 +112,16 @@ def test_the_method_of_the_readme_works(toy: str) -> None:
 
 def test_the_command_of_the_readme_trains_with_the_method(toy: str) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    (command,) = (block for block in blocks if "MyDistiller" in block)
-    program, script, *arguments = shlex.split(command.replace("\\\n", ""))
-    assert (program, script) == ("python", "train_net.py")
-    args = argument_parser().parse_args(arguments)
-    args.config_file = str(methods_table.ROOT / args.config_file)
-    args.opts += ["MODEL.DEVICE", "cpu"]
-    (distiller,) = build_distillers(load_config(args, add_project_configs))
+    (block,) = (block for block in blocks if "MyDistiller" in block)
+    cfgs = []
+    for command in block.replace("\\\n", "").strip().splitlines():
+        program, script, *arguments = shlex.split(command)
+        assert (program, script) == ("python", "train_net.py")
+        args = argument_parser().parse_args(arguments)
+        args.config_file = str(methods_table.ROOT / args.config_file)
+        args.opts += ["MODEL.DEVICE", "cpu"]
+        cfgs.append(load_config(args, add_project_configs))
+    teacher, student = cfgs
+    (distiller,) = build_distillers(student)
     assert distiller.name == toy and distiller.power == 1.0
+    assert f"{teacher.OUTPUT_DIR}/model_final.pth" == student.MODEL.DISTILL.TEACHER.WEIGHTS

@@ -277,5 +277,8 @@ def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _expected(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    # Keys of the same section first: TEMPERATURE is a name of several.
+    section = name.rpartition(".")[0]
+    beside = [key for key in known if section and key.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(name, beside or known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {known}."
