@@ -162,7 +162,7 @@ def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any
     from tools.demo_picture import load_student, load_test_images
 
     models = {key: load_student(cfg, out / key) for key, cfg in configs.items()}
-    images = load_test_images(configs["student"], 50)
+    images = load_test_images(configs["student"], 30)
     speeds = images_per_second(models, images)
     summary: dict[str, dict[str, Any]] = {}
     for key, model in models.items():
@@ -191,13 +191,13 @@ def seconds_trained(series: Mapping[str, Series]) -> float:
 def images_per_second(
     models: Mapping[str, Callable[[list[dict[str, Any]]], Any]], images: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Images a second, one at a time, from tensors to detections; the median of five rounds.
+    """Images a second, one at a time, from tensors to detections; the median of three rounds.
 
     The models take turns, so that a machine that is busy now and then treats them alike.
     """
     rounds: dict[str, list[float]] = {key: [] for key in models}
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(3):
             for key, model in models.items():
                 model(images[:1])
                 start = time.perf_counter()
