@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,25 @@ def test_records_are_small_and_name_no_machine_path(path: Path) -> None:
     text = path.read_text()
     assert len(text) < 1_000_000
     assert not any(part in text for part in ("/home/", "/tmp/", "/work/"))
+
+
+# A difference with its interval, such as "8.2 [+7.4, +8.9]", which may go over the end of a line.
+INTERVAL = re.compile(r"(-?\d+\.\d)\s\[([+-]\d+\.\d),\s([+-]\d+\.\d)\]")
+PAGES = ("README.md", "docs/faq.md", "studies/digits/findings.md")
+
+
+def test_intervals_in_the_text_are_those_of_the_statistics() -> None:
+    known = set()
+    for path in FILES:
+        for stage in Records(path).statistics.values():
+            for contrast in stage["contrasts"]:
+                found = contrast["differences"]["AP"]
+                if found["n"] > 1:
+                    mean = f"{found['mean']:.1f}".replace("-0.0", "0.0")
+                    known.add((mean, f"{found['low']:+.1f}", f"{found['high']:+.1f}"))
+    written = 0
+    for page in PAGES:
+        for found in INTERVAL.findall((STUDIES.parent / page).read_text(encoding="utf-8")):
+            assert found in known, f"{page}: {found} is no difference of studies/results"
+            written += 1
+    assert written >= 8
