@@ -176,7 +176,7 @@ def summarise(configs: dict[str, CfgNode], out: Path) -> dict[str, dict[str, Any
 
 
 def seconds_trained(series: Mapping[str, Series]) -> float:
-    """Seconds that the iterations took, without start and evaluation, also over a resume.
+    """Seconds that the iterations took, without start and evaluation; each iteration once.
 
     Args:
         series: of metrics.json; "time" is the median of the iterations since the value before.

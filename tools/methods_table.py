@@ -173,11 +173,12 @@ def rows() -> Iterator[dict[str, str]]:
 
 def _ap(found: Mapping[int, float], plain: Mapping[int, float]) -> str:
     """Mean AP, mean gain over the plain student of the same seed, number of seeds."""
-    gains = [ap - plain[seed] for seed, ap in found.items() if seed in plain]
-    if not gains:
+    pairs = [(ap, plain[seed]) for seed, ap in found.items() if seed in plain]
+    if not pairs:
         return "-"
-    mean, gain = sum(found.values()) / len(found), sum(gains) / len(gains)
-    return f"{mean:.1f} ({gain:+.1f}; {len(gains)})"
+    mean, control = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    # Without the sign of a zero.
+    return f"{mean:.1f} ({round(mean - control, 1) + 0.0:+.1f}; {len(pairs)})"
 
 
 def table() -> str:
@@ -206,8 +207,8 @@ def notes() -> str:
         commits = sorted({run["commit"] for run in students if run["arm"] != "none"})
         found.append(
             f"AP: [runs and intervals](../docs/results_methods.md), commits {', '.join(commits)}. "
-            f"Gain: over the plain student of the same seed, which has {plain}. Nothing was tuned: "
-            "the weights are those of COCO. Intervals of three seeds are up to 2 AP to either side."
+            f"Gain: over the plain student of the same seed, which has {plain}. Loss weights are "
+            "those of the configs for COCO; nothing was tuned for digits."
         )
         found += on_retinanet()
     return "\n\n".join(found)
@@ -226,7 +227,9 @@ def on_retinanet() -> list[str]:
 
 def measured(name: str) -> str:
     """What a project's README says of its runs on the digits: its arms and their intervals."""
-    content = json.loads(RECORDS.read_text())
+    content = (
+        json.loads(RECORDS.read_text()) if RECORDS.is_file() else {"runs": {}, "statistics": {}}
+    )
     distillers = set(importlib.import_module(f"ssim_kd.projects.{name}").__all__)
     arms = {
         run["arm"]
@@ -256,8 +259,8 @@ def measured(name: str) -> str:
     head = ("arm", "seeds", "plain student's AP", "AP", "gain [95%]", "its loss, one seed")
     return "\n".join(
         [
-            "On digits, with the published weights, which are not tuned for it",
-            "(`studies/methods.yaml`, [all of its runs](../../docs/results_methods.md)):",
+            "On digits, with the loss weight of the config for COCO (`studies/methods.yaml`,",
+            "[all of its runs](../../docs/results_methods.md)):",
             "",
             f"| {' | '.join(head)} |",
             "|" + "---|" * len(head),

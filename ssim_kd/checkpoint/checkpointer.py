@@ -158,7 +158,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         left = self._candidates() if self.save_to_disk else []
         if left:
             best = Path(self.save_dir, BEST)
-            names = [os.path.basename(path) for path in left] + [BEST] * best.is_file()
+            names = [BEST] * best.is_file() + [os.path.basename(path) for path in left]
             self.logger.warning(
                 "%s holds %d checkpoints of an earlier run (%s). This run starts anew and will "
                 "overwrite those of equal names; was --resume meant?",

@@ -135,12 +135,11 @@ def local_file(path: str, *, key: str) -> str:
             f"{key} is {path!r}, which is not available: {_reason(error)}.{advice}"
         ) from error
     if not os.path.isfile(local):
-        url = "://" in str(local)
-        reason = "no handler of Detectron2's PathManager reads such URLs" if url else "no such file"
-        raise ValueError(
-            f"{key} is {path!r}: {reason}; expected a .pth or .pkl file or a URL. Correct it, "
-            "or train it first."
-        )
+        if "://" in str(local):
+            reason = f"no handler of Detectron2's PathManager reads it. Set {key} to a file."
+        else:
+            reason = "no such file. Correct the path, or make the file first."
+        raise ValueError(f"{key} is {path!r}: {reason}")
     return str(local)
 
 

@@ -95,19 +95,19 @@ def apply_teacher(cfg: CfgNode, name: str) -> None:
 
 
 def without_effect(cfg: CfgNode) -> list[str]:
-    """A line where a config names a teacher or a method, and switches distillation off."""
+    """A line for the log where a config names a teacher or a method, and switches both off."""
     distill = cfg.MODEL.DISTILL
     named = {
         "TEACHER.CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
         "TERMS": distill.TERMS,
         "NAME": distill.NAME if distill.NAME != "FeatureDistiller" else "",
     }
-    found = [f"{key} {value}" for key, value in named.items() if value]
+    found = [f"MODEL.DISTILL.{key} {value}" for key, value in named.items() if value]
     if distill.ENABLED or not found or cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":
         return []
     return [
         "MODEL.DISTILL.ENABLED is False: the student learns without a teacher. "
-        f"{' and '.join(found)} of MODEL.DISTILL have no effect."
+        f"Without effect: {', '.join(found)}."
     ]
 
 

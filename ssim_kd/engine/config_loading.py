@@ -98,7 +98,9 @@ def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
         default = _get(cfg, key)
         if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a whole number for a float
-        if isinstance(default, float) and re.fullmatch(r"[+-]?\.?(nan|inf)", str(value).lower()):
+        if isinstance(default, float) and re.fullmatch(
+            r"(?i)[+-]?\.?(nan|inf(inity)?)", str(value)
+        ):
             raise ValueError(f"{key} is {value}; expected a finite number.")
         try:
             cfg.merge_from_list([key, value])

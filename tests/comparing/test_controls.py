@@ -40,6 +40,7 @@ def test_the_shuffled_teacher_is_one_image_off() -> None:
 
 
 def test_a_patch_has_the_class_of_the_smallest_box_over_its_centre() -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
     module = script("vit_student")
     boxes = [
         {"bbox": [8, 8, 8, 8], "category_id": 3},
@@ -53,6 +54,7 @@ def test_a_patch_has_the_class_of_the_smallest_box_over_its_centre() -> None:
 def test_the_vit_learns_and_teaches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
     module = script("vit_student")
     monkeypatch.chdir(tmp_path)
     options = '["img_size", 64, "patch_size", 8, "embed_dim", 16, "depth", 1, "num_heads", 2]'
@@ -76,3 +78,4 @@ def test_the_vit_learns_and_teaches(
     module.main()
     rows = [json.loads(row) for row in Path("out/metrics.json").read_text().splitlines()]
     assert 0 < rows[-1]["distill/vfm_p3"] < 2
+    assert "WEIGHTS: out/vit.pth" in Path("out/config.yaml").read_text()

@@ -276,9 +276,10 @@ def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
     return found
 
 
-def _expected(name: str, known: list[str]) -> str:
+def _expected(name: object, known: list[str]) -> str:
     # Keys of the same section first: TEMPERATURE is a name of several.
-    section = name.rpartition(".")[0]
+    text = str(name)
+    section = text.rpartition(".")[0]
     beside = [key for key in known if section and key.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(name, beside or known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(text, beside or known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {known}."
