@@ -17,7 +17,6 @@ from detectron2.data import DatasetCatalog
 from torch import nn
 from torch.nn import functional as F
 
-from ssim_kd.checkpoint import write_atomically
 from ssim_kd.data.digits import register_digits
 from ssim_kd.engine import argument_parser, load_config, run
 from ssim_kd.projects import add_project_configs
@@ -51,12 +50,8 @@ def patch_labels(
     return labels
 
 
-def train_vit(cfg: CfgNode, iterations: int) -> tuple[nn.Module, float]:
+def train_vit(cfg: CfgNode, iterations: int = ITERATIONS) -> tuple[nn.Module, float]:
     """The ViT of ``MODEL.DISTILL.VFM``, trained on ``DATASETS.TRAIN`` from random weights.
-
-    Args:
-        cfg: whose first training set is one of the digits.
-        iterations: of batches of ``BATCH`` images, on the CPU.
 
     Returns:
         the model of timm, and the mean loss of the last tenth of the training.
@@ -105,10 +100,10 @@ def main() -> None:
     cfg = load_config(args, add_project_configs)
     file = Path(cfg.OUTPUT_DIR) / "vit.pth"
     if not file.is_file():
-        vit, loss = train_vit(cfg, ITERATIONS)
+        vit, loss = train_vit(cfg)
         print(f"The ViT's cross entropy a patch is {loss:.3f} at the end.", flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(str(file), lambda copy: torch.save(vit.state_dict(), copy))
+        torch.save(vit.state_dict(), file)
     args.opts += ["MODEL.DISTILL.VFM.WEIGHTS", str(file)]
     run(args, add_project_configs)
 

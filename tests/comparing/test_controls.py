@@ -74,7 +74,7 @@ def test_the_vit_learns_and_teaches(
     (_, first), (_, last) = (module.train_vit(cfg, iterations) for iterations in (1, 40))
     assert last < first / 2
 
-    monkeypatch.setattr(module, "ITERATIONS", 1)
+    monkeypatch.setattr(module.train_vit, "__defaults__", (1,))
     module.main()
     rows = [json.loads(row) for row in Path("out/metrics.json").read_text().splitlines()]
     assert 0 < rows[-1]["distill/vfm_p3"] < 2
