@@ -4,7 +4,7 @@ import copy
 import difflib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -102,11 +102,25 @@ def did_you_mean(cfg: CN, message: str) -> str:
     known = dict.fromkeys(_dotted(cfg))
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, 6)}
     names = sorted({*known, *sections})
-    # Keys of the same section first: TEMPERATURE is a name of several.
-    beside = [name for name in names if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    near = difflib.get_close_matches(key, beside, n=2, cutoff=0.85)
-    near = near or difflib.get_close_matches(key, names, n=2, cutoff=0.85)
+    near = near_keys(key, names, most=2, cutoff=0.85)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def near_keys(key: str, known: Sequence[str], *, most: int, cutoff: float) -> list[str]:
+    """The known keys that are like one: those of its own section, else any.
+
+    Args:
+        key: dotted.
+        known: dotted.
+        most: how many, at the most.
+        cutoff: the least likeness, 0 to 1, see :func:`difflib.get_close_matches`.
+    """
+    # TEMPERATURE is a name of several sections.
+    section = key.rpartition(".")[0]
+    beside = [name for name in known if section and name.rpartition(".")[0] == section]
+    return difflib.get_close_matches(key, beside, most, cutoff) or difflib.get_close_matches(
+        key, known, most, cutoff
+    )
 
 
 def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -157,7 +157,6 @@ def rows() -> Iterator[dict[str, str]]:
     for name, folder in sorted(folders().items(), key=lambda item: item[1].name.lower()):
         found = summary(name)
         count = parameters(config_of(name, folder)) / 1e6
-        curve = curves.get(name)
         yield {
             "method": f"[{found['method']}]({folder.name})",
             "paper": found["paper"],
@@ -166,9 +165,14 @@ def rows() -> Iterator[dict[str, str]]:
             "parameters": f"{count:.2f}M" if count else "0",
             "step / l2": f"{cost[name]:.2f}" if name in cost else "-",
             AP: _ap(ap.get(name, {}), ap.get("none", {})),
-            "its loss": f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}" if curve else "-",
+            "its loss": _fall(curves.get(name)),
             "tests": f"[tests]({folder.name}/tests)",
         }
+
+
+def _fall(curve: list[list[float]] | None) -> str:
+    """The first and the last loss of a training."""
+    return f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}" if curve else "-"
 
 
 def _ap(found: Mapping[int, float], plain: Mapping[int, float]) -> str:
@@ -244,14 +248,13 @@ def measured(name: str) -> str:
             if arm not in arms:
                 continue
             interval = f" [{gain['low']:+.1f}, {gain['high']:+.1f}]" if gain["n"] > 1 else ""
-            curve = curves.get(arm)
             cells = (
                 f"`{arm}`",
                 str(gain["n"]),
                 f"{stage['arms'][contrast['against']]['AP']['mean']:.1f}",
                 f"{stage['arms'][arm]['AP']['mean']:.1f}",
                 f"{gain['mean']:+.1f}{interval}",
-                f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}" if curve else "-",
+                _fall(curves.get(arm)),
             )
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -296,7 +299,7 @@ def main() -> None:
         collect_losses(args.losses)
     write_between(README, BEGIN, f"{table()}\n\n{notes()}", END)
     for name, folder in folders().items():
-        # A method of one's own may have no runs.
+        # A method of one's own may have no such marks.
         if MEASURED in (readme := folder / "README.md").read_text(encoding="utf-8"):
             write_between(readme, MEASURED, measured(name), END_MEASURED)
 

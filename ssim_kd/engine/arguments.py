@@ -5,7 +5,6 @@ sets by hand wins. What they chose is logged.
 """
 
 import argparse
-import logging
 import math
 import sys
 from collections.abc import Collection
@@ -17,8 +16,6 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import default_argument_parser
 
 from ..data import check_datasets, register_datasets
-
-logger = logging.getLogger(__name__)
 
 # Iterations of the config that follow the length of the training.
 _PERIODS = ("WARMUP_ITERS", "CHECKPOINT_PERIOD")

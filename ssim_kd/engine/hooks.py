@@ -189,8 +189,8 @@ class BestCheckpoint(HookBase):
         """Log which checkpoint was the best."""
         if self._best:
             logger.info(
-                "Best checkpoint: model_best.pth, box AP %.2f at iteration %d.",
-                *(self._best["AP"], self._best["iteration"]),
+                "Best checkpoint: %s, box AP %.2f at iteration %d.",
+                *(BEST, self._best["AP"], self._best["iteration"]),
             )
 
     def state_dict(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..checkpoint import BEST
 from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import is_saved_lazy_config, load_lazy_file, merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
@@ -28,7 +29,7 @@ EXPECTED = (
     "config.yaml beside it, or an RT-DETR (hf://owner/name, or its folder)."
 )
 #: Weights that the folder of a run holds, the first that is there is taken.
-RUN_WEIGHTS = ("model_final.pth", "model_best.pth", "model_final.pkl")
+RUN_WEIGHTS = ("model_final.pth", BEST, "model_final.pkl")
 #: Configs that the folder of a run holds.
 RUN_CONFIGS = ("config.yaml", "config.py")
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint import BEST
+from ..metrics_file import METRICS_FILE
 from .detections import find_test_set
 from .runs import NotAvailableError, Run, read_config, read_run
 
@@ -27,7 +29,7 @@ def find_teacher(run: Run) -> Run:
     weights = _teachers_weights(run)
     for path in (Path(text).expanduser() for text in (weights, name) if text):
         folder = path if path.is_dir() else path.parent
-        if path.exists() and (folder / "metrics.json").is_file():
+        if path.exists() and (folder / METRICS_FILE).is_file():
             return read_run(folder)
     shown = " with the weights ".join(filter(None, (name, weights)))
     raise NotAvailableError(f"no metrics.json beside {shown}. {_NAMED.format(flag='--teacher')}")
@@ -43,7 +45,7 @@ def teacher_iteration(run: Run, teacher: Run) -> int | None:
         str(run.get("MODEL.DISTILL.TEACHER.WEIGHTS", "model.teacher.weights", "") or "")
     ).name
     series = teacher.boxes().get("AP")
-    best = name == "model_best.pth" or (not name and not _has_final(teacher))
+    best = name == BEST or (not name and not _has_final(teacher))
     if series is None:
         return None
     if best and series.finite():
@@ -102,7 +104,7 @@ def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
     found = []
     shown = {other.folder.resolve() for other in given}
     for folder in sorted({*run.folder.resolve().parent.iterdir(), *shown}):
-        there = all((folder / name).is_file() for name in ("config.yaml", "metrics.json"))
+        there = all((folder / name).is_file() for name in ("config.yaml", METRICS_FILE))
         if there and folder != run.folder.resolve():
             other = read_config(folder)
             if not other.distils and _same_recipe(run, other):
@@ -140,6 +142,6 @@ def find_start(run: Run) -> Run:
     """
     weights = str(run.get("MODEL.WEIGHTS", "train.init_checkpoint", "") or "")
     path = Path(weights).expanduser()
-    if not weights or not path.is_file() or not (path.parent / "metrics.json").is_file():
+    if not weights or not path.is_file() or not (path.parent / METRICS_FILE).is_file():
         raise NotAvailableError("the weights that it started from are those of no run")
     return read_run(path.parent)

@@ -42,8 +42,9 @@ def load(file: Path) -> CfgNode:
 
 def bound(file: Path) -> nn.Module:
     """The distiller of a config, for a student of 6 channels and a teacher of 8."""
-    assert load(file).MODEL.DISTILL.ENABLED, f"{file}: MODEL.DISTILL.ENABLED is False"
-    (distiller,) = build_distillers(load(file))
+    cfg = load(file)
+    assert cfg.MODEL.DISTILL.ENABLED, f"{file}: MODEL.DISTILL.ENABLED is False"
+    (distiller,) = build_distillers(cfg)
     return bind(distiller, 6, 8, {level: STRIDES[level] for level in distiller.levels})
 
 

@@ -1,6 +1,5 @@
 """Distillers: what makes a loss of the outputs of student and teacher. One is one term."""
 
-import difflib
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from detectron2.utils.registry import Registry
 from fvcore.common.param_scheduler import ConstantParamScheduler, ParamScheduler
 from torch import nn
 
+from ...config_files import near_keys
 from ..teacher import FrozenTeacher
 from .checks import check_weight
 from .schedule import build_schedule
@@ -277,9 +277,5 @@ def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _expected(name: object, known: list[str]) -> str:
-    # Keys of the same section first: TEMPERATURE is a name of several.
-    text = str(name)
-    section = text.rpartition(".")[0]
-    beside = [key for key in known if section and key.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(text, beside or known, n=3, cutoff=0.5)
+    near = near_keys(str(name), known, most=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {known}."
