@@ -48,6 +48,20 @@ def test_statistics_follow_from_the_records(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_record_is_of_a_training_that_the_study_asks_for(path: Path) -> None:
+    # Others are left out of the page, and nothing says so.
+    study, records = read_study(STUDIES / f"{path.stem}.yaml"), Records(path)
+    asked = [*study.models.values()]
+    for name in study.content["stages"]:
+        asked += study.stage(name, records.tuned)
+    for key in records.runs:
+        if key.startswith("tuning/"):
+            arm, weight = key.split("/")[1:3]
+            asked += study.trials(arm, float(weight))
+    assert sorted(records.runs) == sorted({run.key for run in asked if records.of(run)})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_records_are_small_and_name_no_machine_path(path: Path) -> None:
     text = path.read_text()
     assert len(text) < 1_000_000
