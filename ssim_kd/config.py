@@ -170,7 +170,8 @@ def _add_model_keys(cfg: CN) -> None:
     # folder of --config-file.
     teacher.CONFIG_FILE = ""
     # The teacher's weights: a .pth or .pkl file, a URL that Detectron2 knows, or a name of the
-    # model zoo. "" takes those that belong to CONFIG_FILE: the zoo's, or a model_final.pth beside.
+    # model zoo. "" takes those that belong to CONFIG_FILE: the zoo's, or a file beside
+    # it: model_final.pth, else model_best.pth, else model_final.pkl.
     teacher.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; of a LazyConfig:
     # ["key=value", ...].
@@ -217,8 +218,9 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.MODEL.WEIGHTS_PARTIAL = False
 
     solver = cfg.SOLVER
-    # Length of the training in epochs, which sets MAX_ITER, STEPS and TEST.EVAL_PERIOD from the
-    # number of training images. 0: MAX_ITER is what counts.
+    # Length of the training in epochs, which sets MAX_ITER and STEPS from the number of training
+    # images, shortens WARMUP_ITERS and CHECKPOINT_PERIOD with it, and sets TEST.EVAL_PERIOD to an
+    # epoch where that is 0. 0: MAX_ITER is what counts.
     solver.EPOCHS = 0.0
     # Number of parts of a step's images on each process. The parts go through the model one after
     # the other and their gradients add up, for a batch that does not fit into memory.
@@ -290,7 +292,8 @@ def add_timm_config(cfg: CN) -> None:
     # holds all weights.
     node.PRETRAINED = ""
     # Batch norms: "BN", "FrozenBN" or "SyncBN". Other norms stay as they are.
-    # MODEL.BACKBONE.FREEZE_AT freezes stages: 0 none, 1 the stem, 2 res2 and all below it, ...
+    # MODEL.BACKBONE.FREEZE_AT freezes stages: 0 none, 2 res2 and all below it, ...; 1 what comes
+    # before res2, in models with a map of stride 2.
     node.NORM = "FrozenBN"
     # Further arguments of timm.create_model: [NAME, VALUE, ...], e.g. ["drop_path_rate", 0.1], or
     # ["strict_img_size", False] for a Swin transformer.

@@ -27,6 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     study = read_study(args.study)
+    for flag, key, named in (("--stages", "stages", args.stages), ("--arms", "arms", args.arms)):
+        unknown = sorted(set(named or ()) - set(study.content[key]))
+        if unknown:
+            print(
+                f"{flag} {' '.join(unknown)}: expected some of {sorted(study.content[key])}.",
+                file=sys.stderr,
+            )
+            return 2
     records = Records(args.records or args.study.parent / "results" / f"{study.name}.json")
     status = 0
     if not args.report:

@@ -253,7 +253,8 @@ def measured(name: str) -> str:
                 str(gain["n"]),
                 f"{stage['arms'][contrast['against']]['AP']['mean']:.1f}",
                 f"{stage['arms'][arm]['AP']['mean']:.1f}",
-                f"{gain['mean']:+.1f}{interval}",
+                # Without the sign of a zero.
+                f"{round(gain['mean'], 1) + 0.0:+.1f}{interval}",
                 _fall(curves.get(arm)),
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -10,7 +10,8 @@ and ``train``. Distillation is a matter of ``model``::
         max_iter="${..train.max_iter}",
     )
 
-``train.writers`` takes further writers: ``[L(MLflowWriter)(folder="${train.output_dir}")]``.
+``--teacher`` puts the same around a plain model. ``train.writers`` takes further writers:
+``[L(MLflowWriter)(folder="${train.output_dir}")]``.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.engine.defaults import default_writers
@@ -32,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config_files import find_config_file, load_lazy_file
-from ..modeling import DistilledDetector
+from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
 from .errors import start_up
 from .evaluation import set_up_evaluation
 from .hooks import share_buffers
@@ -48,6 +50,14 @@ logger = logging.getLogger(__name__)
 
 # What DistillTrainer takes from SOLVER.
 GRACE_PERIOD = 25.0
+# Arguments that set keys of a YAML config, and what a LazyConfig has instead.
+_OF_YAML = {
+    "data": "dataloader.train.dataset.names",
+    "epochs": "train.max_iter",
+    "batch": "dataloader.train.total_batch_size",
+}
+# Overrides of what --teacher puts around the student.
+_WRAPPING = ("model.student", "model.teacher", "model.distillers")
 
 
 def is_lazy(config_file: str) -> bool:
@@ -56,17 +66,28 @@ def is_lazy(config_file: str) -> bool:
 
 
 def load_lazy_config(args: argparse.Namespace) -> DictConfig:
-    """Read ``--config-file`` and apply the overrides ("key=value").
+    """Read ``--config-file`` and apply the overrides ("key=value") and ``--teacher``.
 
-    ``args.config_file`` becomes the path of the file, which Detectron2's ``default_setup`` opens.
+    Overrides of ``model`` mean the student where ``--teacher`` wraps it. ``args.config_file``
+    becomes the path of the file, which Detectron2's ``default_setup`` opens.
 
     Raises:
-        ValueError: the file cannot be read, lacks a part, or an override does not fit.
+        ValueError: the file cannot be read, lacks a part, or an override or argument does not fit.
     """
+    for argument, key in _OF_YAML.items():
+        if getattr(args, argument, None):
+            raise ValueError(
+                f"--{argument} is for a YAML config, and --config-file is {args.config_file}; "
+                f"expected {key}=VALUE."
+            )
     args.config_file = find_config_file(os.path.expanduser(args.config_file))
     try:
         cfg = load_lazy_file(args.config_file)
-        cfg = LazyConfig.apply_overrides(cfg, list(args.opts))
+        inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
+        cfg = LazyConfig.apply_overrides(cfg, inside)
+        if getattr(args, "teacher", ""):
+            cfg.model = _distilled(cfg.model, args.teacher)
+        cfg = LazyConfig.apply_overrides(cfg, [text for text in args.opts if text not in inside])
     except Exception as error:
         raise ValueError(
             f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
@@ -88,6 +109,16 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
         logger.warning("train.device is %r, but there is no GPU: 'cpu' is used.", cfg.train.device)
         cfg.train.device = "cpu"
     return cfg
+
+
+def _distilled(model: DictConfig, teacher: str) -> DictConfig:
+    """A model that learns from a teacher: what it was, wrapped, if it learned from none."""
+    if "student" not in model:
+        model = L(DistilledDetector)(student=model, max_iter="${..train.max_iter}")
+    if not model.get("distillers"):
+        model.distillers = [L(SSIMDistiller)()]
+    model.teacher = L(FrozenTeacher.load_from)(name=teacher)
+    return model
 
 
 def lazy_main(args: argparse.Namespace) -> Any:

@@ -1,7 +1,7 @@
 """The meta-architecture: a stock student, a frozen teacher, and what is learned between them."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,12 @@ from torch import nn
 from ..config import student_config
 from .distillers import DistillBatch, Distiller, build_distillers
 from .inherit import check_inherited, copy_inherited, inherited_keys
+from .plain_names import keep_plain_names, plainly
 from .taps import Tap, level_maps
 from .teacher import FrozenTeacher
 from .teacher_config import TeacherNotFoundError
 
 logger = logging.getLogger(__name__)
-
-_STUDENT, _DISTILLERS = "student.", "distillers."
 
 
 @META_ARCH_REGISTRY.register()
@@ -30,6 +29,7 @@ class DistilledDetector(nn.Module):
     student. To every trainer, checkpointer and script it looks like the student:
 
     - its ``state_dict()`` has the student's plain keys, and the distillers' under "distillers.";
+      so have ``named_modules()`` and ``named_parameters()``;
     - attributes that it lacks are the student's, and ``isinstance`` takes it for the student's
       class as well, so that ``GeneralizedRCNNWithTTA`` and the like accept it.
 
@@ -97,9 +97,7 @@ class DistilledDetector(nn.Module):
         if teacher is not None:
             self._bind(teacher, distillers)
         self.distillers = nn.ModuleDict({d.name: d for d in distillers})
-        self.register_state_dict_post_hook(_flatten)
-        self.register_load_state_dict_pre_hook(_nest)
-        self.register_load_state_dict_post_hook(_name_plainly)
+        keep_plain_names(self)
 
     def _bind(self, teacher: FrozenTeacher, distillers: Sequence[Distiller]) -> None:
         teacher.set_image_format(getattr(self.student, "input_format", None) or "BGR")
@@ -254,6 +252,12 @@ class DistilledDetector(nn.Module):
         distillers: Any = self.distillers.values()
         return [g for d in distillers for g in d.param_groups(base_lr)]
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Each module, by its name in the plain student, or below "distillers."."""
+        return plainly(super().named_modules(memo, prefix, remove_duplicate), prefix)
+
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "DistilledDetector":
         super()._apply(fn, *args, **kwargs)
         if self.teacher is not None:
@@ -290,29 +294,3 @@ def _health(**outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         for whose, found in outputs.items()
         for level, maps in level_maps(found).items()
     }
-
-
-# The state dict of the whole is the student's, with the distillers' parameters beside it.
-
-
-def _flatten(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix + _STUDENT)]:
-        state[prefix + key[len(prefix) + len(_STUDENT) :]] = state.pop(key)
-
-
-def _nest(module: Any, state: dict[str, Any], prefix: str, _metadata: Any, *_args: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        name = key[len(prefix) :]
-        if not name.startswith((_DISTILLERS, _STUDENT)):
-            state[f"{prefix}{_STUDENT}{name}"] = state.pop(key)
-    # Weights to start from hold nothing of the distillers, which then keep what they have.
-    module._starts = not any(k.startswith(prefix + _DISTILLERS) for k in state)
-
-
-def _name_plainly(module: Any, incompatible: Any) -> None:
-    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        keys[:] = [
-            key.replace(_STUDENT, "", 1)
-            for key in keys
-            if not (module._starts and _DISTILLERS in key)
-        ]

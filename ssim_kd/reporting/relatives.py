@@ -12,7 +12,7 @@ from .runs import NotAvailableError, Run, read_config, read_run
 # Keys that the control of a run may have otherwise: those of distillation, and those that change
 # nothing in what is trained.
 _MAY_DIFFER = re.compile(
-    r"MODEL\.DISTILL\..*|MODEL\.META_ARCHITECTURE|OUTPUT_DIR|VIS_PERIOD|TEST\.REPORT"
+    r"MODEL\.DISTILL\..*|MODEL\.META_ARCHITECTURE|OUTPUT_DIR|VIS_PERIOD|TEST\.REPORT|TRACKING\..*"
 )
 _NAMED = "Name the folder with {flag}."
 

@@ -242,6 +242,15 @@ def test_a_study_that_is_wrong_is_refused(
         read_study(bench.path)
 
 
+@pytest.mark.parametrize("flag, known", [("--stages", "main"), ("--arms", "ssim")])
+def test_main_names_what_the_study_has(
+    bench: Bench, flag: str, known: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([str(bench.path), flag, "plain_"]) == 2
+    message = capsys.readouterr().err
+    assert flag in message and "plain_" in message and known in message
+
+
 def test_a_model_that_is_not_there_is_refused(bench: Bench) -> None:
     bench.write({**STUDY, "students": {**STUDY["students"], "start": "elsewhere"}})
     with pytest.raises(ValueError, match="start of students/none/1 is 'elsewhere'"):

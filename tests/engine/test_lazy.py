@@ -90,7 +90,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     module.write_text(MODULE)
     sys.path.insert(0, str(folder))
     files = {"weights": folder / "lazy_teacher.pth"}
-    for name, width in (("teacher", 48), ("student", 32)):
+    for name, width in (("teacher", 48), ("student", 32), ("plain", 32)):
         text = BASE.format(
             student_yaml=world.config, module="small_resnet_of_lazy_test", width=width
         )
@@ -143,6 +143,49 @@ def test_lazy_main_trains_resumes_and_evaluates_the_student_alone(configs, tmp_p
     plain = instantiate(LazyConfig.load(str(configs["student"])).model.student)
     result = plain.load_state_dict(again["model"])
     assert not result.missing_keys and not result.unexpected_keys
+
+
+def test_lazy_main_puts_a_plain_model_below_its_teacher(configs, tmp_path) -> None:
+    lazy_run(
+        configs["plain"],
+        tmp_path,
+        f"--teacher={configs['teacher']}",
+        f"model.teacher.weights={configs['weights']}",
+        "model.distillers.0.weight=2.0",
+        # As without a teacher.
+        "model.head.prior_prob=0.02",
+        "train.max_iter=1",
+        "train.eval_period=0",
+    )
+    found = next(line for line in metrics(tmp_path) if "distill/ssim_p3" in line)
+    assert found["distill/ssim_p3_weighted"] == pytest.approx(2 * found["distill/ssim_p3"])
+    cfg = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert cfg.model.student.head.prior_prob == 0.02 and "head" not in cfg.model
+    assert cfg.model.teacher.name == str(configs["teacher"])
+
+
+def test_load_lazy_config_with_another_teacher(configs) -> None:
+    arguments = ["--config-file", str(configs["student"]), "--teacher", "other.py"]
+    cfg = load_lazy_config(argument_parser().parse_args(arguments))
+    # Its weights were the other one's; what is learned from it stays.
+    assert dict(cfg.model.teacher).keys() == {"_target_", "name"}
+    assert cfg.model.teacher.name == "other.py" and len(cfg.model.distillers) == 2
+    assert "student" not in cfg.model.student
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("--data=data.yaml", "dataloader.train.dataset.names"),
+        ("--epochs=1", "train.max_iter"),
+        ("--batch=2", "dataloader.train.total_batch_size"),
+    ],
+)
+def test_load_lazy_config_with_an_argument_of_yaml(configs, argument, key) -> None:
+    arguments = ["--config-file", str(configs["plain"]), argument]
+    with pytest.raises(ValueError, match=argument.split("=")[0]) as caught:
+        load_lazy_config(argument_parser().parse_args(arguments))
+    assert key in str(caught.value) and str(configs["plain"]) in str(caught.value)
 
 
 def test_load_lazy_config_with_a_wrong_override(configs) -> None:

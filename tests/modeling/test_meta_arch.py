@@ -149,6 +149,20 @@ def test_distillation_only_adds_its_loss(cfg) -> None:
     assert found["loss_distill"] > 0
 
 
+def test_names_are_those_of_the_plain_student(cfg) -> None:
+    # ViTDet's learning rates go by names that start with "backbone".
+    model, stock = build(cfg), build(stock_config("faster"))
+    plain = [name for name, _ in stock.named_parameters()]
+    found = [name for name, _ in model.named_parameters()]
+    assert found[: len(plain)] == plain
+    assert found[len(plain) :] and all(n.startswith("distillers.") for n in found[len(plain) :])
+    assert {name for name, _ in stock.named_modules()} < {name for name, _ in model.named_modules()}
+    modules = dict(model.named_modules())
+    assert modules[""] is model and modules["student"] is model.student
+    wrapped = [name for name, _ in torch.nn.ModuleDict({"module": model}).named_parameters()]
+    assert wrapped == [f"module.{name}" for name in found]
+
+
 def test_a_model_can_be_pickled_whole(cfg, tmp_path) -> None:
     model = build(cfg)
     model.teacher.load()

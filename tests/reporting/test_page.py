@@ -276,6 +276,14 @@ def test_find_control_where_it_is_not_certain(tmp_path: Path) -> None:
     assert "again" in str(caught.value) and "--control" in str(caught.value)
 
 
+def test_find_control_of_another_name_for_the_trackers(tmp_path: Path) -> None:
+    run, control, _ = write_pair(tmp_path)
+    cfg = yaml.safe_load((control / "config.yaml").read_text())
+    cfg["TRACKING"] = {"RUN_NAME": "plain"}
+    (control / "config.yaml").write_text(yaml.safe_dump(cfg))
+    assert find_control(read_run(run)).folder == control.resolve()
+
+
 @pytest.mark.parametrize("key", ["SEED", "SOLVER.BASE_LR", "MODEL.WEIGHTS"])
 def test_find_control_of_another_recipe(tmp_path: Path, key: str) -> None:
     run, control, _ = write_pair(tmp_path)
