@@ -71,6 +71,11 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
 
 def _merge_file(cfg: CfgNode, path: str) -> set[str]:
     """Merge a config file; returns the keys that it and its bases set."""
+    if path.endswith(".py"):
+        raise ValueError(
+            f"--config-file {path} is a LazyConfig; expected a .yaml file. train_net.py and "
+            "tools/export_student.py take both."
+        )
     try:
         return merge_file(cfg, path)
     except yaml.constructor.ConstructorError as error:

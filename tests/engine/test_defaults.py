@@ -116,6 +116,13 @@ def test_load_config_no_file(world: World, tmp_path) -> None:
         world.cfg(tmp_path, config=tmp_path / "nowhere.yaml")
 
 
+def test_load_config_lazy_config() -> None:
+    # Tools and functions that are for YAML alone.
+    line = ["--config-file", "COCO-Detection/plain_fcos_R_50_FPN_1x.py"]
+    with pytest.raises(ValueError, match=r"plain_fcos_R_50_FPN_1x\.py is a LazyConfig.*\.yaml"):
+        load_config(argument_parser().parse_args(line))
+
+
 def test_load_config_no_yaml(world: World, tmp_path) -> None:
     config = tmp_path / "broken.yaml"
     config.write_text("MODEL: {DEVICE: cpu\n")
