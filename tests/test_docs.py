@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
 from pathlib import Path
 
@@ -84,3 +85,10 @@ def test_readme_names_every_extra() -> None:
     setup.read(ROOT / "setup.cfg")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [e for e in setup["options.extras_require"] if f"`{e}`" not in text]
+
+
+@pytest.mark.parametrize("folder", ["tools", "runs", "studies"])
+def test_what_has_a_shebang_can_be_called(folder: str) -> None:
+    scripts = [f for f in ROOT.glob(f"{folder}/**/*") if f.suffix in (".py", ".sh")]
+    found = [f for f in scripts if f.read_bytes().startswith(b"#!")]
+    assert found and not [f for f in found if not os.access(f, os.X_OK)]

@@ -19,22 +19,20 @@ sys.path.insert(0, str(ROOT))
 
 from tools.comparing.records import Records  # noqa: E402
 from tools.comparing.report import write_report  # noqa: E402
-from tools.comparing.study import Run, read_study  # noqa: E402
+from tools.comparing.study import Run, Study, read_study  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a study; returns the exit status."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    study = read_study(args.study)
-    for flag, key, named in (("--stages", "stages", args.stages), ("--arms", "arms", args.arms)):
-        unknown = sorted(set(named or ()) - set(study.content[key]))
-        if unknown:
-            print(
-                f"{flag} {' '.join(unknown)}: expected some of {sorted(study.content[key])}.",
-                file=sys.stderr,
-            )
-            return 2
+    try:
+        study = read_study(args.study)
+        list(study.models)
+        _check_names(args, study)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     records = Records(args.records or args.study.parent / "results" / f"{study.name}.json")
     status = 0
     if not args.report:
@@ -42,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         from tools.comparing.running import Place, TrainingError, build_executor, finish
         from tools.comparing.tuning import tune
 
-        output = args.output.resolve()
+        output = (args.output or ROOT / "output" / "compare" / study.name).resolve()
         place = Place(
             output,
             args.code.resolve(),
@@ -77,6 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
+def _check_names(args: argparse.Namespace, study: Study) -> None:
+    seeds = {seed for stage in study.content["stages"].values() for seed in stage["seeds"]}
+    known = {"stages": study.content["stages"], "arms": study.content["arms"], "seeds": seeds}
+    for flag, names in known.items():
+        unknown = sorted(set(getattr(args, flag) or ()) - set(names))
+        if unknown:
+            raise ValueError(f"--{flag}: {args.study} has no {unknown}; expected {sorted(names)}.")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -88,9 +95,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="of the stages; default: all")
     parser.add_argument("--records", type=Path, help="default: results/NAME.json beside the study")
     parser.add_argument(
-        "--docs", type=Path, help="page to write; default: none but table and plots"
+        "--docs", type=Path, help="page to write, default: NAME.md beside the records"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the trainings, default: output/compare/NAME"
+    )
     parser.add_argument(
         "--code", type=Path, default=ROOT, help="the checkout that trains, default: this one"
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Writes the table of the methods in projects/README.md, and the figures in each one's README.
 
-    tools/methods_table.py                              # writes them
-    tools/methods_table.py --losses output/compare      # first takes the losses of a study's runs
+    tools/methods_table.py                                    # writes them
+    tools/methods_table.py --losses output/compare/methods    # first takes the losses of runs
 
 What a project says of itself is ``SUMMARY`` in its ``__init__.py``. Parameters are counted on the
 shipped configs. Costs are those of projects/results/step.json, written by

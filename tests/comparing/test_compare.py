@@ -232,23 +232,40 @@ def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
     [
         ({"stages": {"main": {**STUDY["stages"]["main"], "arms": ["l9"]}}}, "stages.main.arms"),
         ({"arms": None}, "arms is missing"),
+        ({"small_box": None}, "small_box is missing"),
+        ({"tuning": None}, "arms.ssim has the weight tuned"),
+        ({"arms": {**STUDY["arms"], "none": {"wieght": 4}}}, "arms.none has .*wieght"),
+        *(
+            ({"stages": {"main": {**STUDY["stages"]["main"], key: named}}}, f"stages.main.{key}")
+            for key, named in {
+                "contrasts": [["ssim", "nnoe"]],
+                "primary": [["simm", "none"]],
+                "identical": [["ssim", "l9"]],
+                "gates": "nnoe",
+            }.items()
+        ),
     ],
 )
 def test_a_study_that_is_wrong_is_refused(
     bench: Bench, change: dict[str, Any], message: str
 ) -> None:
-    bench.write({**STUDY, **change})
+    content = {**STUDY, **change}
+    bench.write({key: value for key, value in content.items() if value is not None})
     with pytest.raises(ValueError, match=message):
         read_study(bench.path)
+    assert bench.run("--report") == 2
 
 
-@pytest.mark.parametrize("flag, known", [("--stages", "main"), ("--arms", "ssim")])
+@pytest.mark.parametrize(
+    "flag, wrong, known",
+    [("--stages", "plain_", "main"), ("--arms", "plain_", "ssim"), ("--seeds", "77", "[1, 3]")],
+)
 def test_main_names_what_the_study_has(
-    bench: Bench, flag: str, known: str, capsys: pytest.CaptureFixture[str]
+    bench: Bench, flag: str, wrong: str, known: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compare.main([str(bench.path), flag, "plain_"]) == 2
+    assert bench.run(flag, wrong) == 2
     message = capsys.readouterr().err
-    assert flag in message and "plain_" in message and known in message
+    assert flag in message and wrong in message and known in message
 
 
 def test_a_model_that_is_not_there_is_refused(bench: Bench) -> None:

@@ -1,10 +1,13 @@
-"""What SLURM is asked for, by a stand-in for sbatch."""
+"""Trainings in processes of their own: what SLURM is asked for, times, an end in between."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,37 @@ def test_time_adds_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     killed = running.train({**request, "opts": ["0"]}, str(folder), str(tmp_path))
     assert killed["cpu_seconds"] is None and killed["seconds"] is None
     assert killed["peak_memory_mb"] > 0
+
+
+TRAINING = """
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path("saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_lets_a_training_save(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAINING)
+    code = (
+        "import pathlib, sys; from tools.comparing.running import _call; here = pathlib.Path.cwd();"
+        "_call([sys.executable, 'train.py'], here, str(here))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(running.ROOT)}
+    # A terminal sends it to all processes of the group.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() != 0
+    assert (tmp_path / "saved").exists()

@@ -215,7 +215,13 @@ def _call(command: Sequence[str], out: Path, code: str) -> None:
     environment = {**os.environ, "PYTHONPATH": code}
     with open(out / CONSOLE, "a") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=code, env=environment
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=code,
+            env=environment,
+            # A Ctrl-C reaches this process, which then asks the training to save.
+            start_new_session=True,
         )
         # Whoever ends this process ends the training, which then saves.
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())

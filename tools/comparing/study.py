@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 
 WEIGHT_KEY = "MODEL.DISTILL.LOSS_WEIGHT"
 TUNED = "tuned"
+ARM_KEYS = {"weight", "opts", "teacher", "config", "start", "script"}
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,20 @@ def read_study(path: Path) -> Study:
     """Read a study.
 
     Raises:
-        ValueError: something is missing, or a stage names an arm that is not there.
+        ValueError: something is missing or unknown, or a stage names an arm that is not there.
     """
     content = yaml.safe_load(path.read_text())
     for name in ("students", "arms", "stages"):
         if not isinstance(content, dict) or not isinstance(content.get(name), dict):
             raise ValueError(f"{path}: {name} is missing: expected a mapping.")
+    if "small_box" not in content:
+        raise ValueError(f"{path}: small_box is missing: expected an area in pixels.")
+    for name, arm in content["arms"].items():
+        unknown = sorted(set(arm) - ARM_KEYS)
+        if unknown:
+            raise ValueError(f"{path}: arms.{name} has {unknown}: expected {sorted(ARM_KEYS)}.")
+        if arm.get("weight") == TUNED and "tuning" not in content:
+            raise ValueError(f"{path}: arms.{name} has the weight {TUNED}, without tuning.")
     for place, arms in _named_arms(content):
         unknown = sorted(set(arms) - set(content["arms"]))
         if unknown:
@@ -183,6 +192,9 @@ def read_study(path: Path) -> Study:
 def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, stage in content["stages"].items():
         yield f"stages.{name}.arms", stage["arms"]
+        for key in ("contrasts", "primary", "identical"):
+            yield f"stages.{name}.{key}", [arm for pair in stage.get(key, []) for arm in pair]
+        yield f"stages.{name}.gates", [stage["gates"]] if "gates" in stage else []
 
 
 @functools.cache
