@@ -27,7 +27,7 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
-from .lazy import is_lazy, lazy_main, load_lazy_config
+from .lazy import check_lazy_arguments, is_lazy, lazy_main, load_lazy_config
 from .output_lock import output_lock
 from .preflight import (
     check_schedule,
@@ -73,6 +73,7 @@ def run(
         # Before any process is started: a wrong key is then reported once.
         if is_lazy(args.config_file):
             with start_up():
+                check_lazy_arguments(args)
                 device = load_lazy_config(args).train.device
             return launch_processes(lazy_main, args, device=device, main_args=(args,))
         with start_up():

@@ -65,6 +65,16 @@ def is_lazy(config_file: str) -> bool:
     return config_file.endswith(".py")
 
 
+def check_lazy_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError at an argument that sets keys of a YAML config: it would have no effect."""
+    for argument, key in _OF_YAML.items():
+        if getattr(args, argument, None):
+            raise ValueError(
+                f"--{argument} is for a YAML config, and --config-file is {args.config_file}; "
+                f"expected {key}=VALUE."
+            )
+
+
 def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     """Read ``--config-file`` and apply the overrides ("key=value") and ``--teacher``.
 
@@ -72,14 +82,8 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     becomes the path of the file, which Detectron2's ``default_setup`` opens.
 
     Raises:
-        ValueError: the file cannot be read, lacks a part, or an override or argument does not fit.
+        ValueError: the file cannot be read, lacks a part, or an override does not fit.
     """
-    for argument, key in _OF_YAML.items():
-        if getattr(args, argument, None):
-            raise ValueError(
-                f"--{argument} is for a YAML config, and --config-file is {args.config_file}; "
-                f"expected {key}=VALUE."
-            )
     args.config_file = find_config_file(os.path.expanduser(args.config_file))
     try:
         cfg = load_lazy_file(args.config_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -91,3 +92,19 @@ def test_intervals_in_the_text_are_those_of_the_statistics() -> None:
             assert found in known, f"{page}: {found} is no difference of studies/results"
             written += 1
     assert written >= 8
+
+
+def test_the_table_of_gradients_is_that_of_the_file() -> None:
+    table: dict[str, list[list[float]]] = {}
+    for run, found in json.loads((STUDIES / "digits" / "gradients.json").read_text()).items():
+        loss = "l2" if "/l2/" in run else "SSIM"
+        ours = found["weight"] * found["distillation"]
+        cells = [found["detection"], ours, ours / found["detection"]]
+        table.setdefault(f"| {loss} | {found['weight']:g} |", []).append(cells)
+    text = (STUDIES / "digits" / "findings.md").read_text(encoding="utf-8")
+    assert len(table) == 4
+    for start, runs in table.items():
+        cells = [
+            ", ".join(f"{value:.2g}" for value in column) for column in zip(*runs, strict=True)
+        ]
+        assert f"{start} {' | '.join(cells)} |" in text

@@ -181,11 +181,13 @@ def test_load_lazy_config_with_another_teacher(configs) -> None:
         ("--batch=2", "dataloader.train.total_batch_size"),
     ],
 )
-def test_load_lazy_config_with_an_argument_of_yaml(configs, argument, key) -> None:
-    arguments = ["--config-file", str(configs["plain"]), argument]
-    with pytest.raises(ValueError, match=argument.split("=")[0]) as caught:
-        load_lazy_config(argument_parser().parse_args(arguments))
-    assert key in str(caught.value) and str(configs["plain"]) in str(caught.value)
+def test_run_of_a_lazy_config_with_an_argument_of_yaml(
+    configs, argument, key, tmp_path, capfd
+) -> None:
+    with pytest.raises(SystemExit):
+        lazy_run(configs["plain"], tmp_path, argument)
+    message = capfd.readouterr().err
+    assert argument.split("=")[0] in message and key in message and str(configs["plain"]) in message
 
 
 def test_load_lazy_config_with_a_wrong_override(configs) -> None:
