@@ -63,6 +63,11 @@ def merge_file(cfg: CN, path: str) -> set[str]:
     return set(_dotted(loaded))
 
 
+def is_lazy(path: str) -> bool:
+    """Whether a config file is a LazyConfig."""
+    return path.endswith(".py")
+
+
 def is_saved_lazy_config(path: str) -> bool:
     """Whether a .yaml is what ``LazyConfig.save`` leaves in the folder of a run."""
     with PathManager.open(path, "r") as file:

@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         study = read_study(args.study)
-        list(study.models)
         _check_names(args, study)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

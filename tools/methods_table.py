@@ -181,8 +181,12 @@ def _ap(found: Mapping[int, float], plain: Mapping[int, float]) -> str:
     if not pairs:
         return "-"
     mean, control = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-    # Without the sign of a zero.
-    return f"{mean:.1f} ({round(mean - control, 1) + 0.0:+.1f}; {len(pairs)})"
+    return f"{mean:.1f} ({_signed(mean - control)}; {len(pairs)})"
+
+
+def _signed(gain: float) -> str:
+    """With one decimal; a zero is +0.0."""
+    return f"{round(gain, 1) + 0.0:+.1f}"
 
 
 def table() -> str:
@@ -253,8 +257,7 @@ def measured(name: str) -> str:
                 str(gain["n"]),
                 f"{stage['arms'][contrast['against']]['AP']['mean']:.1f}",
                 f"{stage['arms'][arm]['AP']['mean']:.1f}",
-                # Without the sign of a zero.
-                f"{round(gain['mean'], 1) + 0.0:+.1f}{interval}",
+                f"{_signed(gain['mean'])}{interval}",
                 _fall(curves.get(arm)),
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -10,7 +10,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_distill_config, share_keys
-from ..config_files import did_you_mean, find_config_file, merge_file
+from ..config_files import did_you_mean, find_config_file, is_lazy, merge_file
 from .arguments import apply_schedule, apply_teacher, use_cpu_without_gpu, without_effect
 from .data_file import apply_data
 from .preflight import check_config
@@ -71,7 +71,7 @@ def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -
 
 def _merge_file(cfg: CfgNode, path: str) -> set[str]:
     """Merge a config file; returns the keys that it and its bases set."""
-    if path.endswith(".py"):
+    if is_lazy(path):
         raise ValueError(
             f"--config-file {path} is a LazyConfig; expected a .yaml file. train_net.py and "
             "tools/export_student.py take both."

@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import write_stock_config
+from ..config_files import is_lazy
 from ..data import check_datasets, register_datasets
 from .arguments import resolved_options
 from .config_loading import AddConfig, load_config
@@ -27,7 +28,7 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
-from .lazy import check_lazy_arguments, is_lazy, lazy_main, load_lazy_config
+from .lazy import check_lazy_arguments, lazy_main, load_lazy_config
 from .output_lock import output_lock
 from .preflight import (
     check_schedule,

@@ -60,11 +60,6 @@ _OF_YAML = {
 _WRAPPING = ("model.student", "model.teacher", "model.distillers")
 
 
-def is_lazy(config_file: str) -> bool:
-    """Whether a config file is a LazyConfig."""
-    return config_file.endswith(".py")
-
-
 def check_lazy_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError at an argument that sets keys of a YAML config: it would have no effect."""
     for argument, key in _OF_YAML.items():

@@ -25,14 +25,18 @@ def plainly(found: Iterator[tuple[str, nn.Module]], prefix: str) -> Iterator[tup
     The student itself stays "student": the empty name is that of the whole.
     """
     start = f"{prefix}." if prefix else ""
-    nested = start + _STUDENT
     for name, module in found:
-        yield start + name[len(nested) :] if name.startswith(nested) else name, module
+        yield _plain(name, start), module
+
+
+def _plain(name: str, start: str) -> str:
+    nested = start + _STUDENT
+    return start + name[len(nested) :] if name.startswith(nested) else name
 
 
 def _flatten(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for key in [k for k in state if k.startswith(prefix + _STUDENT)]:
-        state[prefix + key[len(prefix) + len(_STUDENT) :]] = state.pop(key)
+        state[_plain(key, prefix)] = state.pop(key)
 
 
 def _nest(module: Any, state: dict[str, Any], prefix: str, _metadata: Any, *_args: Any) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint import BEST
 from ..config import add_distill_config, add_shared_keys, student_config
-from ..config_files import is_saved_lazy_config, load_lazy_file, merge_file
+from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def source_of(
     if is_rtdetr(name) and not run:
         return _rtdetr_source(name, weights, opts)
     path, weights = find_teacher(name, weights)
-    if not path.endswith(".py") and is_saved_lazy_config(path):
+    if not is_lazy(path) and is_saved_lazy_config(path):
         # It names what to call, anything at all: to read it would be to run code of a .yaml.
         raise ValueError(
             f"{KEY} (--teacher) is {name!r}: {path} was saved by the training of a LazyConfig and "
@@ -161,7 +161,7 @@ def source_of(
             "MODEL.DISTILL.TEACHER.WEIGHTS."
         )
     try:
-        if path.endswith(".py"):
+        if is_lazy(path):
             return _lazy_source(name, path, weights, opts)
         config = _yaml_config(path, weights, opts, student)
     except yaml.constructor.ConstructorError as error:

@@ -55,7 +55,7 @@ class Study:
         """Of the file."""
         return self.path.stem
 
-    @property
+    @functools.cached_property
     def models(self) -> dict[str, Run]:
         """The trainings whose weights others start from or learn from, by name."""
         found: dict[str, Run] = {}
@@ -186,7 +186,10 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f"{path}: {place} names {unknown}: expected arms of {sorted(content['arms'])}."
             )
-    return Study(path.resolve(), content)
+    study = Study(path.resolve(), content)
+    # Refuses a start or a teacher that is not there.
+    _ = study.models
+    return study
 
 
 def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
