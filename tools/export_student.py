@@ -34,8 +34,8 @@ from ssim_kd.config import write_stock_config
 from ssim_kd.config_files import is_lazy, merge_file
 from ssim_kd.data import register_datasets
 from ssim_kd.engine import load_config
+from ssim_kd.engine.config_loading import load_lazy_config
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
-from ssim_kd.engine.lazy import load_lazy_config
 from ssim_kd.projects import add_project_configs
 from tools.exporting import (
     ExportedDetector,

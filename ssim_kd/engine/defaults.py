@@ -18,7 +18,7 @@ from ..config import write_stock_config
 from ..config_files import is_lazy
 from ..data import check_datasets, register_datasets
 from .arguments import resolved_options
-from .config_loading import AddConfig, load_config
+from .config_loading import AddConfig, check_lazy_arguments, load_config, load_lazy_config
 from .errors import start_up, with_one_line_errors
 from .evaluation import (
     check_teacher,
@@ -28,7 +28,7 @@ from .evaluation import (
     test_time_augmentation,
 )
 from .launch import launch_processes
-from .lazy import check_lazy_arguments, lazy_main, load_lazy_config
+from .lazy import lazy_main
 from .output_lock import output_lock
 from .preflight import (
     check_schedule,

@@ -17,13 +17,11 @@ and ``train``. Distillation is a matter of ``model``::
 import argparse
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -33,8 +31,8 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
-from ..config_files import find_config_file, load_lazy_file
-from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
+from ..modeling import DistilledDetector
+from .config_loading import load_lazy_config
 from .errors import start_up
 from .evaluation import set_up_evaluation
 from .hooks import share_buffers
@@ -50,74 +48,6 @@ logger = logging.getLogger(__name__)
 
 # What DistillTrainer takes from SOLVER.
 GRACE_PERIOD = 25.0
-# Arguments that set keys of a YAML config, and what a LazyConfig has instead.
-_OF_YAML = {
-    "data": "dataloader.train.dataset.names",
-    "epochs": "train.max_iter",
-    "batch": "dataloader.train.total_batch_size",
-}
-# Overrides of what --teacher puts around the student.
-_WRAPPING = ("model.student", "model.teacher", "model.distillers")
-
-
-def check_lazy_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError at an argument that sets keys of a YAML config: it would have no effect."""
-    for argument, key in _OF_YAML.items():
-        if getattr(args, argument, None):
-            raise ValueError(
-                f"--{argument} is for a YAML config, and --config-file is {args.config_file}; "
-                f"expected {key}=VALUE."
-            )
-
-
-def load_lazy_config(args: argparse.Namespace) -> DictConfig:
-    """Read ``--config-file`` and apply the overrides ("key=value") and ``--teacher``.
-
-    Overrides of ``model`` mean the student where ``--teacher`` wraps it. ``args.config_file``
-    becomes the path of the file, which Detectron2's ``default_setup`` opens.
-
-    Raises:
-        ValueError: the file cannot be read, lacks a part, or an override does not fit.
-    """
-    args.config_file = find_config_file(os.path.expanduser(args.config_file))
-    try:
-        cfg = load_lazy_file(args.config_file)
-        inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
-        cfg = LazyConfig.apply_overrides(cfg, inside)
-        if getattr(args, "teacher", ""):
-            cfg.model = _distilled(cfg.model, args.teacher)
-        cfg = LazyConfig.apply_overrides(cfg, [text for text in args.opts if text not in inside])
-    except Exception as error:
-        raise ValueError(
-            f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
-            f"{type(error).__name__}: {error}. Expected a LazyConfig, and overrides key=value."
-        ) from error
-    needed = ("model", "dataloader", "train") + (
-        () if args.eval_only else ("optimizer", "lr_multiplier")
-    )
-    missing = [key for key in needed if key not in cfg]
-    if missing:
-        raise ValueError(f"--config-file {args.config_file} lacks {missing}.")
-    if getattr(args, "eval_teacher", False):
-        raise ValueError(
-            "--eval-teacher needs a YAML student; expected the teacher's own config for "
-            "--config-file, and --eval-only."
-        )
-    cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
-    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("train.device is %r, but there is no GPU: 'cpu' is used.", cfg.train.device)
-        cfg.train.device = "cpu"
-    return cfg
-
-
-def _distilled(model: DictConfig, teacher: str) -> DictConfig:
-    """A model that learns from a teacher: what it was, wrapped, if it learned from none."""
-    if "student" not in model:
-        model = L(DistilledDetector)(student=model, max_iter="${..train.max_iter}")
-    if not model.get("distillers"):
-        model.distillers = [L(SSIMDistiller)()]
-    model.teacher = L(FrozenTeacher.load_from)(name=teacher)
-    return model
 
 
 def lazy_main(args: argparse.Namespace) -> Any:

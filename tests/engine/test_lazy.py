@@ -11,7 +11,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from ssim_kd.engine import argument_parser, run
-from ssim_kd.engine.lazy import load_lazy_config
+from ssim_kd.engine.config_loading import load_lazy_config
 from ssim_kd.modeling import DistilledDetector, FrozenTeacher
 from tests.engine.runs import World, checkpoint, log, metrics
 
