@@ -37,6 +37,7 @@ from ssim_kd.engine import load_config
 from ssim_kd.engine.config_loading import load_lazy_config
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
 from ssim_kd.projects import add_project_configs
+from ssim_kd.writing import write_atomically, write_together
 from tools.exporting import (
     ExportedDetector,
     ExportError,
@@ -51,6 +52,8 @@ from tools.exporting import (
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx", "int8": "model_int8.onnx"}
 FORMATS = ("stock", *FILES)
+# That of the figures comes last: where it is, the others fit it.
+WRITTEN = ("student.yaml", "model.pth", *FILES.values(), "export.json")
 
 Batches = Iterable[list[dict[str, Any]]]
 
@@ -165,8 +168,8 @@ def first_images(batches: Batches, count: int) -> Iterator[dict[str, Any]]:
         yield {**x, "image": x["image"].float()}
 
 
-def export(args: argparse.Namespace, student: Student) -> dict[str, ExportedDetector]:
-    """Write the formats that were asked for.
+def export(args: argparse.Namespace, student: Student, folder: Path) -> dict[str, ExportedDetector]:
+    """Write the formats that were asked for into a folder, whence they go to ``args.output``.
 
     Returns:
         the exported models that run, by format. Those that cannot be exported are missing, and
@@ -174,15 +177,15 @@ def export(args: argparse.Namespace, student: Student) -> dict[str, ExportedDete
     """
     exported: dict[str, ExportedDetector] = {}
     if "stock" in args.formats:
-        weights = args.output / "model.pth"
-        torch.save({"model": student.model.state_dict()}, weights)
-        student.write_stock(args.output / "student.yaml", weights)
+        model = {"model": student.model.state_dict()}
+        write_atomically(str(folder / "model.pth"), lambda file: torch.save(model, file))
+        student.write_stock(folder / "student.yaml", args.output / "model.pth")
     if set(args.formats) <= {"stock"}:
         return exported
     side = student.side
     # Unlike sizes, so that nothing that depends on one of them becomes a constant of a batch.
     sizes = [(side, side * 4 // 3 // (1 + i % 2)) for i in range(args.batch)]
-    path = {name: args.output / file for name, file in FILES.items()}
+    path = {name: folder / file for name, file in FILES.items()}
     try:
         adapter = tracing_adapter(student.model, sizes)
         args.outputs = output_names(adapter)
@@ -227,17 +230,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, compare, evaluate, print, write."""
     args = parse(argv)
     setup_logger()
-    args.output.mkdir(parents=True, exist_ok=True)
     student = (lazy_student if is_lazy(args.config_file) else yaml_student)(args)
-    exported = export(args, student)
-    found: dict[str, Any] = {"formats": args.formats, "batch": args.batch, "outputs": args.outputs}
-    if args.compare and exported:
-        found["agreement"] = compare(student, exported, args)
-    if args.evaluate:
-        detectors = {"pytorch": student.model, **exported}
-        found["AP"] = {name: average_precision(student, d) for name, d in detectors.items()}
-    report(found)
-    (args.output / "export.json").write_text(json.dumps(found, indent=1))
+    with write_together(args.output, WRITTEN) as folder:
+        exported = export(args, student, folder)
+        found = {"formats": args.formats, "batch": args.batch, "outputs": args.outputs}
+        if args.compare and exported:
+            found["agreement"] = compare(student, exported, args)
+        if args.evaluate:
+            detectors = {"pytorch": student.model, **exported}
+            found["AP"] = {name: average_precision(student, d) for name, d in detectors.items()}
+        report(found)
+        (folder / "export.json").write_text(json.dumps(found, indent=1))
     print(f"Written to {args.output}")
     if args.failed:
         raise ExportError(args.failed)
@@ -260,5 +263,5 @@ def report(found: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"export_student.py: {error}") from None

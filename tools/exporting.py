@@ -7,6 +7,7 @@ in pixels of the image it was given, classes (R,), scores (R,), masks (R, 1, 28,
 """
 
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import nn
 from torch.nn import functional as F
+
+from ssim_kd.writing import write_atomically
 
 # The first with ROIAlign as Detectron2 aligns it (half a pixel) is 16.
 OPSET = 17
@@ -136,7 +139,10 @@ def export_torchscript(adapter: TracingAdapter, path: Path) -> None:
     """
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
-    torch.jit.save(traced, str(path))
+    # A full disk ends torch's own writer, and with it the process.
+    content = io.BytesIO()
+    torch.jit.save(traced, content)
+    write_atomically(str(path), lambda file: file.write(content.getbuffer()))
 
 
 def export_onnx(adapter: TracingAdapter, path: Path) -> None:
@@ -147,6 +153,7 @@ def export_onnx(adapter: TracingAdapter, path: Path) -> None:
     """
     _require_packages()
     inputs = input_names(adapter)
+    content = io.BytesIO()
     sides = {name: {1: f"height_{name}", 2: f"width_{name}"} for name in inputs}
     try:
         with _quiet(), torch.no_grad():
@@ -154,7 +161,7 @@ def export_onnx(adapter: TracingAdapter, path: Path) -> None:
             torch.onnx.export(
                 adapter,
                 adapter.flattened_inputs,
-                str(path),
+                content,
                 input_names=inputs,
                 output_names=output_names(adapter),
                 dynamic_axes=sides,
@@ -162,13 +169,13 @@ def export_onnx(adapter: TracingAdapter, path: Path) -> None:
                 dynamo=False,
             )
     except Exception as error:
-        path.unlink(missing_ok=True)
         reason = str(error).strip().splitlines()[:1]
         raise ExportError(
             f"{type(adapter.model).__name__} cannot be written as ONNX by torch "
             f"{torch.__version__} ({type(error).__name__}: {(reason or [''])[0][:200]}). Keypoint "
             "heads cannot; its TorchScript can be exported (--formats torchscript)."
         ) from error
+    write_atomically(str(path), lambda file: file.write(content.getbuffer()))
 
 
 def _require_packages() -> None:

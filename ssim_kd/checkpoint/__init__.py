@@ -8,7 +8,6 @@ from .files import (
     read_file,
     read_weights,
     sha256_of,
-    write_atomically,
 )
 from .strict import load_strictly
 
@@ -23,5 +22,4 @@ __all__ = [
     "read_file",
     "read_weights",
     "sha256_of",
-    "write_atomically",
 ]

@@ -16,7 +16,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from .files import model_of, read_checkpoint, remove_unfinished, write_atomically
+from ..writing import remove_unfinished, write_atomically
+from .files import model_of, read_checkpoint
 
 # A start may lack these: files of ImageNet backbones do not have them, and their initial values are
 # neutral.

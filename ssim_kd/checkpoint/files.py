@@ -1,14 +1,12 @@
-"""Checkpoint files: read without running code of theirs, written atomically."""
+"""Checkpoint files, read without running code of theirs."""
 
-import contextlib
 import hashlib
 import io
 import os
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -16,8 +14,6 @@ import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 
-# Ending of a file that is being written.
-_TEMPORARY = ".tmp"
 # Keys under which training programs keep the model, and what wrappers put before every name.
 _MODEL_KEYS = ("model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -267,59 +263,3 @@ def model_of(data: Mapping[str, Any]) -> tuple[str, Any]:
         if isinstance(model, Mapping) and model and all(k.startswith(prefix) for k in model):
             model = {name.removeprefix(prefix): value for name, value in model.items()}
     return where, model
-
-
-def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a local file that is either whole or not there, also after a loss of power.
-
-    Args:
-        path: of the file; one that is there is replaced.
-        write: writes the content to the open binary file.
-
-    Raises:
-        OSError: the write failed; names the space that is left.
-    """
-    temporary = f"{path}{_TEMPORARY}"
-    folder = os.path.dirname(path) or "."
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        # torch.save turns a full disk into a RuntimeError.
-        if isinstance(error, OSError | RuntimeError):
-            raise OSError(
-                f"{path} could not be written ({shutil.disk_usage(folder).free} bytes are free "
-                f"after {written} that were removed again): {error}. Earlier files are whole."
-            ) from error
-        raise
-    # The new name is on the disk when the folder is.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_unfinished(folder: str) -> list[str]:
-    """Remove the unfinished files of a killed run.
-
-    Args:
-        folder: exists; no other run writes checkpoints there.
-
-    Returns:
-        the paths that were removed.
-    """
-    found = [
-        os.path.join(folder, name)
-        for name in sorted(os.listdir(folder))
-        if name.endswith((f".pth{_TEMPORARY}", f"last_checkpoint{_TEMPORARY}"))
-    ]
-    for path in found:
-        os.unlink(path)
-    return found

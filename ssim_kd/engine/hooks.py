@@ -20,8 +20,9 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import distributed as dist
 from torch import nn
 
-from ..checkpoint import BEST, write_atomically
+from ..checkpoint import BEST, read_checkpoint
 from ..visualization import loss_map_images
+from ..writing import write_atomically
 from .signals import StopOnSignal
 from .writers import Accessory
 
@@ -186,12 +187,20 @@ class BestCheckpoint(HookBase):
             write_atomically(path, lambda copy: shutil.copyfileobj(file, copy))
 
     def after_train(self) -> None:
-        """Log which checkpoint was the best."""
-        if self._best:
-            logger.info(
-                "Best checkpoint: %s, box AP %.2f at iteration %d.",
-                *(BEST, self._best["AP"], self._best["iteration"]),
-            )
+        """Log which checkpoint was the best, if it can be read."""
+        if not self._best:
+            return
+        path = os.path.join(self.trainer.checkpointer.save_dir, BEST)
+        best = f"{path}, box AP {self._best['AP']:.2f} at iteration {self._best['iteration']}"
+        try:
+            iteration = read_checkpoint(path).get("iteration")
+        except (ValueError, OSError) as error:
+            logger.warning("The best checkpoint, %s, cannot be read: %s", best, error)
+            return
+        if iteration == self._best["iteration"]:
+            logger.info("Best checkpoint: %s.", best)
+        else:
+            logger.warning("The best checkpoint, %s, is missing: it is of %s.", best, iteration)
 
     def state_dict(self) -> dict[str, float]:
         """The best AP and its iteration; {} before the first evaluation."""

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ssim_kd.checkpoint import files, load_strictly, read_checkpoint, read_weights
-from ssim_kd.checkpoint.files import write_atomically
 from tests.checkpoint.weights import KEY, assert_loaded, load, python2_pickle, refused, zoo_format
 
 
@@ -130,32 +129,6 @@ def test_read_weights_no_dict_of_tensors(data, model, tmp_path) -> None:
     file = tmp_path / "odd.pth"
     torch.save(data, file)
     refused(model, file, "dict of tensors")
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 1 vs 2")])
-@pytest.mark.parametrize("written", [b"", b"half"])
-def test_write_atomically_fails(error, written, tmp_path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(file: Any) -> None:
-        file.write(written)
-        file.flush()
-        raise error
-
-    with pytest.raises(OSError, match=rf"{path} could not be written \(\d+ bytes are free"):
-        write_atomically(str(path), fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-def test_write_atomically_syncs_before_it_renames(tmp_path, monkeypatch) -> None:
-    steps = []
-    monkeypatch.setattr(files.os, "fsync", lambda _: steps.append("sync"))
-    rename = os.replace
-    monkeypatch.setattr(files.os, "replace", lambda *a: (steps.append("rename"), rename(*a)))
-    write_atomically(str(tmp_path / "file"), lambda file: file.write(b"x"))
-    assert steps == ["sync", "rename", "sync"]
 
 
 @pytest.mark.parametrize("in_zip", [True, False])

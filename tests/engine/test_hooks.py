@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from detectron2.engine import HookBase
 from detectron2.engine.defaults import default_writers
 from detectron2.engine.train_loop import TrainerBase
@@ -15,7 +16,7 @@ from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
 from ssim_kd.engine import hooks
-from ssim_kd.engine.hooks import RankStates, VisualizeDistillation
+from ssim_kd.engine.hooks import BestCheckpoint, RankStates, VisualizeDistillation
 from ssim_kd.engine.writers import GuardedWriter, PeriodicWriter
 from tests.engine.runs import World
 
@@ -128,3 +129,28 @@ def test_periodic_writer_after_each_evaluation(start: int, tmp_path: Path) -> No
     assert all(row["bbox/AP"] == row["iteration"] for row in rows)
     assert [row["iteration"] for row in rows if "total_loss" in row] == evaluated[len(again) :]
     assert not any(writer._accessory.failed for writer in writers)
+
+
+@pytest.mark.parametrize(
+    ("kept", "level"),
+    [
+        ({"iteration": 3}, "INFO"),
+        ({"iteration": 2}, "WARNING"),
+        (b"cut", "WARNING"),
+        (None, "WARNING"),
+    ],
+    ids=["whole", "of another iteration", "cut", "missing"],
+)
+def test_best_checkpoint_is_named_if_it_can_be_read(kept, level, tmp_path, caplog) -> None:
+    path, hook = tmp_path / "model_best.pth", BestCheckpoint()
+    if isinstance(kept, bytes):
+        path.write_bytes(kept)
+    elif kept:
+        torch.save(kept, path)
+    hook.trainer = SimpleNamespace(checkpointer=SimpleNamespace(save_dir=str(tmp_path)))
+    hook.load_state_dict({"AP": 41.5, "iteration": 3})
+    with caplog.at_level("INFO"):
+        hook.after_train()
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert f"{path}, box AP 41.50 at iteration 3" in record.getMessage()
