@@ -1,7 +1,7 @@
 """Knowledge distillation of object detectors: an extension of Detectron2.
 
 from ssim_kd import add_distill_config        # config keys; registers DistilledDetector
-from ssim_kd.losses import ssim_loss          # the losses alone; Detectron2 is not needed
+from ssim_kd.losses import ssim_loss          # the losses; Detectron2 is not needed
 """
 
 import importlib
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import add_distill_config, student_config
-    from .engine import DistillTrainer, MLflowWriter, WandbWriter, distill
+    from .engine import (
+        DistillTrainer,
+        MLflowWriter,
+        WandbWriter,
+        argument_parser,
+        distill,
+        run,
+    )
     from .modeling import (
         DISTILLER_REGISTRY,
         DistillBatch,
@@ -28,7 +35,14 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "config": ("add_distill_config", "student_config"),
-    "engine": ("DistillTrainer", "MLflowWriter", "WandbWriter", "distill"),
+    "engine": (
+        "DistillTrainer",
+        "MLflowWriter",
+        "WandbWriter",
+        "argument_parser",
+        "distill",
+        "run",
+    ),
     "modeling": (
         "DISTILLER_REGISTRY",
         "DistillBatch",
@@ -60,7 +74,9 @@ __all__ = [
     "WandbWriter",
     "__version__",
     "add_distill_config",
+    "argument_parser",
     "distill",
+    "run",
     "student_config",
 ]
 
@@ -81,11 +97,11 @@ def __dir__() -> list[str]:
 
 def _require_detectron2() -> None:
     spec = importlib.util.find_spec("detectron2")
-    # A folder that is merely named detectron2 (a checkout beside the working directory) is found
+    # A folder that is merely named detectron2 (a checkout next to the working directory) is found
     # too, without an origin.
     if spec is None or spec.origin is None:
         raise ImportError(
-            "ssim_kd needs Detectron2, which is not installed; ssim_kd.losses alone works without. "
+            "ssim_kd needs Detectron2, which is not installed; ssim_kd.losses works without it. "
             "Either build it as its INSTALL.md says (0.6 or the main branch, with compiled "
             "operators), or install the pure-Python build of 0.6 from a checkout of ssim_kd: "
             "pip install ./third_party/detectron2",

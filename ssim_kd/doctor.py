@@ -1,9 +1,6 @@
-"""``python -m ssim_kd.doctor``: whether this machine is ready, what is missing, and what to do.
+"""``ssim-kd doctor``: whether this machine is ready, what is missing, and what to do."""
 
-python -m ssim_kd.doctor
-python -m ssim_kd.doctor --config-file my_detector.yaml --teacher output/teacher --data data.yaml
-"""
-
+import argparse
 import importlib
 import importlib.util
 import os
@@ -15,7 +12,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ssim_kd.data import check_datasets, register_datasets
-from ssim_kd.engine import argument_parser, load_config
+from ssim_kd.engine import load_config
 from ssim_kd.losses import ssim_loss
 from ssim_kd.modeling import teacher_source
 from ssim_kd.projects import add_project_configs
@@ -97,13 +94,12 @@ def check_data(cfg: CfgNode) -> Finding:
     return True, "; ".join(map(str, check_datasets(cfg, train=True))), ""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print a line a check.
+def main(args: argparse.Namespace) -> int:
+    """Print a line a check; the arguments are those of a training.
 
     Returns:
         1 if the versions, the config, its teacher or its data cannot be used, else 0.
     """
-    args = argument_parser().parse_args(argv)
     ready = _report(check_versions, needed=True)
     for check in (check_gpu, check_operators, check_kernels, check_extras):
         _report(check)
@@ -133,4 +129,6 @@ def _report(check: Callable[[], Finding], *, needed: bool = False) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ssim_kd.command_line import argument_parser
+
+    sys.exit(main(argument_parser().parse_args()))

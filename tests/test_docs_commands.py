@@ -166,10 +166,10 @@ def check_config(args: argparse.Namespace) -> None:
 
 def test_commands_that_are_wrong_fail(user: World, read_arguments: Any) -> None:
     for program, arguments in (
-        ("tools/export_student.py", ["--config-file", "x.yaml"]),  # lacks --output
+        ("ssim_kd", ["export", "--config-file", "x.yaml"]),  # lacks --output
         ("tools/demo.py", ["--fast"]),
         ("train_net.py", ["--config"]),
-        ("ssim_kd.doctor", ["--unknown"]),
+        ("ssim_kd", ["doctor", "--unknown"]),
     ):
         with pytest.raises(SystemExit):
             read_arguments(program, arguments)

@@ -17,10 +17,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from ssim_kd.__main__ import main
 from ssim_kd.data import register_datasets
-from tests.helpers import build, full_config, save_weights, small_opts, stock_config
-from tools import benchmark_student, export_student, pairs
-from tools.exporting import (
+from ssim_kd.export import student
+from ssim_kd.export.formats import (
     ExportedDetector,
     ExportError,
     agreement,
@@ -31,6 +31,10 @@ from tools.exporting import (
     raw_detections,
     tracing_adapter,
 )
+from tests.helpers import build, full_config, save_weights, small_opts, stock_config
+from tools import benchmark_student, pairs
+
+FORMATS = ("stock", *student.FILES)
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
@@ -202,12 +206,20 @@ train = dict(device="cpu", init_checkpoint="", output_dir="output")
 """
 
 
-def test_export_student_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) -> None:
+def test_main_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) -> None:
     config, output = digits_config(tmp_path), tmp_path / "export"
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
-    formats = ["--formats", *export_student.FORMATS, "--compare", "2", "--calibrate", "2"]
-    arguments = ["--config-file", str(config), *formats, "--evaluate", "--output", str(output)]
-    export_student.main([*arguments, *weights])
+    formats = [
+        "--formats",
+        *["stock", "torchscript", "onnx", "int8"],
+        "--compare",
+        "2",
+        "--calibrate",
+        "2",
+    ]
+    arguments = ["export", "--config-file", str(config), *formats, "--evaluate"]
+    arguments += ["--output", str(output)]
+    assert main([*arguments, *weights]) == 0
     found = json.loads((output / "export.json").read_text())
     assert set(found["agreement"]) == {"torchscript", "onnx", "int8"}
     assert set(found["AP"]) == {"pytorch", "torchscript", "onnx", "int8"}
@@ -240,7 +252,7 @@ def test_export_student_writes_what_runs_and_benchmark_times_it(tmp_path: Path, 
     assert "GFLOPs" in capsys.readouterr().out
 
 
-def test_export_student_of_a_lazy_config(tmp_path: Path) -> None:
+def test_main_of_a_lazy_config(tmp_path: Path) -> None:
     cfg = full_config()
     cfg.merge_from_file(str(digits_config(tmp_path)))
     register_datasets(cfg)
@@ -248,31 +260,31 @@ def test_export_student_of_a_lazy_config(tmp_path: Path) -> None:
     torch.save({"model": pairs.fcos(32).state_dict()}, tmp_path / "fcos.pth")
     (tmp_path / "fcos.py").write_text(FCOS)
     output = tmp_path / "export"
-    arguments = ["--config-file", str(tmp_path / "fcos.py"), "--output", str(output), "--evaluate"]
-    formats = ["--formats", "stock", "int8", "--compare", "2", "--calibrate", "2"]
-    export_student.main([*arguments, *formats, f"train.init_checkpoint={tmp_path / 'fcos.pth'}"])
+    arguments = ["export", "--config-file", str(tmp_path / "fcos.py"), "--output", str(output)]
+    formats = ["--evaluate", "--formats", "stock", "int8", "--compare", "2", "--calibrate", "2"]
+    weights = f"train.init_checkpoint={tmp_path / 'fcos.pth'}"
+    assert main([*arguments, *formats, weights]) == 0
     found = json.loads((output / "export.json").read_text())
     assert set(found["agreement"]) == {"onnx", "int8"} and len(found["AP"]) == 3
     model = instantiate(LazyConfig.load(str(output / "student.yaml")).model)
     model.load_state_dict(torch.load(output / "model.pth", weights_only=True)["model"])
 
 
-def test_export_student_writes_the_rest_where_onnx_fails(tmp_path: Path, monkeypatch) -> None:
+def test_main_writes_the_rest_where_onnx_fails(tmp_path: Path, monkeypatch, capsys) -> None:
     def fail(*_):
         raise ExportError("no such operator")
 
-    monkeypatch.setattr(export_student, "export_onnx", fail)
+    monkeypatch.setattr(student, "export_onnx", fail)
     config, output = digits_config(tmp_path), tmp_path / "export"
-    arguments = ["--config-file", str(config), "--output", str(output), "--compare", "0"]
-    with pytest.raises(ExportError, match="no such operator"):
-        export_student.main([*arguments, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")])
+    arguments = ["export", "--config-file", str(config), "--output", str(output), "--compare", "0"]
+    assert main([*arguments, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]) == 1
+    assert "no such operator" in capsys.readouterr().err
     assert {"student.yaml", "model.pth", "model.ts", "export.json"} <= {
         path.name for path in output.iterdir()
     }
 
 
-def test_export_student_refuses_a_batch_that_is_not_evaluated(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        export_student.main(
-            ["--config-file", "x", "--output", str(tmp_path), "--batch", "2", "--evaluate"]
-        )
+def test_main_refuses_a_batch_that_is_not_evaluated(tmp_path: Path, capsys) -> None:
+    arguments = ["export", "--config-file", "x", "--output", str(tmp_path), "--batch", "2"]
+    assert main([*arguments, "--evaluate"]) == 1
+    assert "--batch is 2" in capsys.readouterr().err

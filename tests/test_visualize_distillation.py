@@ -1,7 +1,8 @@
-"""tools/visualize_distillation.py: sheets and page of a checkpoint."""
+"""ssim-kd visualize: sheets and page of a checkpoint."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ssim_kd.command_line import visualize_parser
+from ssim_kd.sheets import main
 from tests.engine.runs import World
-from tools.visualize_distillation import main
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +25,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def arguments(run: Path, output: Path, weights: Path) -> list[str]:
+def arguments(run: Path, output: Path, weights: Path) -> argparse.Namespace:
     config = run / "config.yaml"
     test = ["DATASETS.TEST", "('digits_val',)", "MODEL.WEIGHTS", str(weights)]
-    return ["--config-file", str(config), "--output", str(output), "--images", "2", *test]
+    folder = ["--config-file", str(config), "--output", str(output)]
+    return visualize_parser().parse_args([*folder, "--images", "2", *test])
 
 
 def test_main_draws_a_sheet_an_image_and_a_page(run: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     python tools/benchmark_student.py --config-file output/distilled/config.yaml \\
         --exported output/export MODEL.WEIGHTS output/distilled/model_final.pth
 
-times the student, the teacher that its config names, and what tools/export_student.py wrote into
+times the student, the teacher that its config names, and what ssim-kd export wrote into
 `--exported`, in turns, on images of DATASETS.TEST, one at a time. The time is that of the model:
 resizing the image and post-processing masks are not in it. MODEL.DISTILL.TEACHER.CONFIG_FILE ""
 leaves the teacher out. Without a GPU, times are those of the
@@ -29,10 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssim_kd.data import register_datasets
 from ssim_kd.engine import load_config
 from ssim_kd.engine.evaluation import student_for_evaluation, teacher_for_evaluation
+from ssim_kd.export import FILES, ExportedDetector, first_images, raw_detections
 from ssim_kd.projects import add_project_configs
 from tools.benchmarking import Clock, environment, summary
-from tools.export_student import FILES, first_images
-from tools.exporting import ExportedDetector, raw_detections
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="of the training, or a stock one")
-    parser.add_argument("--exported", type=Path, help="folder of tools/export_student.py")
+    parser.add_argument("--exported", type=Path, help="folder of ssim-kd export")
     parser.add_argument("--images", type=int, default=20, help="images of DATASETS.TEST")
     parser.add_argument("--warmup", type=int, default=3, help="images that are not timed")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_student.json"))

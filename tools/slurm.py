@@ -23,8 +23,8 @@ import submitit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ssim_kd.engine import argument_parser  # noqa: E402
-from tools.comparing.running import build_executor  # noqa: E402
+from ssim_kd.command_line import argument_parser  # noqa: E402
+from ssim_kd.comparing.running import build_executor  # noqa: E402
 
 #: Status of a training that SIGTERM ended: saved; not saved in time.
 STOPPED = (143, 75)

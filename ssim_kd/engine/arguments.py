@@ -1,81 +1,21 @@
-"""The command line: Detectron2's arguments, and those that stand for several config keys.
+"""Arguments that stand for several config keys.
 
 ``--teacher``, ``--data``, ``--epochs`` and ``--batch`` set config keys; whatever a KEY VALUE pair
 sets by hand wins. What they chose is logged.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
-from detectron2.engine import default_argument_parser
 
 from ..data import check_datasets, register_datasets
 
 # Iterations of the config that follow the length of the training.
 _PERIODS = ("WARMUP_ITERS", "CHECKPOINT_PERIOD")
-
-
-_EXAMPLES = """
-Examples:
-
-Distil from a better detector, and train the control without it:
-    $ {program} --config-file cfg.yaml --num-gpus 8 --teacher output/teacher \\
-        OUTPUT_DIR output/distilled
-    $ {program} --config-file cfg.yaml --num-gpus 8 OUTPUT_DIR output/plain
-
-Your own data in COCO format, 12 epochs, another option of the config:
-    $ {program} --config-file cfg.yaml --data data.yaml --epochs 12 --batch 8 \\
-        --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml MODEL.DISTILL.LOSS_WEIGHT 2.0
-
-Go on with a run that was stopped; evaluate its student:
-    $ {program} --config-file cfg.yaml --teacher output/teacher --resume OUTPUT_DIR output/distilled
-    $ {program} --config-file output/distilled/config.yaml --eval-only \\
-        MODEL.WEIGHTS output/distilled/model_final.pth
-
-Several machines:
-    (machine0)$ {program} --machine-rank 0 --num-machines 2 --dist-url <URL> [--other-flags]
-    (machine1)$ {program} --machine-rank 1 --num-machines 2 --dist-url <URL> [--other-flags]
-"""
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's own arguments, and those of distillation."""
-    parser = default_argument_parser(_EXAMPLES.format(program=sys.argv[0]))
-    parser.add_argument(
-        "--eval-teacher",
-        action="store_true",
-        help="evaluate the teacher of MODEL.DISTILL.TEACHER by itself on DATASETS.TEST",
-    )
-    parser.add_argument(
-        "--teacher",
-        default="",
-        metavar="NAME",
-        help="distil from this teacher: the folder of a run, a name of the model zoo (.yaml or "
-        ".py), a config file with weights beside it, or a checkpoint; the same as "
-        "MODEL.DISTILL.TEACHER.CONFIG_FILE",
-    )
-    parser.add_argument(
-        "--data",
-        default="",
-        metavar="DATA.YAML",
-        help="train and test on the COCO-format sets of this file; the same as DATASETS.DATA_FILE",
-    )
-    parser.add_argument(
-        "--epochs", type=float, help="length of the training; the same as SOLVER.EPOCHS"
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        help="images a step, all processes together; the learning rate is scaled linearly from the "
-        "config's, and without --epochs the schedule as well",
-    )
-    return parser
 
 
 def apply_teacher(cfg: CfgNode, name: str) -> None:

@@ -89,8 +89,8 @@ def _merge_file(cfg: CfgNode, path: str) -> set[str]:
     """Merge a config file; returns the keys that it and its bases set."""
     if is_lazy(path):
         raise ValueError(
-            f"--config-file {path} is a LazyConfig; expected a .yaml file. train_net.py and "
-            "tools/export_student.py take both."
+            f"--config-file {path} is a LazyConfig; expected a .yaml file. ssim-kd train, eval "
+            "and export take both."
         )
     try:
         return merge_file(cfg, path)
@@ -107,12 +107,6 @@ def _merge_file(cfg: CfgNode, path: str) -> set[str]:
 
 
 def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
-    flags = [text for text in opts[::2] if str(text).startswith("--")]
-    if flags:
-        raise ValueError(
-            f"{flags[0]} stands behind KEY VALUE pairs, where it is not read; expected flags "
-            "before the first pair."
-        )
     if len(opts) % 2:
         raise ValueError(f"{opts[-1]} has no value; expected KEY VALUE pairs, not {opts}.")
     for key, value in zip(opts[::2], opts[1::2], strict=True):

@@ -12,8 +12,8 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import StudentCheckpointer
+from ..command_line import argument_parser
 from ..modeling import DistilledDetector, Distiller, FrozenTeacher, SSIMDistiller
-from .arguments import argument_parser
 from .defaults import main
 from .lazy import LazyTrainer
 from .report import write_report

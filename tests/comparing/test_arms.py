@@ -10,10 +10,10 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from ssim_kd.comparing.study import Run, read_study
 from ssim_kd.engine import load_config
 from ssim_kd.modeling import DistilledDetector
 from ssim_kd.projects import add_project_configs
-from tools.comparing.study import Run, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = {file.stem: read_study(file) for file in sorted((ROOT / "studies").glob("*.yaml"))}

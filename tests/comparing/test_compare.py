@@ -1,4 +1,4 @@
-"""tools/compare.py on a stand-in for train_net.py."""
+"""ssim-kd compare on a stand-in for train_net.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from tools import compare
-from tools.comparing import measuring, running
-from tools.comparing.records import Records
-from tools.comparing.study import Study, read_study
+from ssim_kd.__main__ import main
+from ssim_kd.comparing import measuring, running
+from ssim_kd.comparing.records import Records
+from ssim_kd.comparing.study import Study, read_study
 
 REAL_EXECUTOR = running.build_executor
 
@@ -125,7 +125,7 @@ class Bench:
         folders = ["--output", str(self.root / "output"), "--code", str(self.root / "code")]
         records = ["--records", str(self.records), "--docs", str(self.root / "own.md")]
         more = (*records, "--workers", "3", *more)
-        return compare.main([str(self.path), *folders, *more])
+        return main(["compare", str(self.path), *folders, *more])
 
     def calls(self) -> list[str]:
         """The folders of the trainings since the last call."""

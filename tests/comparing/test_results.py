@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tools.comparing.records import METRICS, Records
-from tools.comparing.study import read_study
+from ssim_kd.comparing.records import METRICS, Records
+from ssim_kd.comparing.study import read_study
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 FILES = sorted(STUDIES.glob("results/*.json"))

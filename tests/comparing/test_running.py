@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.comparing import running
+from ssim_kd.comparing import running
 
 SBATCH = """#!/bin/sh
 [ "$1" = --version ] || { cat "$1" > "$STAND_IN_DATA/submitted.sh"; echo "Submitted batch job 42"; }
@@ -74,7 +74,8 @@ time.sleep(60)
 def test_ctrl_c_lets_a_training_save(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAINING)
     code = (
-        "import pathlib, sys; from tools.comparing.running import _call; here = pathlib.Path.cwd();"
+        "import pathlib, sys; from ssim_kd.comparing.running import _call; "
+        "here = pathlib.Path.cwd();"
         "_call([sys.executable, 'train.py'], here, str(here))"
     )
     environment = {**os.environ, "PYTHONPATH": str(running.ROOT)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tools.comparing.statistics import holm, paired_difference, sign_flip_p, summarise
+from ssim_kd.comparing.statistics import holm, paired_difference, sign_flip_p, summarise
 
 
 def test_summarise_of_three() -> None:

@@ -275,10 +275,10 @@ def test_check_config_grace_period(value, world: World, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
-def test_load_config_flag_behind_pairs(flag, world: World) -> None:
-    line = ["--config-file", str(world.config), "SOLVER.MAX_ITER", "3", flag]
-    with pytest.raises(ValueError, match=f"{flag} stands behind KEY VALUE pairs"):
-        load_config(argument_parser().parse_args(line), add_project_configs)
+def test_argument_parser_flag_after_pairs(flag, capsys) -> None:
+    with pytest.raises(SystemExit):
+        argument_parser().parse_args(["--config-file", "x.yaml", "SOLVER.MAX_ITER", "3", flag])
+    assert f"{flag} comes after KEY VALUE pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

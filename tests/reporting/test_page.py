@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ssim_kd.__main__ import main
 from ssim_kd.metrics_file import Series
 from ssim_kd.reporting import write_report
 from ssim_kd.reporting.charts import MOST_POINTS, Line, curves, thin
@@ -17,7 +18,6 @@ from ssim_kd.reporting.detections import NotAvailableError
 from ssim_kd.reporting.relatives import find_control, find_start, find_teacher, teacher_iteration
 from ssim_kd.reporting.runs import read_run
 from tests.reporting.made import FOUND, box, config, rows, write_pair, write_run, write_set
-from tools.report import main
 
 
 class Page(HTMLParser):
@@ -374,9 +374,9 @@ def test_main_of_tool(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, control, teacher = write_pair(tmp_path)
     output = tmp_path / "all.html"
     options = ["--teacher", str(teacher), "--control", str(control), "--output", str(output)]
-    assert main([str(run), *options]) == 0
+    assert main(["report", str(run), *options]) == 0
     assert str(output) in capsys.readouterr().out and "25% of the gap" in output.read_text()
-    assert main([str(tmp_path / "data")]) == 1
+    assert main(["report", str(tmp_path / "data")]) == 1
     error = capsys.readouterr().err
     assert "RUN" in error and str(tmp_path / "data") in error and "OUTPUT_DIR" in error
     assert not list(tmp_path.rglob("*.unfinished"))

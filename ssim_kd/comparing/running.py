@@ -22,6 +22,7 @@ from .study import Run
 
 logger = logging.getLogger(__name__)
 
+#: The folder that ssim_kd is imported from: a checkout, or that of the installed packages.
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST, MEASURED, FINISHED = "request.json", "measured.json", "finished"
 CONSOLE = "console.txt"
@@ -37,7 +38,7 @@ class Place:
 
     Attributes:
         output: folder of their folders.
-        code: the checkout whose train_net.py trains.
+        code: the checkout whose train_net.py trains; None: what is running now.
         executor: submits them.
         workers: how many at once; 0 leaves that to the executor.
         opts: overrides that change nothing but speed or place, e.g. MODEL.DEVICE.
@@ -45,7 +46,7 @@ class Place:
     """
 
     output: Path
-    code: Path
+    code: Path | None
     executor: submitit.Executor
     workers: int
     opts: Mapping[str, Any]
@@ -160,17 +161,17 @@ def _submit(
     if run.teacher:
         opts["MODEL.DISTILL.TEACHER.CONFIG_FILE"] = str(models[run.teacher].config)
         opts["MODEL.DISTILL.TEACHER.WEIGHTS"] = str(_weights(models[run.teacher], place))
-    script = run.script or place.code / "train_net.py"
-    command = [sys.executable, str(script), "--config-file", str(run.config)]
+    script = run.script or (place.code and place.code / "train_net.py")
+    command = [sys.executable, *([str(script)] if script else ["-m", "ssim_kd"])]
     request = {
         "key": run.key,
         "fingerprint": run.fingerprint,
-        "command": command + ["--resume"],
+        "command": [*command, "--config-file", str(run.config), "--resume"],
         "opts": [str(part) for pair in opts.items() for part in pair],
         "teacher_sha256": _recorded_hash(run.teacher, models, records),
         "small_box": place.small_box,
     }
-    return place.executor.submit(train, request, str(folder), str(place.code))
+    return place.executor.submit(train, request, str(folder), str(place.code or ROOT))
 
 
 def _recorded_hash(name: str, models: Mapping[str, Run], records: Records) -> str:

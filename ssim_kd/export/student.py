@@ -1,19 +1,8 @@
-#!/usr/bin/env python
-"""Export a trained student: stock config and weights, TorchScript, ONNX, 8-bit ONNX.
-
-    python tools/export_student.py --config-file output/distilled/config.yaml \\
-        --output output/export MODEL.WEIGHTS output/distilled/model_final.pth
-
-writes student.yaml, model.pth, model.ts, model.onnx and export.json, which says how far the
-exported models' detections are from PyTorch's on images of DATASETS.TEST. `--formats int8` adds
-model_int8.onnx, calibrated on images of DATASETS.TRAIN; `--evaluate` the AP of each. A detector of
-any stock config is exported as well, YAML or LazyConfig.
-"""
+"""A trained student becomes stock config and weights, TorchScript, ONNX and 8-bit ONNX."""
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,8 +16,6 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import OmegaConf
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ssim_kd.checkpoint import load_strictly, read_weights
 from ssim_kd.config import write_stock_config
 from ssim_kd.config_files import is_lazy, merge_file
@@ -38,7 +25,8 @@ from ssim_kd.engine.config_loading import load_lazy_config
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
 from ssim_kd.projects import add_project_configs
 from ssim_kd.writing import write_atomically, write_together
-from tools.exporting import (
+
+from .formats import (
     ExportedDetector,
     ExportError,
     agreement,
@@ -51,7 +39,6 @@ from tools.exporting import (
 )
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx", "int8": "model_int8.onnx"}
-FORMATS = ("stock", *FILES)
 # That of the figures comes last: where it is, the others fit it.
 WRITTEN = ("student.yaml", "model.pth", *FILES.values(), "export.json")
 
@@ -129,38 +116,6 @@ def lazy_student(args: argparse.Namespace) -> Student:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ``argv`` is that of the process unless given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="of the training, or a stock one")
-    parser.add_argument("--output", type=Path, required=True, help="folder")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS[:3])
-    parser.add_argument("--batch", type=int, default=1, help="images that the model takes at once")
-    parser.add_argument(
-        "--compare", type=int, default=16, help="images of DATASETS.TEST to compare on; 0: none"
-    )
-    parser.add_argument(
-        "--calibrate", type=int, default=64, help="images of DATASETS.TRAIN for int8"
-    )
-    parser.add_argument("--evaluate", action="store_true", help="AP of each on DATASETS.TEST")
-    parser.add_argument(
-        "opts",
-        nargs="*",
-        help="overrides, KEY VALUE: MODEL.WEIGHTS model.pth; of a LazyConfig: "
-        "train.init_checkpoint=model.pth",
-    )
-    args = parser.parse_args(argv)
-    args.eval_only = True  # for load_config: nothing is trained
-    args.outputs, args.failed = [], ""
-    if args.batch < 1 or (args.batch > 1 and ("int8" in args.formats or args.evaluate)):
-        parser.error(
-            f"--batch is {args.batch}; expected 1 or more, and 1 with int8 and --evaluate."
-        )
-    return args
-
-
 def first_images(batches: Batches, count: int) -> Iterator[dict[str, Any]]:
     """The first images that a loader gives, in float32."""
     images = (x for batch in batches for x in batch)
@@ -226,9 +181,18 @@ def average_precision(student: Student, detector: nn.Module) -> float:
     return float(results["bbox"]["AP"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Export, compare, evaluate, print, write."""
-    args = parse(argv)
+def main(args: argparse.Namespace) -> None:
+    """Export, compare, evaluate, print, write; the arguments of ``ssim-kd export``.
+
+    Raises:
+        ValueError: what cannot be exported, or a wrong argument.
+    """
+    args.eval_only = True  # for load_config: nothing is trained
+    args.outputs, args.failed = [], ""
+    if args.batch < 1 or (args.batch > 1 and ("int8" in args.formats or args.evaluate)):
+        raise ValueError(
+            f"--batch is {args.batch}; expected 1 or more, and 1 with int8 and --evaluate."
+        )
     setup_logger()
     student = (lazy_student if is_lazy(args.config_file) else yaml_student)(args)
     with write_together(args.output, WRITTEN) as folder:
@@ -258,10 +222,3 @@ def report(found: dict[str, Any]) -> None:
         )
     for name, value in found.get("AP", {}).items():
         print(f"{name:12s} {value:.2f} AP")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"export_student.py: {error}") from None

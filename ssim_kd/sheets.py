@@ -1,17 +1,6 @@
-#!/usr/bin/env python
-"""Show what distillation compares, and how far the student is from its teacher, level by level.
-
-    python tools/visualize_distillation.py --config-file output/distilled/config.yaml \\
-        --output output/pictures MODEL.WEIGHTS output/distilled/model_final.pth
-
-draws one sheet an image of DATASETS.TEST (PNG), a row a level: student and teacher activation, the
-SSIM loss, its luminance, contrast and structure, and the l2 loss beside it, all over the image; and
-index.html with the means. The adapters are those of the training: the weights must be a checkpoint
-that it wrote. --teacher, --data as for train_net.py.
-"""
+"""Sheets of pictures: what distillation compares, level by level."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +12,9 @@ from jinja2 import Environment
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ssim_kd.checkpoint import load_strictly, read_file, read_weights
 from ssim_kd.data import register_datasets
-from ssim_kd.engine import argument_parser, load_config
+from ssim_kd.engine import load_config
 from ssim_kd.projects import add_project_configs
 from ssim_kd.visualization import PANELS, LossMaps, loss_maps, map_panels, pyramid_distiller, to_rgb
 
@@ -94,14 +81,8 @@ def draw_sheet(
     return figure
 
 
-def main(argv: list[str] | None = None) -> None:
-    """See above."""
-    parser = argument_parser()
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--output", type=Path, required=True, help="folder")
-    parser.add_argument("--images", type=int, default=4, help="how many, the first of the set")
-    args = parser.parse_args(argv)
+def main(args: argparse.Namespace) -> None:
+    """Draw the sheets and write their page; the arguments of ``ssim-kd visualize``."""
     args.eval_only = True  # for load_config: nothing is trained
     cfg = load_config(args, add_project_configs)
     register_datasets(cfg)
@@ -128,7 +109,3 @@ def main(argv: list[str] | None = None) -> None:
     )
     (args.output / "index.html").write_text(page, encoding="utf-8")
     print(f"{len(sheets)} sheets and {args.output / 'index.html'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,8 @@ from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ssim_kd.data.digits.dataset import DIGITS_NAMES, splits_from_config
-from ssim_kd.metrics_file import read_metrics
+from ..data.digits.dataset import DIGITS_NAMES, splits_from_config
+from ..metrics_file import read_metrics
 
 NAMES = ("AP", "AP50", "AP75")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy")
