@@ -176,9 +176,7 @@ def test_pictures_by_level(model: nn.Module) -> None:
 
 
 def test_the_hook_draws_every_period(model: nn.Module) -> None:
-    cfg = distilled_config("faster", "faster", "", "VIS_PERIOD", 2)
-    hook = VisualizeDistillation(cfg)
-    hook._inputs = make_batch()
+    hook = VisualizeDistillation(2, make_batch)
     hook.trainer = SimpleNamespace(iter=0, model=model)
     with EventStorage(0) as storage:
         hook.after_step()

@@ -7,11 +7,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -48,11 +46,6 @@ class PreciseBN(hooks.PreciseBN):
     Detectron2's own continues with one iterator, which a resumed run cannot take up. The teacher
     and the distillers, whose outputs it would discard, are not run.
     """
-
-    @classmethod
-    def replacing(cls, hook: hooks.PreciseBN, student: nn.Module) -> "PreciseBN":
-        """One with the period and the loader (a :class:`TrainLoader`) of Detectron2's hook."""
-        return cls(hook._period, student, hook._data_loader, hook._num_iter)
 
     def update_stats(self) -> None:
         """Replace the running statistics by those over ``num_iter`` batches."""
@@ -118,49 +111,51 @@ class RankStates(HookBase):
 class VisualizeDistillation(HookBase):
     """Puts the SSIM loss maps of a few fixed images into TensorBoard, level by level.
 
-    The images are the first of ``DATASETS.TEST`` (of ``DATASETS.TRAIN`` where there is none), the
-    same every time, so that the pictures show how the student approaches its teacher. An error
-    ends the pictures, not the training.
+    The images are the same every time, so that the pictures show how the student approaches its
+    teacher. An error ends the pictures, not the training.
     """
 
-    def __init__(self, cfg: CfgNode, *, num_images: int = 3) -> None:
+    def __init__(
+        self,
+        period: int,
+        load: Callable[[], list[dict[str, Any]]],
+        *,
+        image_format: str = "BGR",
+        key: str = "vis_period",
+    ) -> None:
         """
         Args:
-            cfg: of the training; ``VIS_PERIOD`` is in iterations and > 0.
-            num_images: rows of each picture.
+            period: in iterations, > 0.
+            load: returns the images as the model takes them; called once. A picture has a row for
+                each.
+            image_format: their channel order.
+            key: what the period is called in the user's config.
         """
-        self._cfg = cfg
-        self._num_images = num_images
+        self._period, self._load, self._image_format = period, load, image_format
         self._inputs: list[dict[str, Any]] = []
-        self._accessory = Accessory(f"Drawing loss maps every VIS_PERIOD {cfg.VIS_PERIOD}")
+        self._accessory = Accessory(f"Drawing loss maps every {key} {period}")
 
     def after_step(self) -> None:
-        """Draw, every ``VIS_PERIOD`` iterations."""
-        if (self.trainer.iter + 1) % self._cfg.VIS_PERIOD or self._accessory.failed:
+        """Draw, at the end of each period."""
+        if (self.trainer.iter + 1) % self._period or self._accessory.failed:
             return
         with self._accessory.guard():
             self._draw()
 
     def _draw(self) -> None:
-        if not self._inputs:
-            self._inputs = self._load()
+        self._inputs = self._inputs or self._load()
         model = getattr(self.trainer.model, "module", self.trainer.model)
         training = model.training
         try:
-            images = loss_map_images(model, self._inputs, input_format=self._cfg.INPUT.FORMAT)
+            images = loss_map_images(model, self._inputs, input_format=self._image_format)
         finally:
             model.train(training)
         for level, image in images.items():
             get_event_storage().put_image(f"distill/{level}", image.transpose(2, 0, 1))
 
-    def _load(self) -> list[dict[str, Any]]:
-        name = (*self._cfg.DATASETS.TEST, *self._cfg.DATASETS.TRAIN)[0]
-        mapper = DatasetMapper(self._cfg, is_train=False)
-        return [mapper(record) for record in DatasetCatalog.get(name)[: self._num_images]]
-
 
 class BestCheckpoint(HookBase):
-    """Keeps a copy of the checkpoint with the highest box AP on the first of ``DATASETS.TEST``.
+    """Keeps a copy of the checkpoint with the highest box AP on the first test set.
 
     It is ``model_best.pth``. Which one is best is part of the checkpoints, so that a resumed run
     knows it. ``--resume`` takes the last checkpoint, not the best.
@@ -169,16 +164,16 @@ class BestCheckpoint(HookBase):
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
 
-    def offer(self, results: Mapping[str, Any], names: Sequence[str]) -> None:
+    def offer(self, results: Mapping[str, Any]) -> None:
         """Compare the results of an evaluation, whose checkpoint was saved before it.
 
         Args:
             results: by task, or by data set where there are several; empty but on the main process.
-            names: of the data sets.
         """
-        first = results.get(names[0], {}) if len(names) > 1 else results
-        ap = first.get("bbox", {}).get("AP", math.nan) if first else math.nan
-        saved = self.trainer.checkpointer.get_checkpoint_file() if first else ""
+        first = results if "bbox" in results else next(iter(results.values()), {})
+        boxes = first.get("bbox") if isinstance(first, Mapping) else None
+        ap = boxes.get("AP", math.nan) if isinstance(boxes, Mapping) else math.nan
+        saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
         if not ap > self._best.get("AP", -1.0) or not os.path.isfile(saved):  # NaN is no best one
             return
         self._best = {"AP": float(ap), "iteration": int(self.trainer.iter)}

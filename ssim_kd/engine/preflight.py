@@ -7,12 +7,12 @@ of a training need, which may lie hours ahead.
 
 import contextlib
 import filecmp
+import functools
 import glob
 import importlib.util
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlparse
@@ -26,6 +26,7 @@ from ..checkpoint import local_file, read_file
 from ..data.mapper import check_image_files
 from ..modeling import teacher_source
 from .evaluation import check_teachers_classes
+from .settings import Settings
 from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,26 @@ _PACKAGES = {
     "coco_panoptic_seg": "panopticapi",
     "lvis": "lvis",
 }
-# Keys of a record that name files.
+#: The keys of the settings of a training.
+KEYS = {
+    "output_dir": "OUTPUT_DIR",
+    "max_iter": "SOLVER.MAX_ITER",
+    "seed": "SEED",
+    "weights": _WEIGHTS,
+    "weights_partial": "MODEL.WEIGHTS_PARTIAL",
+    "amp": "SOLVER.AMP.ENABLED",
+    "accumulate": "SOLVER.ACCUMULATE",
+    "max_skipped_steps": "SOLVER.MAX_SKIPPED_STEPS",
+    "grace_period": "SOLVER.GRACE_PERIOD",
+    "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
+    "checkpoints_to_keep": "SOLVER.CHECKPOINTS_TO_KEEP",
+    "eval_period": "TEST.EVAL_PERIOD",
+    "image_format": "INPUT.FORMAT",
+    "vis_period": "VIS_PERIOD",
+    "expected_ap": "MODEL.DISTILL.TEACHER.EXPECTED_AP",
+    "report": "TEST.REPORT",
+}
+_NAMES = {"teacher": "MODEL.DISTILL.TEACHER"}
 
 
 @contextlib.contextmanager
@@ -82,12 +102,6 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no GPU is available; expected a machine "
             "with one, or MODEL.DEVICE cpu."
         )
-    expected = distill.TEACHER.EXPECTED_AP
-    if not 0 <= expected <= 100:
-        raise ValueError(
-            f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}; expected an AP in [0, 100]; 0 "
-            "checks nothing."
-        )
     if evaluate:
         if not cfg.DATASETS.TEST:
             raise ValueError(
@@ -95,35 +109,29 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
                 "set name."
             )
         return
-    _check_training(cfg)
-    if expected and distill.ENABLED and name == "DistilledDetector":
+    settings_of(cfg)
+    check_trackers(cfg)
+    if distill.TEACHER.EXPECTED_AP and distill.ENABLED and name == "DistilledDetector":
         _check_expected_ap(cfg)
 
 
-def _check_training(cfg: CfgNode) -> None:
-    solver = cfg.SOLVER
-    if solver.MAX_ITER < 1:
-        raise ValueError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; expected 1 or more iterations.")
-    if solver.CHECKPOINT_PERIOD < 1:
-        raise ValueError(
-            f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; expected 1 or more steps. "
-            "More than SOLVER.MAX_ITER saves the final checkpoint alone."
-        )
-    # The clock takes no longer waits; NaN fails as well.
-    if not 0 <= solver.GRACE_PERIOD <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"SOLVER.GRACE_PERIOD is {solver.GRACE_PERIOD}; expected seconds, 0 or more."
-        )
-    if solver.MAX_SKIPPED_STEPS < 0:
-        raise ValueError(
-            f"SOLVER.MAX_SKIPPED_STEPS is {solver.MAX_SKIPPED_STEPS}; expected 0 (stop at the "
-            "first step that is not finite) or more."
-        )
-    if not cfg.OUTPUT_DIR:
-        raise ValueError(
-            "OUTPUT_DIR is ''; expected a folder for checkpoints and logs (it is made if missing)."
-        )
-    check_trackers(cfg)
+def settings_of(cfg: CfgNode, **names: str) -> Settings:
+    """The settings of a YAML config.
+
+    Args:
+        cfg: the whole config.
+        names: what further parts of the training are called, for messages.
+
+    Raises:
+        ValueError: a value out of its range; names the key.
+    """
+
+    def get(key: str) -> Any:
+        return functools.reduce(lambda node, part: node[part], key.split("."), cfg)
+
+    precise = cfg.TEST.PRECISE_BN
+    batches = precise.NUM_ITER if precise.ENABLED else 0
+    return Settings.read(get, KEYS, {**_NAMES, **names}, precise_bn=batches)
 
 
 def _check_expected_ap(cfg: CfgNode) -> None:

@@ -47,12 +47,13 @@ class StopOnSignal(HookBase):
     it waits for a dead one, is ended with :data:`EXIT_NOT_SAVED`.
     """
 
-    def __init__(self, grace_period: float) -> None:
+    def __init__(self, grace_period: float, *, key: str = "grace_period") -> None:
         """
         Args:
             grace_period: in seconds.
+            key: what it is called in the user's config.
         """
-        self.grace_period = grace_period
+        self.grace_period, self._key = grace_period, key
         self._watch: SigtermWatch | None = None
         self._saved = False
         self._leaving = False
@@ -114,7 +115,7 @@ class StopOnSignal(HookBase):
         if over.wait(min(self.grace_period, _PROMPTLY) if self._saved else self.grace_period):
             return
         if not self._saved:
-            message = f"SIGTERM: not saved within SOLVER.GRACE_PERIOD ({self.grace_period:g} s).\n"
+            message = f"SIGTERM: not saved within {self._key} ({self.grace_period:g} s).\n"
             os.write(2, message.encode())
         # Nothing else interrupts a thread that waits for a dead process.
         os._exit(EXIT_STOPPED if self._saved else EXIT_NOT_SAVED)

@@ -108,10 +108,8 @@ class DistillStep(TrainerBase):
         """
         if not self.model.training:
             raise RuntimeError("The model was put into eval mode while it was being trained.")
-        if self._data is None:
-            self._data = iter(self.data_loader)
         start = time.perf_counter()
-        batch = next(self._data)
+        batch = self._next_batch()
         data_time = time.perf_counter() - start
 
         statistics = [b.clone() for b in self.model.buffers()] if self.max_skipped else []
@@ -129,21 +127,35 @@ class DistillStep(TrainerBase):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
+    def _next_batch(self) -> list[dict[str, Any]]:
+        """The next batch; a loader that has ended begins again."""
+        for _ in range(2):
+            if self._data is None:
+                self._data = iter(self.data_loader)
+            for batch in self._data:
+                return batch
+            self._data = None
+        raise ValueError(
+            f"The training loader, a {type(self.data_loader).__name__}, has no batch at iteration "
+            f"{self.iter}; expected batches without end, or what can be iterated over again and "
+            "holds one batch or more (not an iterator or a generator, which ends for good)."
+        )
+
     def _backward(self, batch: list[dict[str, Any]], data_time: float) -> None:
         """Make the gradients, and take in reports."""
         self.optimizer.zero_grad()
         size = len(batch) // self.accumulate
         if size * self.accumulate != len(batch):
             raise ValueError(
-                f"SOLVER.ACCUMULATE is {self.accumulate}, but a process has {len(batch)} images a "
-                "step; expected a divisor."
+                f"accumulate (SOLVER.ACCUMULATE) is {self.accumulate}, but a process has "
+                f"{len(batch)} images a step; expected a divisor."
             )
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         with self._exact_jit():
             found = [self._backward_part(part, last=part is parts[-1]) for part in parts]
         losses, metrics, health = (_mean_of(scalars) for scalars in zip(*found, strict=True))
         if isinstance(self.model, DistributedDataParallel) and not self._gradients_checked:
-            self._check_gradients()
+            self._check_gradients(self.model)
         self._pending.append(self._report(losses, metrics, health, batch, data_time))
         # Where nothing is gained by waiting, or something by not waiting, it is read at once.
         at_once = (
@@ -186,8 +198,11 @@ class DistillStep(TrainerBase):
             return torch.jit.optimized_execution(False)
         return nullcontext()
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self, model: DistributedDataParallel) -> None:
         """Stop before DDP, which names no parameter or waits without end."""
+        self._gradients_checked = True
+        if model.find_unused_parameters:
+            return
         unused = [
             n for n, p in self._detector.named_parameters() if p.requires_grad and p.grad is None
         ]
@@ -199,9 +214,9 @@ class DistillStep(TrainerBase):
                 f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Several processes "
                 "(DistributedDataParallel) need one for each. Expected every level of the backbone "
                 "to be used by a loss: leave out the others (MODEL.FPN.IN_FEATURES, or "
-                "IN_FEATURES of RPN, ROI_HEADS and DISTILL), or train in one process."
+                "IN_FEATURES of RPN, ROI_HEADS and DISTILL), or train in one process, or with "
+                "train.ddp.find_unused_parameters of a LazyConfig."
             )
-        self._gradients_checked = True
 
     def close(self) -> None:
         """End the iteration over the data, and with it the loader's workers."""

@@ -50,9 +50,7 @@ def trainer(iteration: int) -> Any:
 
 
 @pytest.mark.parametrize("error", [ValueError("no such mode"), FileNotFoundError("0.png")])
-def test_visualize_distillation_fails_once(
-    error, world: World, tmp_path: Path, monkeypatch, caplog
-):
+def test_visualize_distillation_fails_once(error, monkeypatch, caplog) -> None:
     """An unreadable picture, or one of a format that cannot be drawn."""
     drawn: list[int] = []
 
@@ -61,8 +59,7 @@ def test_visualize_distillation_fails_once(
         raise error
 
     monkeypatch.setattr(hooks, "loss_map_images", fail)
-    monkeypatch.setattr(VisualizeDistillation, "_load", lambda self: [{}])
-    hook = VisualizeDistillation(world.cfg(tmp_path, "VIS_PERIOD", 2))
+    hook = VisualizeDistillation(2, lambda: [{}], key="VIS_PERIOD")
     for iteration in range(6):
         hook.trainer = trainer(iteration)
         hook.trainer.model.train()
@@ -76,8 +73,7 @@ def test_visualize_distillation_draws(world: World, tmp_path: Path, monkeypatch)
 
     image = np.zeros((4, 6, 3), dtype=np.uint8)
     monkeypatch.setattr(hooks, "loss_map_images", lambda *_, **__: {"p3": image})
-    monkeypatch.setattr(VisualizeDistillation, "_load", lambda self: [{}])
-    hook = VisualizeDistillation(world.cfg(tmp_path, "VIS_PERIOD", 2))
+    hook = VisualizeDistillation(2, lambda: [{}], key="VIS_PERIOD")
     hook.trainer = trainer(1)
     with EventStorage() as storage:
         hook.after_step()

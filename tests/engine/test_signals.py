@@ -114,7 +114,7 @@ BUSY = """
 import ctypes, os, signal, threading, time
 from types import SimpleNamespace
 from ssim_kd.engine.signals import StopOnSignal
-hook = StopOnSignal(grace_period=0.3)
+hook = StopOnSignal(grace_period=0.3, key="SOLVER.GRACE_PERIOD")
 hook.trainer = SimpleNamespace(request_stop=int, stop_requested=False)
 hook.before_train()
 threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
