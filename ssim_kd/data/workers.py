@@ -1,4 +1,4 @@
-"""Loaders whose workers outlive a SIGTERM: the run that they serve saves first."""
+"""Loaders whose workers outlive SIGTERM and Ctrl-C: the run that they serve saves first."""
 
 import signal
 from collections.abc import Generator, Iterator
@@ -14,12 +14,12 @@ from .mapper import CheckedMapper, Mapper, check_image_files, reads_images
 
 
 def batches(loader: DataLoader) -> Generator[Any, None, None]:
-    """Iterate over a loader, whose workers no SIGTERM ends, and which are gone afterwards.
+    """Iterate over a loader; its workers survive SIGTERM and Ctrl-C, and are gone afterwards.
 
-    torchrun, SLURM and shells send the signal to the workers as well; a training that lost one
+    torchrun, SLURM and shells send the signals to the workers as well; a training that lost one
     cannot finish its step. Close the generator where it is left before its end.
     """
-    with _sigterm_blocked():
+    with _signals_blocked():
         # Workers inherit the mask.
         found = iter(loader)
     try:
@@ -79,8 +79,8 @@ def build_evaluation_loader(
 
 
 @contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
     finally:

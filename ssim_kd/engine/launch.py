@@ -16,7 +16,14 @@ import torch.multiprocessing as mp
 from detectron2.engine import launch
 from detectron2.utils import comm
 
-from .signals import EXIT_NOT_SAVED, EXIT_STOPPED, Stopped, die_with_parent, forward_sigterm
+from .signals import (
+    EXIT_INTERRUPTED,
+    EXIT_NOT_SAVED,
+    EXIT_STOPPED,
+    Stopped,
+    die_with_parent,
+    forward_signals,
+)
 
 # What torchrun sets beside RANK.
 _VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -65,7 +72,7 @@ def launch_processes(
     processes = args.num_gpus * args.num_machines
     if processes <= 1:
         return main(*main_args)
-    forward_sigterm()
+    forward_signals()
     guarded = (os.getpid(), main, main_args)
     try:
         if cuda:
@@ -85,8 +92,8 @@ def launch_processes(
         # A process that SIGTERM itself ended had not begun to train.
         if error.exit_code in (EXIT_STOPPED, -signal.SIGTERM):
             raise Stopped from None
-        if error.exit_code == EXIT_NOT_SAVED:
-            raise SystemExit(EXIT_NOT_SAVED) from None
+        if error.exit_code in (EXIT_NOT_SAVED, EXIT_INTERRUPTED):
+            raise SystemExit(error.exit_code) from None
         raise
     return None
 

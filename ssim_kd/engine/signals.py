@@ -1,17 +1,19 @@
-"""SIGTERM: an orderly end, watched for even in compiled code; processes that end with their parent.
+"""SIGTERM and Ctrl-C: an orderly end, also in compiled code; processes that end with their parent.
 
 - :class:`StopOnSignal` is the hook that saves and leaves.
-- :class:`SigtermWatch` takes the signal over.
-- :func:`forward_sigterm` and :func:`die_with_parent` are for launchers and what they spawn.
+- :class:`SignalWatch` takes the signals over.
+- :func:`forward_signals` and :func:`die_with_parent` are for launchers and what they spawn.
 """
 
 import ctypes
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Exit status of a run that saved and ended on SIGTERM: 128 + 15, as in shells.
 EXIT_STOPPED = 128 + signal.SIGTERM
+#: Exit status on a second Ctrl-C: 128 + 2.
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 #: Exit status of a run that did not save within the grace period: EX_TEMPFAIL.
 EXIT_NOT_SAVED = 75
 
@@ -32,16 +36,17 @@ _PROMPTLY = 2.0
 
 
 class Stopped(SystemExit):
-    """The run ends on SIGTERM, with everything saved."""
+    """The run ends on SIGTERM or Ctrl-C, with everything saved."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STOPPED)
 
 
 class StopOnSignal(HookBase):
-    """On SIGTERM: finish the step, save a checkpoint, exit with :data:`EXIT_STOPPED`.
+    """On SIGTERM or Ctrl-C: finish the step, save a checkpoint, exit with :data:`EXIT_STOPPED`.
 
-    SLURM and spot instances send it seconds before they kill. All processes stop after the same
+    SLURM and spot instances send SIGTERM seconds before they kill. A second Ctrl-C ends the process
+    at once. All processes stop after the same
     step, whichever of them gets the signal. Inside :meth:`saved` (an evaluation) each process that
     gets it stops at once. A process that has not ended after the grace period, for example because
     it waits for a dead one, is ended with :data:`EXIT_NOT_SAVED`.
@@ -54,21 +59,23 @@ class StopOnSignal(HookBase):
             key: what it is called in the user's config.
         """
         self.grace_period, self._key = grace_period, key
-        self._watch: SigtermWatch | None = None
+        self._watch: SignalWatch | None = None
         self._saved = False
         self._leaving = False
 
     def before_train(self) -> None:
-        """Take over the signal, which only the main thread can."""
+        """Take over the signals, which only the main thread can."""
         if threading.current_thread() is threading.main_thread():
-            self._watch = SigtermWatch(self._request, self._end_if_late)
+            self._watch = SignalWatch(self._request, self._patience, self._end)
 
     def after_step(self) -> None:
         """Save and leave if any process was asked to; other hooks save the last step."""
         if self.trainer.should_stop and self.trainer.iter + 1 < self.trainer.max_iter:
             iteration = self.trainer.iter
             logger.warning(
-                "SIGTERM: saving a checkpoint at iteration %d, then stopping.", iteration
+                "Asked to stop: saving a checkpoint at iteration %d first. A second Ctrl-C does "
+                "not wait for it.",
+                iteration,
             )
             self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
             comm.synchronize()
@@ -77,12 +84,12 @@ class StopOnSignal(HookBase):
 
     @contextmanager
     def saved(self) -> Iterator[None]:
-        """Mark that everything is saved: inside, SIGTERM may end the process anywhere.
+        """Mark that everything is saved: inside, the signals may end the process anywhere.
 
         Every process must enter. If any was asked to end before, all leave here.
 
         Raises:
-            Stopped: at any point, on the signal.
+            Stopped: at any point, on a signal.
         """
         asked = any(comm.all_gather(self.trainer.stop_requested))
         self._saved = True
@@ -103,61 +110,72 @@ class StopOnSignal(HookBase):
         # Once: a second signal must not interrupt the exit.
         if self._saved and not self._leaving:
             # Not by the log: the signal may have interrupted a write to it.
-            os.write(2, b"SIGTERM: stopping; all that was trained is saved.\n")
+            os.write(2, b"Asked to stop: all that was trained is saved.\n")
             self._leave()
 
     def _leave(self) -> NoReturn:
         self._leaving = True
         raise Stopped
 
-    def _end_if_late(self, over: threading.Event) -> None:
-        """In a thread of its own: end the process if it is late."""
-        if over.wait(min(self.grace_period, _PROMPTLY) if self._saved else self.grace_period):
-            return
+    def _patience(self) -> float:
+        """Seconds that the process has to end by itself."""
+        return min(self.grace_period, _PROMPTLY) if self._saved else self.grace_period
+
+    def _end(self) -> NoReturn:
+        """End the process, which is late; called in another thread."""
         if not self._saved:
-            message = f"SIGTERM: not saved within {self._key} ({self.grace_period:g} s).\n"
+            message = f"Not saved within {self._key} ({self.grace_period:g} s).\n"
             os.write(2, message.encode())
         # Nothing else interrupts a thread that waits for a dead process.
         os._exit(EXIT_STOPPED if self._saved else EXIT_NOT_SAVED)
 
 
-class SigtermWatch:
-    """Takes over SIGTERM: a handler in the main thread, and a thread that ends a late process.
+class SignalWatch:
+    """Takes over SIGTERM and SIGINT: a handler in the main thread, and a thread for late ones.
 
-    Python runs handlers in the main thread alone, and not while that waits inside of torch for
+    Python runs handlers only in the main thread, and not while that waits inside of torch for
     another process. Python does write the signal's number to a file at once, which wakes the
-    thread.
+    thread. SIGINT stays as it is if it is ignored, as in a shell's background, or has another
+    handler than Python's.
     """
 
     def __init__(
-        self, handler: Callable[[], None], on_first: Callable[[threading.Event], None]
+        self,
+        handler: Callable[[], None],
+        patience: Callable[[], float],
+        end: Callable[[], NoReturn],
     ) -> None:
         """
         Args:
             handler: called in the main thread, on each signal.
-            on_first: called in the other, on the first, with an event that is set by
-                :meth:`close`.
+            patience: called in the other, on the first signal; how many seconds later ``end`` is
+                called there, unless :meth:`close` comes first.
+            end: ends the process.
 
         Raises:
             ValueError: this is not the main thread.
         """
         global _watching
-        self._on_first = on_first
+        self._patience, self._end = patience, end
         self._over = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handler_before = signal.signal(signal.SIGTERM, lambda _signal, _frame: handler())
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            numbers.append(signal.SIGINT)
+        self._before = {n: signal.signal(n, lambda _signal, _frame: handler()) for n in numbers}
         self._file_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._wait, name="SIGTERM", daemon=True)
         self._thread.start()
         _watching = True
 
     def close(self) -> None:
-        """Restore the handler."""
+        """Restore the handlers."""
         global _watching
         _watching = False
         signal.set_wakeup_fd(self._file_before)
-        signal.signal(signal.SIGTERM, self._handler_before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
         self._over.set()
         with suppress(BlockingIOError):  # full: the thread is awake
             os.write(self._write, b"\0")
@@ -166,11 +184,21 @@ class SigtermWatch:
         os.close(self._write)
 
     def _wait(self) -> None:
-        # Other signals with a handler come here as well.
-        while signal.SIGTERM not in os.read(self._read, 512):
+        interrupts, end = 0, None
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            ready, _, _ = select.select([self._read], [], [], left)
             if self._over.is_set():
                 return
-        self._on_first(self._over)
+            if not ready:
+                self._end()
+            # Other signals with a handler come here as well.
+            found = [number for number in os.read(self._read, 512) if number in self._before]
+            interrupts += found.count(signal.SIGINT)
+            if interrupts > 1:
+                os._exit(EXIT_INTERRUPTED)
+            if found and end is None:
+                end = time.monotonic() + self._patience()
 
 
 # A forked child (of multiprocessing.Pool) inherits the handler and the file and must use neither:
@@ -180,7 +208,7 @@ _forking = threading.local()
 
 
 def _before_fork() -> None:
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def _after_fork() -> None:
@@ -191,6 +219,8 @@ def _after_fork_in_child() -> None:
     if _watching:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # A terminal's Ctrl-C reaches all processes: this one's parent ends it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     _after_fork()
 
 
@@ -199,13 +229,18 @@ os.register_at_fork(
 )
 
 
-def forward_sigterm() -> None:
-    """Pass SIGTERM on from this process to those that it spawns.
+def forward_signals() -> None:
+    """Pass SIGTERM on from this process to those that it spawns, and Ctrl-C as SIGTERM.
 
-    Before there are any, this process ends (:class:`Stopped`).
+    Before there are any, this process ends (:class:`Stopped`). A second Ctrl-C ends all at once.
     """
+    interrupts = 0
 
-    def forward(_signal: int, _frame: FrameType | None) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
+            os._exit(EXIT_INTERRUPTED)  # die_with_parent
         children = multiprocessing.active_children()
         for child in children:
             child.terminate()
@@ -213,6 +248,8 @@ def forward_sigterm() -> None:
             raise Stopped
 
     signal.signal(signal.SIGTERM, forward)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, forward)
 
 
 def die_with_parent(parent: int) -> None:

@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-from ssim_kd.engine.signals import EXIT_NOT_SAVED, EXIT_STOPPED, StopOnSignal, Stopped
+from ssim_kd.engine.signals import (
+    EXIT_INTERRUPTED,
+    EXIT_NOT_SAVED,
+    EXIT_STOPPED,
+    StopOnSignal,
+    Stopped,
+)
 
 
 class Trainer:
@@ -37,10 +43,11 @@ class Trainer:
 @pytest.fixture
 def hook() -> Any:
     hook = StopOnSignal(grace_period=60)
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
     yield hook
     hook.give_back()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def start(hook: StopOnSignal, **options: int) -> Trainer:
@@ -49,11 +56,12 @@ def start(hook: StopOnSignal, **options: int) -> Trainer:
     return hook.trainer
 
 
-def test_stop_on_signal_saves_after_the_step(hook) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_on_signal_saves_after_the_step(number, hook) -> None:
     trainer = start(hook)
     hook.after_step()
     assert not trainer.saved
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     with pytest.raises(Stopped) as stopped:
         hook.after_step()
     assert stopped.value.code == EXIT_STOPPED == 143
@@ -97,7 +105,18 @@ def test_give_back_restores_the_handler(hook) -> None:
     assert "SIGTERM" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_sigterm_watch_forked_child(hook) -> None:
+def test_start_leaves_an_ignored_interrupt(hook) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer = start(hook)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not trainer.stop_requested
+        hook.give_back()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signal_watch_forked_child(hook) -> None:
     """Those of multiprocessing.Pool, which panoptic evaluation uses, are ended so."""
     trainer = start(hook)
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -131,8 +150,8 @@ WAITS = {
 }
 
 
-def ended(wait: str) -> tuple[int, float, str]:
-    program = BUSY.format(wait=wait, block=BLOCK * ("ctypes" in wait))
+def ended(wait: str, *, more: str = "") -> tuple[int, float, str]:
+    program = BUSY.format(wait=wait, block=BLOCK * ("ctypes" in wait) + more)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     return done.returncode, time.time() - float(done.stdout.split()[0]), done.stderr
 
@@ -145,5 +164,17 @@ def test_stop_on_signal_grace_period(wait: str) -> None:
         assert code == EXIT_STOPPED
     else:
         assert code == EXIT_NOT_SAVED == 75
-        assert error.endswith("SIGTERM: not saved within SOLVER.GRACE_PERIOD (0.3 s).\n")
+        assert error.endswith("Not saved within SOLVER.GRACE_PERIOD (0.3 s).\n")
+    assert seconds < 20
+
+
+def test_a_second_interrupt_ends_the_process_at_once() -> None:
+    twice = """
+hook.grace_period = 60
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+for seconds in (0.2, 0.6):
+    threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT]).start()
+"""
+    code, seconds, _ = ended(WAITS["in compiled code"], more=twice)
+    assert code == EXIT_INTERRUPTED == 130
     assert seconds < 20
