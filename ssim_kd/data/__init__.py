@@ -5,7 +5,8 @@ from detectron2.config import CfgNode
 from .coco import count_classes, register_coco
 from .digits import ensure_digits, register_digits
 from .mapper import CheckedMapper, UnreadableImageError
-from .train_loader import TrainLoader, build_train_loader
+from .needs import Needs
+from .train_loader import TrainLoader, build_train_loader, train_records
 from .validation import DatasetSummary, check_datasets
 from .workers import EvaluationLoader, build_evaluation_loader
 
@@ -13,6 +14,7 @@ __all__ = [
     "CheckedMapper",
     "DatasetSummary",
     "EvaluationLoader",
+    "Needs",
     "TrainLoader",
     "UnreadableImageError",
     "build_evaluation_loader",
@@ -23,6 +25,7 @@ __all__ = [
     "register_coco",
     "register_datasets",
     "register_digits",
+    "train_records",
 ]
 
 

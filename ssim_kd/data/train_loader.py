@@ -1,16 +1,24 @@
 """A training loader that can be resumed exactly: ``build_train_loader(cfg, start_iter=...)``."""
 
+import copy
 import logging
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
 from detectron2.structures import Instances
 from detectron2.utils import comm
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from .coco import drop_zero_area_boxes, load_records, reads_json_file
@@ -23,8 +31,9 @@ from .mapper import (
     reads_images,
     seeded,
 )
+from .needs import Needs
 from .samplers import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
-from .validation import check_records_for_mapper, num_classes
+from .validation import check_records_for_mapper
 from .workers import batches
 
 logger = logging.getLogger(__name__)
@@ -50,30 +59,32 @@ class TrainLoader:
     """
 
     def __init__(
-        self, cfg: CfgNode, dicts: Sequence[Record], mapper: Mapper, seed: int, start_iter: int
+        self,
+        records: Any,
+        mapper: Mapper,
+        indices: Callable[[int], Iterable[int]],
+        batch_size: int,
+        *,
+        groups: NDArray[np.int64] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        seed: int = 0,
+        start_iter: int = 0,
+        skip_corrupt: bool = False,
+        num_classes: int | None = None,
     ) -> None:
-        world_size = comm.get_world_size()
-        total = cfg.SOLVER.IMS_PER_BATCH
-        if total < 1 or total % world_size:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH is {total}: expected a multiple of the {world_size} "
-                "processes, at least one image each."
-            )
         self.seed = seed
         self.start_iter = start_iter
         self.skipped: Counter[str] = Counter()
-        self._batch_size = total // world_size
-        self._num_workers = cfg.DATALOADER.NUM_WORKERS
-        self._groups = aspect_groups(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-        self._shape = {"images": len(dicts), "batch": total, "processes": world_size}
-        self._mapper = mapper
-        self._skip = bool(cfg.DATALOADER.SKIP_CORRUPT)
-        self._num_classes = num_classes(cfg)
-        self._indices = index_stream(cfg, dicts)
-        # A list is held serialised, as by Detectron2; a data set of one's own as it is.
-        self._records: Any = (
-            DatasetFromList(list(dicts), serialize=True) if isinstance(dicts, Sequence) else dicts
-        )
+        world_size = comm.get_world_size()
+        self._batch_size = batch_size // world_size
+        self._num_workers = num_workers
+        self._groups = groups
+        self._shape = {"images": len(records), "batch": batch_size, "processes": world_size}
+        self._mapper, self._indices, self._collate = mapper, indices, _Collate(collate_fn)
+        self._skip = skip_corrupt
+        self._num_classes = num_classes
+        self._records = records
         self._started = False
 
     def state_dict(self) -> dict[str, int]:
@@ -123,15 +134,13 @@ class TrainLoader:
             _Samples(self._records, self._mapper, self.seed, self._skip, self._num_classes),
             batch_sampler=order,  # type: ignore[arg-type]
             num_workers=self._num_workers,
-            collate_fn=_as_list,
+            collate_fn=self._collate,
             generator=torch.Generator().manual_seed(self.seed),
         )
         with closing(batches(loader)) as found:
-            for batch in found:
-                for record in batch:
-                    # A mapper of one's own may return something else than a dictionary.
-                    for message in record.pop(_SKIPPED, ()) if isinstance(record, dict) else ():
-                        self._note(message)
+            for skipped, batch in found:
+                for message in skipped:
+                    self._note(message)
                 yield batch
 
     def _note(self, message: str) -> None:
@@ -151,42 +160,94 @@ class TrainLoader:
             )
 
 
-def build_train_loader(
+def _from_config(
     cfg: CfgNode,
     *,
-    start_iter: int = 0,
-    seed: int | None = None,
     mapper: Mapper | None = None,
     dataset: Sequence[Record] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    needs = Needs.from_config(cfg)
+    checked = dataset is None and _read_from_json(needs.train)
+    if dataset is None:
+        dataset = train_records(
+            needs.train,
+            filter_empty=needs.filter_empty,
+            min_keypoints=needs.least_keypoints if needs.keypoints else 0,
+            proposal_files=needs.train_proposals,
+            zero_area=needs.zero_area,
+            key=needs.key("DATASETS.TRAIN"),
+        )
+    if "sampler" not in options and _is_map_style(dataset):
+        options["sampler"] = index_stream(cfg, dataset)
+    return {
+        "dataset": dataset,
+        "mapper": mapper or DatasetMapper(cfg, True),
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "seed": cfg.SEED if seed is None and cfg.SEED >= 0 else seed,
+        "skip_corrupt": cfg.DATALOADER.SKIP_CORRUPT,
+        "needs": needs,
+        "checked": checked,
+        **options,
+    }
+
+
+@configurable(from_config=_from_config)
+def build_train_loader(
+    dataset: Any,
+    *,
+    mapper: Mapper,
+    sampler: Any = None,
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    seed: int | None = None,
+    start_iter: int = 0,
+    skip_corrupt: bool = False,
+    needs: Needs | None = None,
+    checked: bool = False,
 ) -> TrainLoader:
     """Build the training loader of this rank. Every rank must call it.
 
+    It takes what Detectron2's ``build_detection_train_loader`` takes, or a config:
+    ``build_train_loader(cfg)``, with any of the arguments as well.
+
     Args:
-        cfg: DATASETS, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED are read.
-        start_iter: number of the first batch, >= 0: batches before it are skipped unread.
-        seed: of order and augmentation, >= 0. None takes ``cfg.SEED``, or where that is negative a
-            random one that all ranks share.
+        dataset: the records: a list, or what has a length and items.
         mapper: from a record of the data set to the model's input, as Detectron2's is; it may read
-            any kind of file, and returns None to ask for another record. None: Detectron2's own,
-            for which files and annotations are checked here.
-        dataset: the records: a list, or what has a length and items. None loads
-            ``cfg.DATASETS.TRAIN``.
+            any kind of file, and returns None to ask for another record. Files and annotations are
+            checked here for Detectron2's own.
+        sampler: a sampler of Detectron2, of which all but the seed is taken, or a function from a
+            seed to an endless stream of this rank's indices. None: ``TrainingSampler``.
+        total_batch_size: images of all ranks in a step.
+        aspect_ratio_grouping: whether a batch has only wide or only tall images.
+        num_workers: of this rank.
+        collate_fn: makes a batch of a list; None leaves the list as it is.
+        seed: of order and augmentation, >= 0. None: a random one that all ranks share; with a
+            config, ``cfg.SEED`` unless that is negative.
+        start_iter: number of the first batch, >= 0: batches before it are skipped unread.
+        skip_corrupt: whether another image is taken for one that cannot be read.
+        needs: of the student, for the checks.
+        checked: whether the annotations were checked before.
 
     Raises:
         ValueError: an unknown sampler, a batch size that the ranks cannot share, or records that
             cannot be read or mapped.
-        OSError: an image file is missing, or the first unusable, unless DATALOADER.SKIP_CORRUPT.
+        OSError: an image file is missing, or the first unusable, unless ``skip_corrupt``.
         TypeError: the data set has no length, or no items.
     """
-    names = cfg.DATASETS.TRAIN
-    where = f"DATASETS.TRAIN: data set {', '.join(map(repr, names))}"
-    # check_datasets has seen what json files hold.
-    seen = dataset is None and all(n in DatasetCatalog and reads_json_file(n) for n in names)
-    if dataset is None:
-        dataset = _load_records(cfg, where)
-    else:
-        where = "The data set that build_train_loader was given"
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    needs = needs or Needs()
+    world_size = comm.get_world_size()
+    if total_batch_size < 1 or total_batch_size % world_size:
+        raise ValueError(
+            f"{needs.key('SOLVER.IMS_PER_BATCH')} is {total_batch_size}: expected a multiple of "
+            f"the {world_size} processes, at least one image each."
+        )
+    if not _is_map_style(dataset):
         raise TypeError(
             f"The data set is a {type(dataset).__name__}: expected a list of records, or what has "
             "a length and items, since the order of any other kind cannot be computed ahead. For a "
@@ -194,27 +255,105 @@ def build_train_loader(
             "detectron2.data.build_detection_train_loader(...), which cannot be resumed exactly."
         )
     if reads_images(mapper) and isinstance(dataset, Sequence):
-        if not cfg.DATALOADER.SKIP_CORRUPT:
+        names = ", ".join(map(repr, needs.train)) or "that build_train_loader was given"
+        where = f"{needs.key('DATASETS.TRAIN')}: data set {names}"
+        if not skip_corrupt:
             check_image_files(where, dataset)
-        if not seen:
-            check_records_for_mapper(cfg, where, dataset)
-    if seed is None:
-        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    checked = CheckedMapper(mapper or DatasetMapper(cfg, True), names)
-    return TrainLoader(cfg, dataset, checked, int(seed), start_iter)
-
-
-def _load_records(cfg: CfgNode, where: str) -> Sequence[Record]:
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records: Sequence[Record] = load_records(
-        where,
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        if not checked:
+            check_records_for_mapper(needs, where, dataset)
+    groups = aspect_groups(dataset) if aspect_ratio_grouping else None
+    indices = _stream_of(sampler, len(dataset))
+    # A list is held serialised, as by Detectron2; a custom data set as it is.
+    if isinstance(dataset, Sequence):
+        dataset = DatasetFromList(list(dataset), serialize=True)
+    return TrainLoader(
+        dataset,
+        CheckedMapper(mapper, needs.train),
+        indices,
+        total_batch_size,
+        groups=groups,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        seed=int(comm.shared_random_seed() if seed is None else seed),
+        start_iter=start_iter,
+        skip_corrupt=skip_corrupt,
+        num_classes=needs.num_classes,
     )
-    if cfg.DATASETS.ZERO_AREA_BOXES == "drop" and isinstance(records, Sequence):
-        return drop_zero_area_boxes(records, drop_emptied=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+
+
+def _is_map_style(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _stream_of(sampler: Any, size: int) -> Callable[[int], Iterable[int]]:
+    """Return what makes this rank's endless stream of indices from a seed.
+
+    Args:
+        sampler: as of :func:`build_train_loader`.
+        size: of the data set.
+
+    Raises:
+        ValueError: a sampler that cannot be seeded anew.
+    """
+    if sampler is None:
+        return lambda seed: TrainingSampler(size, seed=seed)
+    if type(sampler) is RandomSubsetTrainingSampler:
+        share = (len(sampler._indexes_subset) + 0.5) / size
+        return lambda seed: RandomSubsetTrainingSampler(
+            size, share, shuffle=sampler._shuffle, seed_shuffle=seed, seed_subset=seed
+        )
+    if type(sampler) in (TrainingSampler, RepeatFactorTrainingSampler):
+        return lambda seed: _seeded_anew(sampler, seed)
+    if callable(sampler):
+        return sampler  # type: ignore[no-any-return]
+    raise ValueError(
+        f"The sampler is a {type(sampler).__name__}: expected one of Detectron2's for "
+        "training, or a function from a seed to an endless stream of indices."
+    )
+
+
+def _seeded_anew(sampler: Any, seed: int) -> Any:
+    other = copy.copy(sampler)
+    other._seed = seed
+    return other
+
+
+def _read_from_json(names: Sequence[str]) -> bool:
+    """Whether check_datasets has seen all annotations: they are what json files hold."""
+    return all(n in DatasetCatalog and reads_json_file(n) for n in names)
+
+
+def train_records(
+    names: str | Sequence[str],
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
+    proposal_files: Sequence[str] | None = None,
+    check_consistency: bool = True,
+    *,
+    zero_area: str = "error",
+    key: str = "DATASETS.TRAIN",
+) -> Sequence[Record]:
+    """Load training sets as Detectron2's ``get_detection_dataset_dicts`` does, same arguments.
+
+    Args:
+        names, filter_empty, min_keypoints, proposal_files, check_consistency: as there.
+        zero_area: "drop" leaves boxes of zero area out before images without boxes are.
+        key: what the names are called in messages.
+
+    Raises:
+        ValueError: a set cannot be loaded.
+    """
+    names = [names] if isinstance(names, str) else names
+    records: Sequence[Record] = load_records(
+        f"{key}: data set {', '.join(map(repr, names))}",
+        names,
+        filter_empty=filter_empty,
+        min_keypoints=min_keypoints,
+        proposal_files=proposal_files,
+        check_consistency=check_consistency,
+    )
+    if zero_area == "drop" and isinstance(records, Sequence):
+        return drop_zero_area_boxes(records, drop_emptied=filter_empty)
     return records
 
 
@@ -273,5 +412,13 @@ class _Samples(Dataset[Record]):
             )
 
 
-def _as_list(batch: list[Record]) -> list[Record]:
-    return batch
+class _Collate:
+    """Takes out what was skipped, and makes a batch of the rest."""
+
+    def __init__(self, function: Callable[[list[Any]], Any] | None) -> None:
+        self._function = function
+
+    def __call__(self, samples: list[Any]) -> tuple[list[str], Any]:
+        # A custom mapper may return something else than a dictionary.
+        skipped = [m for s in samples if isinstance(s, dict) for m in s.pop(_SKIPPED, ())]
+        return skipped, samples if self._function is None else self._function(samples)

@@ -11,7 +11,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from PIL import Image
@@ -97,6 +101,40 @@ def test_train_loader_order_of_detectron2(small):
     assert [[r["id"] for r in b] for b in take(build(small), 20)] == [
         [r["id"] for r in b] for b in expected
     ]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda: None,
+        lambda: TrainingSampler(23, seed=1),
+        lambda: RepeatFactorTrainingSampler(torch.linspace(1, 2, 23), seed=1),
+        lambda: RandomSubsetTrainingSampler(23, 0.3, seed_shuffle=1, seed_subset=1),
+    ],
+)
+def test_train_loader_takes_the_arguments_of_detectron2(sampler):
+    """As a LazyConfig gives them; all but the sampler's seed is taken."""
+
+    def build(start_iter):
+        return build_train_loader(
+            dataset=fake_records(),
+            mapper=randomised,
+            sampler=sampler(),
+            total_batch_size=4,
+            num_workers=0,
+            collate_fn=tuple,
+            seed=5,
+            start_iter=start_iter,
+        )
+
+    whole = take(build(0), 12)
+    assert all(type(batch) is tuple and len(batch) == 4 for batch in whole)
+    assert take(build(5), 7) == whole[5:]
+
+
+def test_train_loader_values_equal_a_config(small):
+    values = build_train_loader(fake_records(), mapper=randomised, total_batch_size=4, seed=5)
+    assert take(values, 12) == take(build(small), 12)
 
 
 def test_train_loader_batches_of_one_aspect(small):

@@ -1,6 +1,6 @@
 """Checks of the data sets of a config before anything is built: ``check_datasets``."""
 
-from .classes import num_classes, num_classes_key
+from ..needs import num_classes, num_classes_key
 from .datasets import DatasetSummary, check_datasets, check_records_for_mapper
 
 __all__ = [

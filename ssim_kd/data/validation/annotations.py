@@ -3,13 +3,11 @@
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode
 
-from .classes import learns_masks
+from ..needs import Needs
 
 Annotation = dict[str, Any]
 
@@ -26,34 +24,6 @@ MALFORMED = "malformed"  # fails, or leaves it out
 FARTHEST = 10**6
 
 _PLAIN = {int, float}
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the student learns and predicts beside boxes.
-
-    Attributes:
-        masks: whether it predicts masks.
-        mask_format: ``INPUT.MASK_FORMAT``.
-        keypoints: number of keypoints of an object; 0 where it predicts none.
-        least_keypoints: visible keypoints of an image below which it is not trained on.
-    """
-
-    masks: bool = False
-    mask_format: str = "polygon"
-    keypoints: int = 0
-    least_keypoints: int = 1
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "Needs":
-        """Read what ``cfg`` asks for."""
-        head = cfg.MODEL.ROI_KEYPOINT_HEAD
-        return cls(
-            masks=learns_masks(cfg),
-            mask_format=cfg.INPUT.MASK_FORMAT,
-            keypoints=head.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
-            least_keypoints=head.MIN_KEYPOINTS_PER_IMAGE,
-        )
 
 
 def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, str]:
@@ -245,13 +215,14 @@ def inspect_masks(
             detail = f": it {fault}" if fault else ""
             found[key].append(
                 f'{len(wrong)} of {len(annotations)} annotations have no usable "segmentation" '
-                f"(for example {name(first)}{detail}), but MODEL.MASK_ON is True: correct it, or "
-                "set MODEL.MASK_ON to False."
+                f"(for example {name(first)}{detail}), but {needs.key('MODEL.MASK_ON')} is True: "
+                "correct it, or learn no masks."
             )
     if needs.mask_format == "polygon" and (rle := several(RLE, crowds=False)):
         found["untrainable"].append(
             f'{len(rle)} annotations have a run-length encoding as "segmentation" (for example '
-            f"{name(rle[0][0])}), but INPUT.MASK_FORMAT is 'polygon': set it to 'bitmask'."
+            f"{name(rle[0][0])}), but {needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to "
+            "'bitmask'."
         )
     return found
 
@@ -285,7 +256,7 @@ def inspect_keypoints(
     seen = np.zeros(max(owners, default=-1) + 1, dtype=np.int64)
     for annotation, owner in zip(annotations, owners, strict=True):
         seen[owner] += visible_keypoints(annotation)
-    advice = f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {needs.keypoints}"
+    advice = f"{needs.key('MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS')} is {needs.keypoints}"
     faults = [keypoints_fault(a.get("keypoints"), needs.keypoints) for a in annotations]
     # Detectron2 leaves out images with fewer keypoints, so that those may lack the key.
     trained = seen >= needs.least_keypoints
@@ -304,7 +275,8 @@ def inspect_keypoints(
     if not trained.any():
         found["untrainable"].append(
             f'No image has {needs.least_keypoints} labelled "keypoints" '
-            "(MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE): none would be trained on."
+            f"({needs.key('MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE')}): none would be "
+            "trained on."
         )
     uncounted = [a for a in annotations if not isinstance(a.get("num_keypoints"), int)]
     if uncounted:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coco import LEAST_SIDE, box_extent
+from ..needs import Needs
 from .annotations import (
     Annotation,
-    Needs,
     are_numbers,
     inspect_keypoints,
     inspect_masks,

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.lvis import get_lvis_instances_meta
 from detectron2.utils.file_io import PathManager
 
 from ..coco import own_json_file, read_records, reads_json_file, source_of_set
 from ..digits import ensure_digits
-from .annotations import Needs
+from ..needs import Needs
 from .classes import (
     check_classes,
     check_keypoint_names,
     check_same_classes,
     check_stuff_classes,
-    num_classes,
 )
 from .coco_file import Findings, inspect_coco
 from .json_file import read_instances
@@ -29,6 +29,7 @@ ZERO_AREA_POLICIES = ("error", "drop")
 MASK_FORMATS = ("polygon", "bitmask")
 # Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.
 _COCO_KINDS = ("coco", "coco_panoptic_seg")
+_LVIS_READER = "detectron2.data.datasets.lvis"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class DatasetSummary:
     """What a checked data set holds. Its text is one line for the log.
 
     ``findings`` is None for a set of which neither a json file of COCO's format nor records can be
-    inspected: then only its classes and its folder were checked.
+    inspected: then only its classes and its folder were checked. ``classes`` are the names of its
+    classes, by number.
     """
 
     key: str
     name: str
     findings: Findings | None
+    training: bool = False
+    classes: Sequence[str] = ()
 
     def __str__(self) -> str:
         found = self.findings
@@ -58,7 +62,7 @@ class DatasetSummary:
         if found.clipped:
             text += f"; {found.clipped} boxes clipped to their images"
         if found.zero_area:
-            fate = "left out" if self.key == "DATASETS.TRAIN" else "kept in the evaluation"
+            fate = "left out" if self.training else "kept in the evaluation"
             text += f"; {found.zero_area} boxes of zero area {fate}"
         return "; ".join([text, *found.notes])
 
@@ -70,20 +74,25 @@ class _Inspected:
     source: str  # what to correct: a file, or the records
 
 
+def _from_config(cfg: CfgNode) -> dict[str, Any]:
+    return {"needs": Needs.from_config(cfg)}
+
+
+@configurable(from_config=_from_config)
 def check_datasets(
-    cfg: CfgNode, *, train: bool, own_loader: bool = False, own_evaluator: bool = False
+    needs: Needs, *, train: bool, own_loader: bool = False, own_evaluator: bool = False
 ) -> list[DatasetSummary]:
-    """Check that every data set of the config can be used. It reads each json file once.
+    """Check that every data set of a training can be used. It reads each json file once.
 
     Sets that code registers are loaded once, to compare their classes with the student's. Image
     files are not touched: :func:`build_train_loader` checks those that Detectron2's mapper reads.
     The embedded digits are made if they are not there. Run it on one rank (it may read 500 MB).
 
     Args:
-        cfg: its sets must be registered (``register_datasets(cfg)``).
-        train: True checks ``DATASETS.TRAIN`` and ``DATASETS.TEST``, False the latter alone.
-        own_loader: whether code of the user's builds the training loader: ``DATASETS.TRAIN`` may
-            then be empty or name sets that are not registered, which are left alone.
+        needs: or a config, of which they are read. Its sets must be registered.
+        train: True checks the training and the test sets, False only the latter.
+        own_loader: whether code of the user's builds the training loader: the training sets may
+            then be none or name sets that are not registered, which are left alone.
         own_evaluator: whether code of the user's builds the evaluators: nothing is asked for that
             only those of Detectron2 read.
 
@@ -94,23 +103,24 @@ def check_datasets(
         FileNotFoundError: a json file or a folder is not there.
         ValueError: anything else. Both name the key, the set, the file and what to do.
     """
-    _check_choice(cfg, "DATASETS.ZERO_AREA_BOXES", cfg.DATASETS.ZERO_AREA_BOXES, ZERO_AREA_POLICIES)
-    needs = Needs.from_config(cfg)
+    _check_choice(needs.key("DATASETS.ZERO_AREA_BOXES"), needs.zero_area, ZERO_AREA_POLICIES)
     if train and needs.masks:
-        _check_choice(cfg, "INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, MASK_FORMATS)
-    if train and not own_loader and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty: expected at least one data set name.")
+        _check_choice(needs.key("INPUT.MASK_FORMAT"), needs.mask_format, MASK_FORMATS)
+    if train and not own_loader and not needs.train:
+        train_key = needs.key("DATASETS.TRAIN")
+        raise ValueError(f"{train_key} is empty: expected at least one data set name.")
     if not own_evaluator:
-        check_test_keys(cfg)
+        check_test_keys(needs)
     summaries: list[DatasetSummary] = []
     known: dict[tuple[str, bool], _Inspected] = {}
     classes: dict[str, Sequence[str]] = {}
-    for key in ("TRAIN", "TEST") if train else ("TEST",):
-        names = cfg.DATASETS[key]
+    for training in (True, False) if train else (False,):
+        key = needs.key("DATASETS.TRAIN" if training else "DATASETS.TEST")
+        names = needs.train if training else needs.test
         if isinstance(names, str):
-            raise ValueError(f"DATASETS.{key} is {names!r}: expected a list: ({names!r},).")
+            raise ValueError(f"{key} is {names!r}: expected a list: ({names!r},).")
         for name in names:
-            where, training = f"DATASETS.{key}: data set {name!r}", key == "TRAIN"
+            where = f"{key}: data set {name!r}"
             if training and own_loader and name not in DatasetCatalog:
                 continue
             _check_registered(where, name)
@@ -118,39 +128,40 @@ def check_datasets(
             same = (name, training and not reads_json_file(name))
             if same not in known:
                 scored = not training and not own_evaluator
-                known[same] = _inspect(cfg, where, name, needs, training=training, scored=scored)
+                known[same] = _inspect(where, name, needs, training=training, scored=scored)
             inspected = known[same]
             if training:
-                _check_training(cfg, where, inspected)
+                _check_training(needs, where, inspected)
             elif not own_evaluator:
                 _check_scoring(where, inspected)
             if inspected.classes:
-                check_classes(cfg, where, inspected.classes)
+                check_classes(needs, where, inspected.classes)
                 classes[name] = inspected.classes
             if training:
-                check_keypoint_names(cfg, where, MetadataCatalog.get(name))
-            check_stuff_classes(cfg, where, MetadataCatalog.get(name).get("stuff_classes", ()))
-            summaries.append(DatasetSummary(f"DATASETS.{key}", name, inspected.findings))
+                check_keypoint_names(needs, where, MetadataCatalog.get(name))
+            check_stuff_classes(needs, where, MetadataCatalog.get(name).get("stuff_classes", ()))
+            found = (inspected.findings, training, inspected.classes)
+            summaries.append(DatasetSummary(key, name, *found))
     _check_any_usable(summaries)
-    check_same_classes(cfg, classes)
+    check_same_classes(needs, classes)
     return summaries
 
 
-def check_records_for_mapper(cfg: CfgNode, where: str, records: Sequence[Any]) -> None:
+def check_records_for_mapper(needs: Needs, where: str, records: Sequence[Any]) -> None:
     """Check the records that Detectron2's DatasetMapper will be trained with.
 
     Raises:
         ValueError: it would fail at one; the message names the record.
     """
-    found = inspect_records(records, num_classes(cfg), scored=False, converted=False)
-    problems = found.problems + inspect_for_mapper(records, Needs.from_config(cfg))
-    if not found.scored and num_classes(cfg) is not None:
+    found = inspect_records(records, needs.num_classes, scored=False, converted=False)
+    problems = found.problems + inspect_for_mapper(records, needs)
+    if not found.scored and needs.num_classes is not None:
         problems.append('none has "annotations", which a detector is trained with')
     if problems:
         raise ValueError(f"{where}: its records: {'; '.join(problems)}. Correct them.")
 
 
-def _check_choice(cfg: CfgNode, key: str, value: str, choices: Sequence[str]) -> None:
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{key} is {value!r}: expected one of {', '.join(choices)}.")
 
@@ -165,14 +176,13 @@ def _check_registered(where: str, name: str) -> None:
         )
 
 
-def _inspect(
-    cfg: CfgNode, where: str, name: str, needs: Needs, *, training: bool, scored: bool
-) -> _Inspected:
+def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: bool) -> _Inspected:
     """Inspect one set: its json file where there is one, its records where code registers it."""
     ensure_digits([name])
     meta = MetadataCatalog.get(name)
     kind = meta.get("evaluator_type", "coco")
     json_file, read = own_json_file(name), reads_json_file(name)
+    module = getattr(DatasetCatalog[name], "__module__", "") or ""
     content = None
     found: Findings | None = None
     if json_file and (read or scored):
@@ -189,11 +199,12 @@ def _inspect(
         )
         _refuse_problems(where, json_file, found)
     if read and content is not None:
+        if module == _LVIS_READER:
+            return _Inspected(found, _lvis_classes(where, name, json_file, content), json_file)
         names = [str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])]
         if kind in _COCO_KINDS:
             _check_metadata(where, name, json_file, names)
         return _Inspected(found, names, json_file)
-    module = getattr(DatasetCatalog[name], "__module__", "") or ""
     if module.startswith("detectron2.data.datasets."):
         _check_folder(where, name)
         # That of Cityscapes takes minutes; the classes are known.
@@ -205,7 +216,7 @@ def _inspect(
         return _Inspected(found, classes, json_file)
     coco = kind in _COCO_KINDS and scored
     inspected = inspect_records(
-        records, len(classes) or num_classes(cfg), scored=coco, converted=coco and not json_file
+        records, len(classes) or needs.num_classes, scored=coco, converted=coco and not json_file
     )
     _refuse_problems(where, "its records", inspected)
     if coco and not json_file and inspected.annotations and not classes:
@@ -217,6 +228,23 @@ def _inspect(
         _check_ground_truth(where, name, json_file, content, records)
         inspected = found
     return _Inspected(inspected, classes, json_file or "its records")
+
+
+def _lvis_classes(where: str, name: str, json_file: str, content: dict[str, Any]) -> Sequence[str]:
+    """Classes of Detectron2's LVIS reader: those of its version, of which a file may have some."""
+    try:
+        meta = get_lvis_instances_meta(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}: expected a name with 'v1' or 'v0.5'.") from None
+    classes: list[str] = meta["thing_classes"]
+    known = meta.get("thing_dataset_id_to_contiguous_id", range(1, len(classes) + 1))
+    unknown = [c["id"] for c in content["categories"] if c["id"] not in known]
+    if unknown:
+        raise ValueError(
+            f'{where}: {json_file}: "categories" have the ids {unknown[:5]}, which are none of '
+            f"the {len(classes)} classes of this version of LVIS."
+        )
+    return classes
 
 
 def _check_folder(where: str, name: str) -> None:
@@ -280,7 +308,7 @@ def _check_scoring(where: str, inspected: _Inspected) -> None:
     _refuse(where, source, found.unscorable)
 
 
-def _check_training(cfg: CfgNode, where: str, inspected: _Inspected) -> None:
+def _check_training(needs: Needs, where: str, inspected: _Inspected) -> None:
     found, source = inspected.findings, inspected.source
     if found is None:
         return
@@ -291,22 +319,22 @@ def _check_training(cfg: CfgNode, where: str, inspected: _Inspected) -> None:
             f"their images (for example {found.zero_area_examples}). Expected [x, y, width, height]"
             " in pixels."
         )
-    if found.zero_area and cfg.DATASETS.ZERO_AREA_BOXES == "error":
+    if found.zero_area and needs.zero_area == "error":
         raise ValueError(
             f"{where}: {source}: {found.zero_area} boxes have zero area or lie outside their "
             f"images (for example {found.zero_area_examples}). Correct the file, or set "
-            'DATASETS.ZERO_AREA_BOXES to "drop" to leave them out.'
+            f'{needs.key("DATASETS.ZERO_AREA_BOXES")} to "drop" to leave them out.'
         )
 
 
 def _check_any_usable(summaries: Sequence[DatasetSummary]) -> None:
     """One training set of several may be of background alone."""
-    training = [s for s in summaries if s.key == "DATASETS.TRAIN"]
+    training = [s for s in summaries if s.training]
     found = [s.findings for s in training if s.findings is not None and s.findings.scored]
     if found and len(found) == len(training) and not any(f.usable for f in found):
         names = ", ".join(repr(s.name) for s in training)
         raise ValueError(
-            f"DATASETS.TRAIN: data set {names}: none of {sum(f.annotations for f in found)} "
+            f"{training[0].key}: data set {names}: none of {sum(f.annotations for f in found)} "
             '"annotations" can be trained on: expected at least one that is no crowd.'
         )
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from detectron2.structures import BoxMode
 
+from ..needs import Needs
 from .annotations import (
     MALFORMED,
     NONE,
     OTHER_SIZE,
     RLE,
     SHORT,
-    Needs,
     are_numbers,
     keypoints_fault,
     segmentation_kind,
@@ -143,13 +143,13 @@ def _mask_fault(annotation: dict[str, Any], shape: tuple[Any, Any], needs: Needs
         return ""
     kind, fault = segmentation_kind(annotation.get("segmentation"), *shape)
     if kind == NONE:
-        return '"segmentation" that is missing, but MODEL.MASK_ON is True'
+        return f'"segmentation" that is missing, but {needs.key("MODEL.MASK_ON")} is True'
     if kind in (MALFORMED, SHORT) or (kind == OTHER_SIZE and None not in shape):
         return f'"segmentation" that {fault}'
     if kind in (RLE, OTHER_SIZE) and needs.mask_format == "polygon":
         return (
-            "\"segmentation\" that is a run-length encoding, but INPUT.MASK_FORMAT is 'polygon': "
-            "set it to 'bitmask'"
+            '"segmentation" that is a run-length encoding, but '
+            f"{needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to 'bitmask'"
         )
     return ""
 

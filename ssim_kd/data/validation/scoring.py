@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from detectron2.config import CfgNode
+from ..needs import Needs
 
 # Without TEST.KEYPOINT_OKS_SIGMAS pycocotools takes those of COCO's persons.
 COCO_KEYPOINTS = 17
@@ -11,52 +11,53 @@ COCO_KEYPOINTS = 17
 TASKS = ("bbox", "segm", "keypoints", "box_proposals", "sem_seg", "panoptic_seg")
 
 
-def check_test_keys(cfg: CfgNode) -> None:
+def check_test_keys(needs: Needs) -> None:
     """Check ``TEST.DETECTIONS_PER_IMAGE``, ``KEYPOINT_OKS_SIGMAS`` and ``EXPECTED_RESULTS``.
 
     Raises:
         ValueError: names the key, its value and what is expected.
     """
-    if not cfg.DATASETS.TEST:
+    if not needs.test:
         return
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    limit = needs.detections_per_image
     if limit < 1:
         raise ValueError(
-            f"TEST.DETECTIONS_PER_IMAGE is {limit}: expected a number >= 1. COCO's own is 100."
+            f"{needs.key('TEST.DETECTIONS_PER_IMAGE')} is {limit}: expected a number >= 1. COCO's "
+            "own is 100."
         )
-    if cfg.MODEL.KEYPOINT_ON:
-        _check_sigmas(cfg)
-    _check_expected(cfg)
+    if needs.keypoints:
+        _check_sigmas(needs)
+    _check_expected(needs)
 
 
-def _check_sigmas(cfg: CfgNode) -> None:
-    sigmas, count = cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    key = "TEST.KEYPOINT_OKS_SIGMAS"
+def _check_sigmas(needs: Needs) -> None:
+    sigmas, count = needs.oks_sigmas, needs.keypoints
+    key = needs.key("TEST.KEYPOINT_OKS_SIGMAS")
+    count_key = needs.key("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS")
     if not sigmas:
         if count != COCO_KEYPOINTS:
             raise ValueError(
                 f"{key} is empty, which means COCO's {COCO_KEYPOINTS} keypoints of a person, but "
-                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count}: expected {count} numbers > 0, "
+                f"{count_key} is {count}: expected {count} numbers > 0, "
                 "the standard deviation of each keypoint's annotation over the object's scale."
             )
     elif len(sigmas) != count or not all(s > 0 and math.isfinite(s) for s in sigmas):
         raise ValueError(
-            f"{key} is {sigmas}: expected {count} numbers > 0, one a keypoint "
-            "(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)."
+            f"{key} is {sigmas}: expected {count} numbers > 0, one a keypoint ({count_key})."
         )
 
 
-def _check_expected(cfg: CfgNode) -> None:
-    expected = cfg.TEST.EXPECTED_RESULTS
-    if expected and len(cfg.DATASETS.TEST) > 1:
+def _check_expected(needs: Needs) -> None:
+    expected, key = needs.expected_results, needs.key("TEST.EXPECTED_RESULTS")
+    if expected and len(needs.test) > 1:
         raise ValueError(
-            f"TEST.EXPECTED_RESULTS is {expected}, but DATASETS.TEST has {len(cfg.DATASETS.TEST)} "
-            "data sets: Detectron2 compares the results of one. Expected one, or []."
+            f"{key} is {expected}, but {needs.key('DATASETS.TEST')} has {len(needs.test)} data "
+            "sets: Detectron2 compares the results of one. Expected one, or []."
         )
     for row in expected:
         if not _is_expectation(row):
             raise ValueError(
-                f"TEST.EXPECTED_RESULTS holds {row!r}: expected [task, metric, value, tolerance], "
+                f"{key} holds {row!r}: expected [task, metric, value, tolerance], "
                 f"such as ['bbox', 'AP', 38.5, 0.2], with a task of {', '.join(TASKS)}."
             )
 

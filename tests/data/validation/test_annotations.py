@@ -9,8 +9,8 @@ import pytest
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 
+from ssim_kd.data.needs import Needs
 from ssim_kd.data.validation.annotations import (
-    Needs,
     are_numbers,
     inspect_keypoints,
     inspect_masks,

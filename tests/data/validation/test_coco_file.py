@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
 from ssim_kd.data import build_train_loader
-from ssim_kd.data.validation.annotations import Needs
+from ssim_kd.data.needs import Needs
 from ssim_kd.data.validation.coco_file import inspect_coco
 from ssim_kd.engine.evaluation import build_evaluator
 from tests.data.coco_sets import content, edited

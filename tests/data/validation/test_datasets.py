@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances, register_pascal_voc
+from detectron2.data.datasets.lvis import register_lvis_instances
 from detectron2.structures import BoxMode
 
 from ssim_kd.data import check_datasets, register_coco, register_digits
@@ -191,6 +192,28 @@ def test_check_datasets_lvis(use):
     data["annotations"][0]["id"] = 0
     use(data, pictures=False)
     refused(cfg, "DATASETS.TEST", '"id"', "id 0")
+
+
+def test_check_datasets_lvis_with_some_of_the_categories(cfg, tmp_path):
+    """Detectron2 reads the classes of the version, and numbers a file's by id - 1."""
+    data = content()
+    for row, key in [(c, "id") for c in data["categories"]] + [
+        (a, "category_id") for a in data["annotations"]
+    ]:
+        row[key] += 600
+    for image in data["images"]:
+        image["coco_url"] = f"http://images/{image.pop('file_name')}"
+    (tmp_path / "lvis.json").write_text(json.dumps(data))
+    register_lvis_instances("part_lvis_v1", {}, str(tmp_path / "lvis.json"), str(tmp_path))
+    cfg.DATASETS.TRAIN = ("part_lvis_v1",)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1203
+    assert len(check_datasets(cfg, train=True)[0].classes) == 1203
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    refused(cfg, "'part_lvis_v1'", "1203", "NUM_CLASSES is 2")
+    data["categories"][0]["id"] = 1204
+    data["annotations"] = data["annotations"][1::2]
+    (tmp_path / "lvis.json").write_text(json.dumps(data))
+    refused(cfg, "'part_lvis_v1'", '"categories"', "1204")
 
 
 def test_check_datasets_metadata_in_another_order(cfg, tmp_path):

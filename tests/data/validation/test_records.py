@@ -5,7 +5,7 @@ import pytest
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
-from ssim_kd.data.validation.annotations import Needs
+from ssim_kd.data.needs import Needs
 from ssim_kd.data.validation.records import inspect_for_mapper, inspect_records
 
 TRIANGLE = [[1, 1, 9, 1, 9, 9]]

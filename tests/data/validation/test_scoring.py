@@ -2,6 +2,7 @@
 
 import pytest
 
+from ssim_kd.data.needs import Needs
 from ssim_kd.data.validation.scoring import check_test_keys
 
 
@@ -15,9 +16,9 @@ def tested(cfg):
 def test_check_test_keys_detections_per_image(tested, limit):
     tested.TEST.DETECTIONS_PER_IMAGE = limit
     with pytest.raises(ValueError, match=rf"TEST\.DETECTIONS_PER_IMAGE is {limit}: expected"):
-        check_test_keys(tested)
+        check_test_keys(Needs.from_config(tested))
     tested.DATASETS.TEST = ()
-    check_test_keys(tested)
+    check_test_keys(Needs.from_config(tested))
 
 
 @pytest.mark.parametrize(
@@ -34,13 +35,13 @@ def test_check_test_keys_detections_per_image(tested, limit):
 def test_check_test_keys_sigmas(tested, sigmas, count, fits):
     tested.TEST.KEYPOINT_OKS_SIGMAS = sigmas
     tested.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
-    check_test_keys(tested)  # no keypoints are predicted
+    check_test_keys(Needs.from_config(tested))  # no keypoints are predicted
     tested.MODEL.KEYPOINT_ON = True
     if fits:
-        check_test_keys(tested)
+        check_test_keys(Needs.from_config(tested))
         return
     with pytest.raises(ValueError, match=rf"TEST\.KEYPOINT_OKS_SIGMAS is .*expected {count} "):
-        check_test_keys(tested)
+        check_test_keys(Needs.from_config(tested))
 
 
 @pytest.mark.parametrize(
@@ -57,15 +58,15 @@ def test_check_test_keys_sigmas(tested, sigmas, count, fits):
 def test_check_test_keys_expected_results(tested, row):
     good = ["bbox", "AP", 38.5, 0.2], ["segm_TTA", "AP50", 3, 1]
     tested.TEST.EXPECTED_RESULTS = [*good]
-    check_test_keys(tested)
+    check_test_keys(Needs.from_config(tested))
     tested.TEST.EXPECTED_RESULTS = [*good, row]
     with pytest.raises(ValueError, match=r"TEST\.EXPECTED_RESULTS .*expected \[task, metric"):
-        check_test_keys(tested)
+        check_test_keys(Needs.from_config(tested))
 
 
 def test_check_test_keys_expected_results_of_two_sets(tested):
     tested.DATASETS.TEST = ("a", "b")
-    check_test_keys(tested)
+    check_test_keys(Needs.from_config(tested))
     tested.TEST.EXPECTED_RESULTS = [["bbox", "AP", 38.5, 0.2]]
     with pytest.raises(ValueError, match=r"TEST\.EXPECTED_RESULTS .*DATASETS\.TEST has 2"):
-        check_test_keys(tested)
+        check_test_keys(Needs.from_config(tested))
