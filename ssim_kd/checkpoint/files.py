@@ -1,18 +1,17 @@
 """Checkpoint files, read without running code of theirs."""
 
 import hashlib
-import io
 import os
-import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+
+from ..unpickling import read_pickle, read_torch_file, reason_of
 
 # Keys under which training programs keep the model, and what wrappers put before every name.
 _MODEL_KEYS = ("model", "state_dict")
@@ -40,77 +39,6 @@ class Weights:
     sha256: str
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickles plain containers, NumPy arrays and tensors alone: the file cannot run code."""
-
-    # Of NumPy: its versions 1 and 2, every protocol of pickle.
-    _ALLOWED = {
-        "_codecs.encode",
-        "argparse.Namespace",
-        "builtins.set",
-        "collections.Counter",
-        "collections.OrderedDict",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "torch.Size",
-        "torch.device",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch.storage.UntypedStorage",
-        *(
-            f"numpy.{core}.{name}"
-            for core in ("core", "_core")
-            for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
-        ),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch.storage" and name == "_load_from_bytes":
-            return _load_storage
-        full = f"{module}.{name}"
-        if full in self._ALLOWED or isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {full}, which is neither tensor nor array")
-
-
-class _SafePickle:
-    """As much of the module ``pickle`` as torch.load asks for."""
-
-    Unpickler = _SafeUnpickler
-
-    @staticmethod
-    def load(file: IO[bytes], **options: Any) -> Any:
-        return _SafeUnpickler(file, **options).load()
-
-
-def _load_storage(data: bytes) -> Any:
-    """What a tensor that was pickled without torch.save holds."""
-    return torch.load(io.BytesIO(data), weights_only=True)
-
-
-def _load_pkl(path: str) -> Any:
-    with open(path, "rb") as file:
-        return _SafeUnpickler(file, encoding="latin1").load()
-
-
-def _load_pth(path: str) -> Any:
-    in_zip = _is_zip(path)
-    if in_zip:
-        _check_sums(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
-    except pickle.UnpicklingError:
-        # That reader knows neither NumPy's values nor the protocols of pickle but 2 and 3.
-        return torch.load(
-            path,
-            map_location="cpu",
-            weights_only=False,
-            pickle_module=_SafePickle,
-            mmap=in_zip,
-        )
-
-
 def local_file(path: str, *, key: str) -> str:
     """Where a file or URL lies on this machine, downloaded if need be.
 
@@ -128,7 +56,7 @@ def local_file(path: str, *, key: str) -> str:
     except Exception as error:
         advice = f" Download it elsewhere, and set {key} to the file." if "://" in path else ""
         raise ValueError(
-            f"{key} is {path!r}, which is not available: {_reason(error)}.{advice}"
+            f"{key} is {path!r}, which is not available: {reason_of(error)}.{advice}"
         ) from error
     if not os.path.isfile(local):
         if "://" in str(local):
@@ -152,15 +80,22 @@ def read_checkpoint(local: str) -> dict[str, Any]:
             one that was saved without them carry no checksums.
     """
     try:
-        data = _load_pkl(local) if local.endswith(".pkl") else _load_pth(local)
+        data = read_pickle(local) if local.endswith(".pkl") else _read_pth(local)
     except Exception as error:
         raise ValueError(
             f"{local} ({os.path.getsize(local)} bytes) is not a checkpoint that can be read: it is "
-            f"truncated, of another format, or holds more than tensors ({_reason(error)})."
+            f"truncated, of another format, or holds more than tensors ({reason_of(error)})."
         ) from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{local} holds a {type(data).__name__}; expected a dict of tensors.")
     return dict(data)
+
+
+def _read_pth(path: str) -> Any:
+    in_zip = _is_zip(path)
+    if in_zip:
+        _check_sums(path)
+    return read_torch_file(path, mmap=in_zip)
 
 
 def read_file(path: str, *, key: str) -> tuple[str, dict[str, Any]]:
@@ -205,12 +140,6 @@ def sha256_of(path: str) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The line of an error that names its cause, without the escape codes of terminals."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def read_weights(path: str, *, key: str) -> Weights:

@@ -14,6 +14,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
+from .proposals import add_proposals
+
 logger = logging.getLogger(__name__)
 
 # Detectron2's mapper leaves out boxes whose sides are not longer than this (pixels).
@@ -97,14 +99,33 @@ def read_records(where: str, name: str) -> Any:
         raise ValueError(f"{where}: its reader failed: {error!r}.") from error
 
 
-def load_records(where: str, names: str | Sequence[str], **options: Any) -> Any:
+def load_records(
+    where: str,
+    names: str | Sequence[str],
+    *,
+    proposal_files: Sequence[str] | None = None,
+    **options: Any,
+) -> Any:
     """Load sets as Detectron2 does, ``get_detection_dataset_dicts(names, **options)``.
+
+    Args:
+        where: begins the message of an error.
+        names: of the sets.
+        proposal_files: precomputed proposals, a file for each set.
+        options: further ones of Detectron2's function.
 
     Raises:
         ValueError: a reader or Detectron2 failed; the message names the sets.
     """
     try:
-        return get_detection_dataset_dicts(names, **options)
+        if proposal_files is None:
+            return get_detection_dataset_dicts(names, **options)
+        names = [names] if isinstance(names, str) else names
+        return [
+            record
+            for name, file in zip(names, proposal_files, strict=True)
+            for record in add_proposals(get_detection_dataset_dicts(name, **options), file)
+        ]
     except Exception as error:
         raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}.") from error
 
