@@ -97,9 +97,9 @@ class _Pairs(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
     ) -> None:
-        flags = [text for text in values[::2] if text.startswith("--")]
+        flags = [text for text in values if text.startswith("--")]
         if flags:
-            parser.error(f"{flags[0]} comes after KEY VALUE pairs; expected flags before them.")
+            parser.error(f"{flags[0]} comes after the overrides; expected flags before them.")
         setattr(namespace, self.dest, values)
 
 

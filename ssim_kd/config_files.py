@@ -16,6 +16,11 @@ from fvcore.common.config import BASE_KEY
 from omegaconf import DictConfig
 
 _ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# An installed ssim_kd has its configs inside, a checkout next to it.
+_SHIPPED = tuple(os.path.join(f, "configs") for f in (_PACKAGE, os.path.dirname(_PACKAGE))) + (
+    _ZOO,
+)
 
 
 class _FileByFile(CN):
@@ -23,8 +28,7 @@ class _FileByFile(CN):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        zoo = os.path.realpath(_ZOO)
-        in_zoo = os.path.realpath(filename).startswith(os.path.join(zoo, ""))
+        in_zoo = _is_in(filename, _ZOO)
         loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=in_zoo)
         return loaded
 
@@ -36,11 +40,12 @@ def find_config_file(name: str) -> str:
     """
     if not name or PathManager.exists(name):
         return name
-    # An installed ssim_kd has them inside, a checkout beside.
-    package = os.path.dirname(os.path.abspath(__file__))
-    folders = (os.path.join(f, "configs") for f in (package, os.path.dirname(package)))
-    shipped = [os.path.join(folder, name) for folder in (*folders, _ZOO)]
+    shipped = [os.path.join(folder, name) for folder in _SHIPPED]
     return next((path for path in shipped if os.path.isfile(path)), name)
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def merge_file(cfg: CN, path: str) -> set[str]:
@@ -49,7 +54,8 @@ def merge_file(cfg: CN, path: str) -> set[str]:
     Those come with Detectron2, and its RetinaNets compute their anchors so.
 
     Returns:
-        the dotted names of the keys that the file and its bases set.
+        the dotted names of the keys that the file and its bases set, but for those that ssim_kd or
+        Detectron2's zoo ships.
 
     Raises:
         ValueError: a file or base that cannot be opened or holds no keys; a mapping with a key
@@ -57,10 +63,10 @@ def merge_file(cfg: CN, path: str) -> set[str]:
         yaml.constructor.ConstructorError: a file of one's own that asks to run code.
         others: as ``CfgNode.merge_from_file``.
     """
-    _check_files(path)
-    loaded = _FileByFile.load_yaml_with_base(path)
+    keys = _check_files(path)
+    _FileByFile.load_yaml_with_base(path)
     cfg.merge_from_file(path, allow_unsafe=True)
-    return set(_dotted(loaded))
+    return keys
 
 
 def is_lazy(path: str) -> bool:
@@ -136,12 +142,15 @@ def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _check_files(path: str, above: tuple[str, ...] = ()) -> None:
+def _check_files(path: str, above: tuple[str, ...] = ()) -> set[str]:
     """Look at a file and its bases without making any of their values: that may run code.
 
     Args:
         path: of the file.
         above: the files of which it is a base, from the first on.
+
+    Returns:
+        see :func:`merge_file`.
 
     Raises:
         ValueError: see :func:`merge_file`.
@@ -165,10 +174,20 @@ def _check_files(path: str, above: tuple[str, ...] = ()) -> None:
         found = "is empty" if root is None else f"holds a {root.id} of YAML"
         raise ValueError(f"{title} {found}; expected keys and values, such as MODEL: {{...}}.")
     _refuse_equal_keys(root, title)
+    shipped = any(_is_in(path, folder) for folder in _SHIPPED)
+    keys = set() if shipped else set(_keys_of(root))
     for key, value in root.value:
         if key.value == BASE_KEY:
             for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _check_files(_base_path(str(base.value), path), (*above, path))
+                keys |= _check_files(_base_path(str(base.value), path), (*above, path))
+    return keys
+
+
+def _keys_of(node: yaml.MappingNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.value:
+        yield f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode):
+            yield from _keys_of(value, f"{prefix}{key.value}.")
 
 
 def _refuse_equal_keys(root: yaml.Node, title: str) -> None:

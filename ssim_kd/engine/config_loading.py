@@ -1,26 +1,29 @@
-"""From the command line to a config: defaults, file, arguments and overrides."""
+"""From the command line to a config, YAML or LazyConfig: file, arguments, overrides.
+
+Overrides (KEY VALUE, key=value) win over arguments, and those over the file.
+"""
 
 import argparse
-import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import yaml
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
-from omegaconf import DictConfig
+from detectron2.data import get_detection_dataset_dicts
+from omegaconf import DictConfig, OmegaConf
 
 from ..config import add_distill_config, share_keys
 from ..config_files import did_you_mean, find_config_file, is_lazy, load_lazy_file, merge_file
+from ..data import check_datasets, register_datasets
 from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
-from .arguments import apply_schedule, apply_teacher, use_cpu_without_gpu, without_effect
-from .data_file import apply_data
+from .data_file import apply_data, apply_lazy_data
 from .preflight import check_config
-
-logger = logging.getLogger(__name__)
+from .schedule import apply_schedule
 
 # Config keys that hold paths, in which "~" is the user's home.
 _PATHS = (
@@ -28,65 +31,219 @@ _PATHS = (
     *("MODEL.DISTILL.TEACHER.WEIGHTS", "DATASETS.PROPOSAL_FILES_TRAIN"),
     "DATASETS.PROPOSAL_FILES_TEST",
 )
-
-# Arguments that set keys of a YAML config, and what a LazyConfig has instead.
-_OF_YAML = {
-    "data": "dataloader.train.dataset.names",
-    "epochs": "train.max_iter",
-    "batch": "dataloader.train.total_batch_size",
-}
+# Keys of which arguments take in what overrides have set.
+_EXTENDED = ("DATASETS.REGISTER_COCO", "MODEL.META_ARCHITECTURE")
 # Overrides of what --teacher puts around the student.
 _WRAPPING = ("model.student", "model.teacher", "model.distillers")
 
 AddConfig = Callable[[CfgNode], None]
 
 
-def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
-    """Detectron2's defaults, ours, the file, the overrides; frozen.
+@dataclass(frozen=True)
+class Loaded:
+    """What a command line comes to.
 
-    ``args.config_file`` becomes the path of the file, which Detectron2's ``default_setup`` opens.
+    Attributes:
+        cfg: a YAML config, frozen, or a LazyConfig.
+        config_file: the path of the file; "" for none.
+        notes: what arguments have set, a line each, for the log.
+        facts: what was read of the data for it, so that another process need not.
+    """
+
+    cfg: Any
+    config_file: str
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, int] = field(default_factory=dict)
+
+
+def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
+    """The YAML config of a command line, frozen; see :func:`load_yaml`."""
+    return load_yaml(args, add_config).cfg
+
+
+def load_yaml(
+    args: argparse.Namespace,
+    add_config: AddConfig | None = None,
+    facts: dict[str, int] | None = None,
+) -> Loaded:
+    """Detectron2's defaults, ours, the file, the arguments, the overrides.
+
+    Args:
+        args: of :func:`ssim_kd.engine.argument_parser`; those of another parser may lack some.
+        add_config: adds further keys to the config.
+        facts: of the same command line, from another process.
 
     Raises:
         ValueError: an unknown key, a file that is not readable, or what :func:`check_config`
             raises.
     """
-    cfg = get_cfg()
+    cfg, notes, facts = get_cfg(), [], {} if facts is None else facts
     add_distill_config(cfg)
     if add_config is not None:
         add_config(cfg)
         share_keys(add_config)
-    config_file = args.config_file = find_config_file(os.path.expanduser(args.config_file))
-    in_file = _merge_file(cfg, config_file) if config_file else set()
-    by_hand = {str(key) for key in args.opts[::2]}
-    # Arguments of another program's may lack these.
-    flags = {k: getattr(args, k, None) for k in ("teacher", "data", "epochs", "batch")}
-    cfg.DATASETS.DATA_FILE = flags["data"] or cfg.DATASETS.DATA_FILE
-    notes = []
+    config_file = find_config_file(os.path.expanduser(args.config_file))
+    own = _merge_file(cfg, config_file) if config_file else set()
+    max_iter = cfg.SOLVER.MAX_ITER
+    opts, by_hand = list(args.opts), {str(key) for key in args.opts[::2]}
+    _merge_options(cfg, opts)
+    # From here on all is computed from what the overrides have set; and they win over it.
+    data_file, teacher = getattr(args, "data", ""), getattr(args, "teacher", "")
+    if data_file and "DATASETS.DATA_FILE" not in by_hand:
+        cfg.DATASETS.DATA_FILE = data_file
     if cfg.DATASETS.DATA_FILE:
         path = _beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
-        notes += apply_data(cfg, path, in_file)
-    max_iter = cfg.SOLVER.MAX_ITER
-    _merge_options(cfg, list(args.opts))
-    if flags["teacher"]:
-        apply_teacher(cfg, flags["teacher"])
+        notes += apply_data(cfg, path, own - by_hand, facts)
+    if teacher:
+        apply_teacher(cfg, teacher)
+    _merge_options(cfg, opts, but=_EXTENDED)
     for key in _PATHS:
         _expand(cfg, key)
     teacher = cfg.MODEL.DISTILL.TEACHER
     teacher.CONFIG_FILE = _beside(teacher.CONFIG_FILE, config_file)
     evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
     if not evaluate:
-        length = {"epochs": flags["epochs"], "batch": flags["batch"], "max_iter": max_iter}
-        notes += apply_schedule(cfg, **length, by_hand=by_hand)
-        notes += without_effect(cfg)
-    notes += use_cpu_without_gpu(cfg, by_hand | in_file)
-    args.notes = [*getattr(args, "notes", []), *notes]
+        # A user's warm-up stays, unless it belongs to a length of theirs, which is scaled.
+        stay = own & {"SOLVER.WARMUP_ITERS"} if "SOLVER.MAX_ITER" not in own else set()
+        notes += apply_schedule(
+            cfg,
+            epochs=getattr(args, "epochs", None),
+            batch=getattr(args, "batch", None),
+            by_hand=by_hand | stay,
+            count_images=lambda: _remembered(facts, "images", lambda: _count_images(cfg)),
+            max_iter=max_iter,
+        )
+        notes += ignored_keys(cfg)
+    if "MODEL.DEVICE" not in by_hand | own and _lacks(cfg.MODEL.DEVICE):
+        cfg.MODEL.DEVICE = "cpu"
+        notes.append("This machine has no GPU that PyTorch can use: MODEL.DEVICE is 'cpu'.")
     check_config(cfg, evaluate=evaluate)
     cfg.freeze()
-    return cfg
+    return Loaded(cfg, config_file, notes, facts)
+
+
+def load_lazy(args: argparse.Namespace, facts: dict[str, int] | None = None) -> Loaded:
+    """Read a LazyConfig, and apply the overrides ("key=value") and the arguments.
+
+    Overrides of ``model`` mean the student where ``--teacher`` wraps it, and are applied before.
+
+    Args:
+        args: of :func:`ssim_kd.engine.argument_parser`; those of another parser may lack some.
+        facts: of the same command line, from another process.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a part, or an override does not fit.
+    """
+    notes, facts = [], {} if facts is None else facts
+    config_file = find_config_file(os.path.expanduser(args.config_file))
+    inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
+    by_hand = {text.lstrip("+~").partition("=")[0] for text in args.opts}
+    cfg = _with_overrides(lambda: load_lazy_file(config_file), inside, args)
+    needed = ("model", "dataloader", "train") + (
+        () if args.eval_only else ("optimizer", "lr_multiplier")
+    )
+    missing = [key for key in needed if key not in cfg]
+    if missing:
+        raise ValueError(f"--config-file {config_file} lacks {missing}.")
+    if getattr(args, "data", ""):
+        path = _beside(os.path.expanduser(args.data), config_file)
+        notes += apply_lazy_data(cfg, path, by_hand, facts)
+    if not args.eval_only and not getattr(args, "eval_teacher", False):
+        notes += apply_schedule(
+            cfg,
+            epochs=getattr(args, "epochs", None),
+            batch=getattr(args, "batch", None),
+            by_hand=by_hand,
+            count_images=lambda: _remembered(facts, "images", lambda: _count_lazy_images(cfg)),
+        )
+    if getattr(args, "teacher", ""):
+        if "student" not in cfg.model:
+            # In a deeper place, what names others by their place would name none.
+            OmegaConf.resolve(cfg)
+        cfg.model = _distilled(cfg.model, args.teacher)
+    outside = [text for text in args.opts if text not in inside]
+    cfg = _with_overrides(lambda: cfg, outside, args)
+    cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
+    if _lacks(str(cfg.train.device)):
+        cfg.train.device = "cpu"
+        notes.append("This machine has no GPU that PyTorch can use: train.device is 'cpu'.")
+    return Loaded(cfg, config_file, notes, facts)
+
+
+def apply_teacher(cfg: CfgNode, name: str) -> None:
+    """Set the keys of ``--teacher``: the student is whatever META_ARCHITECTURE names."""
+    distill = cfg.MODEL.DISTILL
+    if cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":
+        distill.STUDENT_META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "DistilledDetector"
+    if name != distill.TEACHER.CONFIG_FILE:
+        # The weights and overrides in the config belong to the other teacher.
+        distill.TEACHER.WEIGHTS, distill.TEACHER.OPTS = "", []
+    distill.TEACHER.CONFIG_FILE = name
+    distill.ENABLED = True
+
+
+def _distilled(model: DictConfig, teacher: str) -> DictConfig:
+    """A model that learns from a teacher: what it was, wrapped, if it learned from none."""
+    if "student" not in model:
+        model = L(DistilledDetector)(student=model, max_iter="${..train.max_iter}")
+    if not model.get("distillers"):
+        model.distillers = [L(SSIMDistiller)()]
+    model.teacher = L(FrozenTeacher.load_from)(name=teacher)
+    return model
+
+
+def ignored_keys(cfg: CfgNode) -> list[str]:
+    """A line for the log where a config names a teacher or a method, and switches both off."""
+    distill = cfg.MODEL.DISTILL
+    named = {
+        "TEACHER.CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
+        "TERMS": distill.TERMS,
+        "NAME": distill.NAME if distill.NAME != "FeatureDistiller" else "",
+    }
+    found = [f"MODEL.DISTILL.{key} {value}" for key, value in named.items() if value]
+    if distill.ENABLED or not found or cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":
+        return []
+    return [
+        "MODEL.DISTILL.ENABLED is False: the student learns without a teacher. "
+        f"Ignored: {', '.join(found)}."
+    ]
+
+
+def _lacks(device: str) -> bool:
+    return device.startswith("cuda") and not torch.cuda.is_available()
+
+
+def _remembered(facts: dict[str, int], name: str, find: Callable[[], int]) -> int:
+    if name not in facts:
+        facts[name] = find()
+    return facts[name]
+
+
+def _count_images(cfg: CfgNode) -> int:
+    """The number of images that are trained on; the checks name a fault."""
+    register_datasets(cfg)
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    try:
+        return len(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=filter_empty))
+    except Exception:
+        check_datasets(cfg, train=True)
+        raise
+
+
+def _count_lazy_images(cfg: DictConfig) -> int:
+    try:
+        return len(instantiate(cfg.dataloader.train.dataset))
+    except Exception as error:
+        raise ValueError(
+            "--epochs needs the number of images of dataloader.train.dataset, which cannot be "
+            f"counted ({type(error).__name__}: {error}); expected a data set with a length, or "
+            "train.max_iter instead of --epochs."
+        ) from error
 
 
 def _merge_file(cfg: CfgNode, path: str) -> set[str]:
-    """Merge a config file; returns the keys that it and its bases set."""
+    """Merge a config file; returns the keys that the user's own files set."""
     if is_lazy(path):
         raise ValueError(
             f"--config-file {path} is a LazyConfig; expected a .yaml file. ssim-kd train, eval "
@@ -106,10 +263,24 @@ def _merge_file(cfg: CfgNode, path: str) -> set[str]:
         raise ValueError(f"--config-file {path} cannot be read: {error}{advice}") from error
 
 
-def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
+def _with_overrides(
+    load: Callable[[], DictConfig], opts: list[str], args: argparse.Namespace
+) -> DictConfig:
+    try:
+        return LazyConfig.apply_overrides(load(), opts)
+    except Exception as error:
+        raise ValueError(
+            f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
+            f"{type(error).__name__}: {error}. Expected a LazyConfig, and overrides key=value."
+        ) from error
+
+
+def _merge_options(cfg: CfgNode, opts: list[str], *, but: Collection[str] = ()) -> None:
     if len(opts) % 2:
         raise ValueError(f"{opts[-1]} has no value; expected KEY VALUE pairs, not {opts}.")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key in but:
+            continue
         default = _get(cfg, key)
         if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a whole number for a float
@@ -149,63 +320,3 @@ def _beside(path: str, config_file: str) -> str:
     """A path that is not there may be relative to the folder of ``--config-file``."""
     beside = os.path.join(os.path.dirname(config_file), path)
     return beside if path and not os.path.exists(path) and os.path.exists(beside) else path
-
-
-def check_lazy_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError at an argument that sets keys of a YAML config: it would have no effect."""
-    for argument, key in _OF_YAML.items():
-        if getattr(args, argument, None):
-            raise ValueError(
-                f"--{argument} is for a YAML config, and --config-file is {args.config_file}; "
-                f"expected {key}=VALUE."
-            )
-
-
-def load_lazy_config(args: argparse.Namespace) -> DictConfig:
-    """Read ``--config-file`` and apply the overrides ("key=value") and ``--teacher``.
-
-    Overrides of ``model`` mean the student where ``--teacher`` wraps it. ``args.config_file``
-    becomes the path of the file, which Detectron2's ``default_setup`` opens.
-
-    Raises:
-        ValueError: the file cannot be read, lacks a part, or an override does not fit.
-    """
-    args.config_file = find_config_file(os.path.expanduser(args.config_file))
-    try:
-        cfg = load_lazy_file(args.config_file)
-        inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
-        cfg = LazyConfig.apply_overrides(cfg, inside)
-        if getattr(args, "teacher", ""):
-            cfg.model = _distilled(cfg.model, args.teacher)
-        cfg = LazyConfig.apply_overrides(cfg, [text for text in args.opts if text not in inside])
-    except Exception as error:
-        raise ValueError(
-            f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
-            f"{type(error).__name__}: {error}. Expected a LazyConfig, and overrides key=value."
-        ) from error
-    needed = ("model", "dataloader", "train") + (
-        () if args.eval_only else ("optimizer", "lr_multiplier")
-    )
-    missing = [key for key in needed if key not in cfg]
-    if missing:
-        raise ValueError(f"--config-file {args.config_file} lacks {missing}.")
-    if getattr(args, "eval_teacher", False):
-        raise ValueError(
-            "--eval-teacher needs a YAML student; expected the teacher's own config for "
-            "--config-file, and --eval-only."
-        )
-    cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
-    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("train.device is %r, but there is no GPU: 'cpu' is used.", cfg.train.device)
-        cfg.train.device = "cpu"
-    return cfg
-
-
-def _distilled(model: DictConfig, teacher: str) -> DictConfig:
-    """A model that learns from a teacher: what it was, wrapped, if it learned from none."""
-    if "student" not in model:
-        model = L(DistilledDetector)(student=model, max_iter="${..train.max_iter}")
-    if not model.get("distillers"):
-        model.distillers = [L(SSIMDistiller)()]
-    model.teacher = L(FrozenTeacher.load_from)(name=teacher)
-    return model

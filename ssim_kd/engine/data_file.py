@@ -3,27 +3,45 @@
 import json
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..data import count_classes
+from ..data import count_classes, register_coco
 from ..data.coco import note_source
 from ..data.validation import num_classes_key
 
-#: Keys that hold the number of classes of the detectors of Detectron2.
-CLASS_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
 _SET_KEYS = ("json", "images")
 _SPLITS = ("train", "val", "test")
 # Keys that a message shows.
 _SHOWN = 8
 
 
-def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
-    """Set the data sets and the number of classes that a data file describes.
+@dataclass(frozen=True)
+class DataFile:
+    """What a data file describes.
 
-    The file, with paths relative to its folder::
+    Attributes:
+        entries: [name, json file, image folder] by split: "train", and perhaps "val" and "test".
+        classes: number of categories of "train".
+    """
+
+    entries: dict[str, list[str]]
+    classes: int
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """The names of the sets to evaluate on."""
+        return tuple(self.entries[split][0] for split in ("val", "test") if split in self.entries)
+
+
+def read_data_file(path: str, facts: dict[str, int]) -> DataFile:
+    """Read a file of ``--data``, with paths relative to its folder.
+
+    It has the form::
 
         name: parts                                    # optional; by default the file's own
         train: {json: train.json, images: train}
@@ -31,49 +49,134 @@ def apply_data(cfg: CfgNode, path: str, in_file: Collection[str]) -> list[str]:
         test: {json: test.json, images: test}          # optional
 
     Args:
-        cfg: changed in place.
         path: of the file.
-        in_file: keys that the config file sets; classes that it sets must be the data's.
-
-    Returns:
-        what was set, a line each.
+        facts: takes "classes", so that another process need not read the json for it.
 
     Raises:
-        ValueError: a file that is not readable or not of this form, or other classes.
+        ValueError: a file that is not readable or not of this form.
     """
-    sets = _read_data_file(path)
+    sets = _read_sets(path)
     folder = os.path.dirname(os.path.abspath(path))
     name = str(sets.pop("name", os.path.splitext(os.path.basename(path))[0]))
     entries = {
         split: [f"{name}_{split}", *(os.path.join(folder, sets[split][k]) for k in _SET_KEYS)]
         for split in sets
     }
-    registered = [entry for entry in cfg.DATASETS.REGISTER_COCO if entry not in entries.values()]
-    cfg.DATASETS.REGISTER_COCO = [*registered, *entries.values()]
-    cfg.DATASETS.TRAIN = (entries["train"][0],)
-    cfg.DATASETS.TEST = tuple(entries[split][0] for split in ("val", "test") if split in entries)
     for split, (entry, json_file, _) in entries.items():
         note_source(entry, json_file, f"entry {split!r} of {path}")
     try:
-        classes = count_classes(entries["train"][1])
+        if "classes" not in facts:
+            facts["classes"] = count_classes(entries["train"][1])
     except ValueError as error:
         raise ValueError(f"--data {path}, entry 'train': {error}") from error
-    read = num_classes_key(cfg) or CLASS_KEYS[0]
-    for key in CLASS_KEYS:
-        *parents, leaf = key.split(".")
-        node = cfg
-        for part in parents:
-            node = node[part]
-        if key == read and key in in_file and node[leaf] != classes:
+    return DataFile(entries, facts["classes"])
+
+
+def apply_data(cfg: CfgNode, path: str, own: Collection[str], facts: dict[str, int]) -> list[str]:
+    """Set the data sets and the number of classes of a data file in a YAML config, in place.
+
+    Args:
+        cfg: changed in place.
+        path: of the file.
+        own: keys that the user's config file sets; classes among them must be the data's.
+        facts: see :func:`read_data_file`.
+
+    Returns:
+        what was set, a line each.
+
+    Raises:
+        ValueError: see :func:`read_data_file`; or other classes.
+    """
+    data = read_data_file(path, facts)
+    entries = list(data.entries.values())
+    registered = [entry for entry in cfg.DATASETS.REGISTER_COCO if entry not in entries]
+    cfg.DATASETS.REGISTER_COCO = [*registered, *entries]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (data.entries["train"][0],), data.tests
+    read = num_classes_key(cfg) or "MODEL.ROI_HEADS.NUM_CLASSES"
+    for node, key in (
+        (cfg.MODEL.ROI_HEADS, "MODEL.ROI_HEADS.NUM_CLASSES"),
+        (cfg.MODEL.RETINANET, "MODEL.RETINANET.NUM_CLASSES"),
+    ):
+        if key == read and key in own and data.classes != node.NUM_CLASSES:
             raise ValueError(
-                f"{key} is {node[leaf]} in the config file, but {entries['train'][1]} has "
-                f"{classes} categories; expected the same. Leave the key out of the file."
+                f"{key} is {node.NUM_CLASSES} in the config file, but {data.entries['train'][1]} "
+                f"has {data.classes} categories; expected the same. Leave the key out of the file."
             )
-        node[leaf] = classes
-    return [f"--data {path}: {classes} classes, {cfg.DATASETS.TRAIN} and {cfg.DATASETS.TEST}"]
+        node.NUM_CLASSES = data.classes
+    return [f"--data {path}: {data.classes} classes, {cfg.DATASETS.TRAIN} and {data.tests}"]
 
 
-def _read_data_file(path: str) -> dict[str, Any]:
+def apply_lazy_data(
+    cfg: DictConfig, path: str, by_hand: Collection[str], facts: dict[str, int]
+) -> list[str]:
+    """Register the data sets of a data file, and set them and their classes in a LazyConfig.
+
+    A LazyConfig is evaluated on one set: "val", else "test". The classes are those of the student:
+    of ``model.roi_heads`` (R-CNNs, ViTDet), else of ``model`` (RetinaNet, FCOS), and of the heads
+    below with as many classes. A teacher keeps those of its weights.
+
+    Args:
+        cfg: changed in place.
+        path: of the file.
+        by_hand: keys of overrides, which stay as they are.
+        facts: see :func:`read_data_file`.
+
+    Returns:
+        what was set, a line each.
+
+    Raises:
+        ValueError: see :func:`read_data_file`; or a LazyConfig with other parts than the zoo's.
+    """
+    data = read_data_file(path, facts)
+    register_coco(CfgNode({"DATASETS": {"REGISTER_COCO": list(data.entries.values())}}))
+    loaders, names = cfg.dataloader, {"train": data.entries["train"][0]}
+    if data.tests and "test" in loaders:
+        names["test"] = data.tests[0]
+    elif "evaluator" in loaders:
+        del loaders.evaluator
+    for split, name in names.items():
+        key = f"dataloader.{split}.dataset.names"
+        if OmegaConf.select(cfg, key) is None:
+            raise ValueError(
+                f"--data {path}: the LazyConfig has no {key}; expected it there, as in the model "
+                "zoo. Register the sets and name them in the .py file instead."
+            )
+        if key not in by_hand:
+            OmegaConf.update(cfg, key, name)
+    evaluator: Any = loaders.get("evaluator") or {}
+    if "dataset_name" in evaluator and "dataloader.evaluator.dataset_name" not in by_hand:
+        evaluator.dataset_name = "${..test.dataset.names}"
+    place = "model.student" if "student" in cfg.model else "model"
+    if OmegaConf.select(cfg, f"{place}.num_classes") is None:
+        place += ".roi_heads"
+    key, node = f"{place}.num_classes", OmegaConf.select(cfg, place)
+    if OmegaConf.select(cfg, key) is None:
+        raise ValueError(
+            f"--data {path}: the LazyConfig has neither model.num_classes nor {key}; expected a "
+            "detector like those of the model zoo. Register the sets, name them in "
+            "dataloader.train.dataset.names and dataloader.test.dataset.names, and set the "
+            f"{data.classes} classes of the model in the .py file instead."
+        )
+    if key not in by_hand:
+        _replace_classes(node, node.num_classes, data.classes)
+    shown = names.get("test", "no set to evaluate on")
+    return [f"--data {path}: {key} {node.num_classes}, {names['train']} and {shown}"]
+
+
+def _replace_classes(node: Any, old: int, new: int) -> None:
+    """Replace the class count of a model and of all parts of it that do not take it from there."""
+    if isinstance(node, DictConfig):
+        if not OmegaConf.is_interpolation(node, "num_classes") and node.get("num_classes") == old:
+            node.num_classes = new
+        for key in map(str, node):
+            if not OmegaConf.is_interpolation(node, key):
+                _replace_classes(node[key], old, new)
+    elif isinstance(node, ListConfig):
+        for part in node:
+            _replace_classes(part, old, new)
+
+
+def _read_sets(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             # YAML takes minutes to read the json of a big set, which may be given by mistake.

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -17,8 +17,7 @@ from detectron2.utils.logger import setup_logger
 from ..config import write_stock_config
 from ..config_files import is_lazy
 from ..data import check_datasets, register_datasets
-from .arguments import resolved_options
-from .config_loading import AddConfig, check_lazy_arguments, load_config, load_lazy_config
+from .config_loading import AddConfig, load_lazy, load_yaml
 from .errors import start_up, with_one_line_errors
 from .evaluation import (
     check_teacher,
@@ -74,17 +73,17 @@ def run(
         # Before any process is started: a wrong key is then reported once.
         if is_lazy(args.config_file):
             with start_up():
-                check_lazy_arguments(args)
-                device = load_lazy_config(args).train.device
-            return launch_processes(lazy_main, args, device=device, main_args=(args,))
+                lazy = load_lazy(args)
+            return launch_processes(
+                lazy_main, args, device=lazy.cfg.train.device, main_args=(args, lazy.facts)
+            )
         with start_up():
-            cfg = load_config(args, add_config)
-            if getattr(args, "epochs", None) or getattr(args, "batch", None) or cfg.SOLVER.EPOCHS:
-                # Once for all processes.
-                args.opts = [*args.opts, *resolved_options(cfg)]
-                args.epochs = args.batch = None
+            loaded = load_yaml(args, add_config)
         return launch_processes(
-            _run_process, args, device=cfg.MODEL.DEVICE, main_args=(args, add_config, trainer)
+            _run_process,
+            args,
+            device=loaded.cfg.MODEL.DEVICE,
+            main_args=(args, add_config, trainer, loaded.facts),
         )
 
 
@@ -96,15 +95,18 @@ def main(
 ) -> Any:
     """Train or evaluate in this process, which is one of one or more. Arguments as in run()."""
     with contextlib.ExitStack() as stack:
-        return _prepare(stack, args, add_config, trainer)()
+        return _prepare(stack, args, add_config, trainer, {})()
 
 
 def _run_process(
-    args: argparse.Namespace, add_config: AddConfig | None, trainer: type[DistillTrainer]
+    args: argparse.Namespace,
+    add_config: AddConfig | None,
+    trainer: type[DistillTrainer],
+    facts: dict[str, int],
 ) -> Any:
     with contextlib.ExitStack() as stack:
         with start_up():
-            work = _prepare(stack, args, add_config, trainer)
+            work = _prepare(stack, args, add_config, trainer, facts)
         return work()
 
 
@@ -113,16 +115,20 @@ def _prepare(
     args: argparse.Namespace,
     add_config: AddConfig | None,
     trainer: type[DistillTrainer],
+    facts: dict[str, int],
 ) -> Callable[[], Any]:
     """All that comes before the first step; returns what is then left to do."""
-    cfg = load_config(args, add_config)
+    loaded = load_yaml(args, add_config, facts)
+    cfg = loaded.cfg
+    # What Detectron2's default_setup opens.
+    args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
     _check_same_on_all(cfg, args)
     _make_output_dir(cfg.OUTPUT_DIR)
     if args.eval_only or args.eval_teacher:
         return _prepare_evaluation(cfg, args, trainer)
     # Before anything is written there.
     stack.enter_context(output_lock(cfg.OUTPUT_DIR))
-    return _prepare_training(cfg, args, trainer)
+    return _prepare_training(cfg, args, trainer, loaded.notes)
 
 
 def _make_output_dir(folder: str) -> None:
@@ -162,12 +168,15 @@ def _prepare_evaluation(
 
 
 def _prepare_training(
-    cfg: CfgNode, args: argparse.Namespace, trainer_class: type[DistillTrainer]
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    trainer_class: type[DistillTrainer],
+    notes: Sequence[str],
 ) -> Callable[[], Any]:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssim_kd")
     log_version()
-    for note in dict.fromkeys(args.notes):
+    for note in notes:
         logger.info("%s", note)
     check_schedule(cfg, trainer_class)
     register_datasets(cfg)

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..modeling import DistilledDetector
-from .config_loading import load_lazy_config
+from .config_loading import load_lazy
 from .errors import start_up
 from .evaluation import set_up_evaluation
 from .hooks import share_buffers
@@ -50,17 +50,22 @@ logger = logging.getLogger(__name__)
 GRACE_PERIOD = 25.0
 
 
-def lazy_main(args: argparse.Namespace) -> Any:
+def lazy_main(args: argparse.Namespace, facts: dict[str, int] | None = None) -> Any:
     """Train or evaluate a LazyConfig in this process, one of one or more."""
     with contextlib.ExitStack() as stack:
         with start_up():
-            work = _prepare(stack, args)
+            work = _prepare(stack, args, facts)
         return work()
 
 
-def _prepare(stack: contextlib.ExitStack, args: argparse.Namespace) -> Callable[[], Any]:
+def _prepare(
+    stack: contextlib.ExitStack, args: argparse.Namespace, facts: dict[str, int] | None
+) -> Callable[[], Any]:
     """All that comes before the first step; returns what is then left to do."""
-    cfg = load_lazy_config(args)
+    loaded = load_lazy(args, facts)
+    cfg = loaded.cfg
+    # What Detectron2's default_setup opens.
+    args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
     folder = cfg.train.output_dir
     PathManager.mkdirs(folder)
     if args.eval_only:
@@ -72,6 +77,8 @@ def _prepare(stack: contextlib.ExitStack, args: argparse.Namespace) -> Callable[
     default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssim_kd")
     log_version()
+    for note in loaded.notes:
+        logger.info("%s", note)
     return _prepare_training(cfg, args)
 
 

@@ -14,6 +14,7 @@ from ..data import EvaluationLoader, build_evaluation_loader, build_train_loader
 from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
 from .optimizer import build_optimizer
 from .preflight import check_evaluation, named, settings_of
+from .schedule import scale_workers
 from .trackers import build_trackers
 from .training import Training
 
@@ -30,7 +31,7 @@ class DistillTrainer(Training, DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         with named("SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH"):
-            cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+            cfg = scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         model = self.build_model(cfg)
         with named("SOLVER (the optimizer)"):

@@ -20,8 +20,7 @@ from ssim_kd.checkpoint import load_strictly, read_weights
 from ssim_kd.config import write_stock_config
 from ssim_kd.config_files import is_lazy, merge_file
 from ssim_kd.data import register_datasets
-from ssim_kd.engine import load_config
-from ssim_kd.engine.config_loading import load_lazy_config
+from ssim_kd.engine.config_loading import load_lazy, load_yaml
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
 from ssim_kd.projects import add_project_configs
 from ssim_kd.writing import write_atomically, write_together
@@ -67,11 +66,11 @@ class Student:
 
 def yaml_student(args: argparse.Namespace) -> Student:
     """The student of a YAML, with MODEL.WEIGHTS."""
-    as_written = get_cfg()
-    as_written.set_new_allowed(True)
-    merge_file(as_written, args.config_file)
     args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]  # what is traced runs on a CPU
-    full = load_config(args, add_project_configs)
+    loaded = load_yaml(args, add_project_configs)
+    full, as_written = loaded.cfg, get_cfg()
+    as_written.set_new_allowed(True)
+    merge_file(as_written, loaded.config_file)
     cfg, model = student_for_evaluation(full, resume=False)
     if args.compare or args.evaluate or "int8" in args.formats:
         register_datasets(full)
@@ -96,7 +95,7 @@ def yaml_student(args: argparse.Namespace) -> Student:
 
 def lazy_student(args: argparse.Namespace) -> Student:
     """The student of a LazyConfig, with train.init_checkpoint."""
-    cfg = load_lazy_config(args)
+    cfg = load_lazy(args).cfg
     node = cfg.model.get("student", cfg.model)
     model = instantiate(node)
     load_strictly(model, read_weights(cfg.train.init_checkpoint, key="train.init_checkpoint"))

@@ -278,7 +278,7 @@ def test_check_config_grace_period(value, world: World, tmp_path) -> None:
 def test_argument_parser_flag_after_pairs(flag, capsys) -> None:
     with pytest.raises(SystemExit):
         argument_parser().parse_args(["--config-file", "x.yaml", "SOLVER.MAX_ITER", "3", flag])
-    assert f"{flag} comes after KEY VALUE pairs" in capsys.readouterr().err
+    assert f"{flag} comes after the overrides" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from ssim_kd.engine import argument_parser, run
-from ssim_kd.engine.config_loading import load_lazy_config
+from ssim_kd.engine.config_loading import load_lazy
 from ssim_kd.modeling import DistilledDetector, FrozenTeacher
 from tests.engine.runs import World, checkpoint, log, metrics
 
@@ -164,36 +164,19 @@ def test_lazy_main_puts_a_plain_model_below_its_teacher(configs, tmp_path) -> No
     assert cfg.model.teacher.name == str(configs["teacher"])
 
 
-def test_load_lazy_config_with_another_teacher(configs) -> None:
+def test_load_lazy_with_another_teacher(configs) -> None:
     arguments = ["--config-file", str(configs["student"]), "--teacher", "other.py"]
-    cfg = load_lazy_config(argument_parser().parse_args(arguments))
+    cfg = load_lazy(argument_parser().parse_args(arguments)).cfg
     # Its weights were the other one's; what is learned from it stays.
     assert dict(cfg.model.teacher).keys() == {"_target_", "name"}
     assert cfg.model.teacher.name == "other.py" and len(cfg.model.distillers) == 2
     assert "student" not in cfg.model.student
 
 
-@pytest.mark.parametrize(
-    ("argument", "key"),
-    [
-        ("--data=data.yaml", "dataloader.train.dataset.names"),
-        ("--epochs=1", "train.max_iter"),
-        ("--batch=2", "dataloader.train.total_batch_size"),
-    ],
-)
-def test_run_of_a_lazy_config_with_an_argument_of_yaml(
-    configs, argument, key, tmp_path, capfd
-) -> None:
-    with pytest.raises(SystemExit):
-        lazy_run(configs["plain"], tmp_path, argument)
-    message = capfd.readouterr().err
-    assert argument.split("=")[0] in message and key in message and str(configs["plain"]) in message
-
-
-def test_load_lazy_config_with_a_wrong_override(configs) -> None:
+def test_load_lazy_with_a_wrong_override(configs) -> None:
     arguments = ["--config-file", str(configs["student"]), "train.max_iter"]
     with pytest.raises(ValueError, match=r"train\.max_iter") as caught:
-        load_lazy_config(argument_parser().parse_args(arguments))
+        load_lazy(argument_parser().parse_args(arguments))
     assert "key=value" in str(caught.value)
 
 
@@ -229,10 +212,10 @@ def test_distilled_detector_is_instantiated_from_a_lazy_config(configs) -> None:
     assert model.distillers["ssim"].levels == ["p3", "p4"]
 
 
-def test_load_lazy_config_home(configs, monkeypatch, tmp_path) -> None:
+def test_load_lazy_home(configs, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments = ["--config-file", str(configs["student"]), "train.output_dir='~/out'"]
-    cfg = load_lazy_config(argument_parser().parse_args(arguments))
+    cfg = load_lazy(argument_parser().parse_args(arguments)).cfg
     assert cfg.train.output_dir == f"{tmp_path}/out"
 
 

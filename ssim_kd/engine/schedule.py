@@ -1,0 +1,341 @@
+"""The schedule of a training, a value: what ``--epochs`` and ``--batch`` make of a config's.
+
+:func:`rescale` computes it, whatever language the config is written in; :func:`read_schedule` and
+:func:`write_schedule` know the keys of both.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+#: A warm-up of the learning rate is not shortened below this many iterations, or a quarter of the
+#: training. It is mmdetection's default; Detectron2's zoo has 1000 iterations, for 90,000.
+LEAST_WARMUP = 500
+
+_YAML = {
+    "batch": "SOLVER.IMS_PER_BATCH",
+    "max_iter": "SOLVER.MAX_ITER",
+    "milestones": "SOLVER.STEPS",
+    "lr": "SOLVER.BASE_LR",
+    "warmup": "SOLVER.WARMUP_ITERS",
+    "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
+    "eval_period": "TEST.EVAL_PERIOD",
+}
+_LAZY = {
+    "batch": "dataloader.train.total_batch_size",
+    "max_iter": "train.max_iter",
+    "lr": "optimizer.lr",
+    "warmup": "lr_multiplier.warmup_length",
+    "checkpoint_period": "train.checkpointer.period",
+    "eval_period": "train.eval_period",
+}
+# Keys of distillers that count iterations: lengths from the start (WARMUP_ITERS, DETACH_ITERS), and
+# points of the training (STOP_ITER, STEPS). Arguments in a LazyConfig are named alike.
+_LENGTH = re.compile(r".*_iters", re.I)
+_POINT = re.compile(r".*_iter|steps", re.I)
+# Schedulers that count in shares of the training.
+_RELATIVE = ("fvcore.common.param_scheduler.", "detectron2.solver.")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a training counts in iterations, with the batch and the rate that belong to it.
+
+    Attributes:
+        batch: images an iteration, all processes together.
+        max_iter: iterations, >= 1.
+        lr: base learning rate.
+        warmup: iterations of its warm-up. 0: none.
+        checkpoint_period, eval_period: iterations. 0: none.
+        milestones: iterations after which the learning rate drops; () in a LazyConfig, whose
+            scheduler counts in shares of the training.
+        distillers: (key, value) of each key of a distiller that counts iterations.
+    """
+
+    batch: int
+    max_iter: int
+    lr: float
+    warmup: int = 0
+    checkpoint_period: int = 0
+    eval_period: int = 0
+    milestones: tuple[int, ...] = ()
+    distillers: tuple[tuple[str, Any], ...] = ()
+
+
+def rescale(
+    schedule: Schedule,
+    *,
+    epochs: float | None = None,
+    batch: int | None = None,
+    images: int | None = None,
+    max_iter: int | None = None,
+) -> Schedule:
+    """The schedule for another length or batch.
+
+    With a batch of B images for the B0 of ``schedule`` the learning rate becomes B / B0 of its.
+    E epochs are E x images / B iterations; milestones keep their share of ``max_iter``, and those
+    that fall on its end are left out. Without epochs a batch keeps the number of images that are
+    seen. Warm-ups and the checkpoint period are shortened with the training, never lengthened:
+    a warm-up to no less than :data:`LEAST_WARMUP`, the period to no less than an epoch. An
+    evaluation that is not due within the training becomes due after each epoch.
+
+    Args:
+        schedule: of the config.
+        epochs: > 0, needs ``images``; None: no length is asked for.
+        batch: images an iteration, >= 1; None: that of ``schedule``.
+        images: number of training images.
+        max_iter: a length that was set by hand, which wins.
+
+    Raises:
+        ValueError: the epochs are shorter than an iteration.
+
+    Example:
+        >>> recipe = Schedule(batch=16, max_iter=90_000, lr=0.02, milestones=(60_000, 80_000))
+        >>> rescale(recipe, epochs=12, batch=8, images=3_000)
+        Schedule(batch=8, max_iter=4500, lr=0.01, ..., milestones=(3000, 4000), ...)
+    """
+    batch = batch or schedule.batch
+    factor, epoch = batch / schedule.batch, (images or 0) / batch
+    asked = round(epochs * epoch) if epochs else max(1, round(schedule.max_iter / factor))
+    length = max_iter or asked
+    if not length:
+        raise ValueError(
+            f"--epochs is {epochs:g} and --batch {batch}, which of {images} images is less than "
+            "one iteration; expected more epochs or a smaller batch."
+        )
+    ratio = length / schedule.max_iter
+    least = min(LEAST_WARMUP, length // 4)
+    period, evaluation = _shortened(schedule.checkpoint_period, ratio), schedule.eval_period
+    if epochs:
+        period = max(period, math.ceil(epoch)) if period else 0
+        evaluation = evaluation if 0 < evaluation <= length else max(1, int(epoch))
+    return Schedule(
+        batch=batch,
+        max_iter=length,
+        lr=schedule.lr * factor,
+        warmup=_shortened(schedule.warmup, ratio, least),
+        checkpoint_period=period,
+        eval_period=evaluation,
+        milestones=_points(schedule.milestones, ratio, length),
+        distillers=tuple(
+            (
+                key,
+                _shortened(value, ratio, least)
+                if _LENGTH.fullmatch(key)
+                else _scaled(value, ratio, length),
+            )
+            for key, value in schedule.distillers
+        ),
+    )
+
+
+def _shortened(count: int, ratio: float, least: int = 1) -> int:
+    return min(count, max(round(count * ratio), least, 1))
+
+
+def _points(points: Any, ratio: float, length: int) -> tuple[int, ...]:
+    return tuple(sorted(n for n in {round(n * ratio) for n in points} if 0 < n < length))
+
+
+def _scaled(value: Any, ratio: float, length: int) -> Any:
+    if isinstance(value, tuple):
+        return _points(value, ratio, length)
+    return min(length, max(1, round(value * ratio))) if value else 0
+
+
+def read_schedule(cfg: CfgNode | DictConfig) -> Schedule:
+    """The schedule of a config.
+
+    Raises:
+        ValueError: a LazyConfig that lacks a key, or has a scheduler that counts in no shares of
+            the training.
+    """
+    if isinstance(cfg, CfgNode):
+        found = {name: _get(cfg, key) for name, key in _YAML.items()}
+        found["milestones"] = tuple(found["milestones"])
+    else:
+        _check_scheduler(cfg)
+        found = {name: OmegaConf.select(cfg, key) or 0 for name, key in _LAZY.items()}
+        missing = [_LAZY[name] for name in ("batch", "max_iter") if not found[name]]
+        if missing:
+            raise ValueError(
+                f"--epochs and --batch read {', '.join(missing)}, which the LazyConfig lacks; "
+                f"expected it there. Without the two set {_LAZY['max_iter']} and what follows it."
+            )
+        found["warmup"] = round(found["warmup"] * found["max_iter"])
+    ours = tuple(
+        (name, tuple(node[key]) if isinstance(node[key], list | tuple | ListConfig) else node[key])
+        for name, node, key in _counts(cfg)
+    )
+    return Schedule(**found, distillers=ours)
+
+
+def write_schedule(cfg: CfgNode | DictConfig, schedule: Schedule, by_hand: Collection[str]) -> None:
+    """Set the keys of a config, in place, but those that were set by hand."""
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    keys = _YAML
+    if isinstance(cfg, DictConfig):
+        keys = {name: key for name, key in _LAZY.items() if OmegaConf.select(cfg, key) is not None}
+        # Shares of the length as it was.
+        OmegaConf.resolve(cfg.lr_multiplier)
+        values["warmup"] /= schedule.max_iter
+    else:
+        # Its lists may be those of another config that was merged.
+        cfg.MODEL.DISTILL.TERMS = copy.deepcopy(cfg.MODEL.DISTILL.TERMS)
+    for name, key in keys.items():
+        if key not in by_hand:
+            node, leaf = _place(cfg, key)
+            node[leaf] = values[name]
+    for (name, node, key), (_, value) in zip(_counts(cfg), schedule.distillers, strict=True):
+        if name not in by_hand and name.partition("[")[0] not in by_hand:
+            node[key] = list(value) if isinstance(value, tuple) else value
+
+
+def apply_schedule(
+    cfg: CfgNode | DictConfig,
+    *,
+    epochs: float | None,
+    batch: int | None,
+    by_hand: Collection[str],
+    count_images: Callable[[], int],
+    max_iter: int | None = None,
+) -> list[str]:
+    """Set the schedule that ``--epochs`` (``SOLVER.EPOCHS``) and ``--batch`` ask for.
+
+    Args:
+        cfg: changed in place.
+        epochs: > 0; None: those of the config, where it has some.
+        batch: images a step, >= 1; None: as in the config.
+        by_hand: keys of overrides, which stay as they are.
+        count_images: called if there are epochs.
+        max_iter: of the config without overrides, to which its milestones belong.
+
+    Returns:
+        what was set, and which override stands for an argument; [] for nothing.
+
+    Raises:
+        ValueError: a value out of its range, a length that two overrides give, or see
+            :func:`rescale` and :func:`read_schedule`.
+    """
+    keys = _YAML if isinstance(cfg, CfgNode) else _LAZY
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs is {epochs}; expected a positive number.")
+    if batch is not None and batch < 1:
+        raise ValueError(f"--batch is {batch}; expected a positive number.")
+    notes = []
+    if isinstance(cfg, CfgNode):
+        own = cfg.SOLVER.EPOCHS
+        if not 0 <= own < math.inf:
+            raise ValueError(f"SOLVER.EPOCHS is {own}; expected 0 or a positive number.")
+        if own and {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"} <= set(by_hand):
+            raise ValueError(
+                f"SOLVER.EPOCHS is {own} and SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}; expected one "
+                "of them."
+            )
+        if epochs is None or "SOLVER.EPOCHS" in by_hand:
+            if epochs is not None:
+                notes.append(f"SOLVER.EPOCHS {own:g} is set by hand: not --epochs {epochs:g}.")
+            epochs = own or None
+    if batch is not None and keys["batch"] in by_hand:
+        notes.append(f"{keys['batch']} {_get(cfg, keys['batch'])} is set by hand: not --batch.")
+        batch = None
+    if epochs is None and batch is None:
+        return notes
+    schedule, given = read_schedule(cfg), None
+    if batch and not schedule.lr and keys["lr"] not in by_hand:
+        raise ValueError(
+            f"--batch is {batch}, and the LazyConfig has no {keys['lr']} to scale with it; "
+            f"expected it, or {keys['batch']} and the learning rate set by hand."
+        )
+    if keys["max_iter"] in by_hand:
+        given = schedule.max_iter
+        if epochs:
+            notes.append(f"{keys['max_iter']} {given} is set by hand: not --epochs {epochs:g}.")
+    images = count_images() if epochs else None
+    if epochs and max_iter:
+        schedule = replace(schedule, max_iter=max_iter)
+    scaled = rescale(schedule, epochs=epochs, batch=batch, images=images, max_iter=given)
+    write_schedule(cfg, scaled, by_hand)
+    values = [f"{key} {_get(cfg, key)}" for key in keys.values() if _get(cfg, key) is not None]
+    seen = f" for {images} images" if images is not None else ""
+    return [*notes, f"Schedule{seen}: {', '.join(values)}"]
+
+
+def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
+    """``DefaultTrainer.auto_scale_workers``, the iterations of distillers included."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if scaled is cfg:
+        return cfg
+    ratio, frozen = cfg.SOLVER.IMS_PER_BATCH / scaled.SOLVER.IMS_PER_BATCH, scaled.is_frozen()
+    scaled.defrost()
+    for (_, value), (_, node, key) in zip(
+        read_schedule(cfg).distillers, _counts(scaled), strict=True
+    ):
+        value = _scaled(value, ratio, scaled.SOLVER.MAX_ITER)
+        node[key] = list(value) if isinstance(value, tuple) else value
+    if frozen:
+        scaled.freeze()
+    return scaled
+
+
+def _counts(cfg: CfgNode | DictConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Each key of a distiller that counts iterations: its name, and where its value is."""
+    if isinstance(cfg, DictConfig):
+        yield from _below("model.distillers", OmegaConf.select(cfg, "model.distillers"))
+        return
+    yield from _below("MODEL.DISTILL", cfg.MODEL.DISTILL)
+    for i, term in enumerate(cfg.MODEL.DISTILL.TERMS):
+        for k in range(1, len(term) - 1, 2):
+            if _is_count(term[k].rpartition(".")[2]):
+                yield f"MODEL.DISTILL.TERMS[{i}].{term[k]}", term, k + 1
+
+
+def _below(name: str, node: Any) -> Iterator[tuple[str, Any, Any]]:
+    pairs: Any = node.items() if isinstance(node, dict | DictConfig) else enumerate(node or ())
+    for key, value in pairs:
+        if isinstance(value, dict | DictConfig):
+            yield from _below(f"{name}.{key}", value)
+        elif _is_count(str(key)) and value is not None:
+            yield f"{name}.{key}", node, key
+
+
+def _is_count(key: str) -> bool:
+    return bool(_LENGTH.fullmatch(key) or _POINT.fullmatch(key))
+
+
+def _check_scheduler(cfg: DictConfig) -> None:
+    nodes = [cfg.lr_multiplier]
+    while nodes:
+        node = nodes.pop()
+        parts = node.values() if isinstance(node, DictConfig) else node
+        nodes += [part for part in parts if isinstance(part, DictConfig | ListConfig)]
+        target = node.get("_target_") if isinstance(node, DictConfig) else None
+        if target is not None:
+            name = target if isinstance(target, str) else f"{target.__module__}.{target.__name__}"
+            if not name.startswith(_RELATIVE):
+                raise ValueError(
+                    f"lr_multiplier is made by {name}, whose arguments --epochs and --batch cannot "
+                    "scale; expected a scheduler of fvcore.common.param_scheduler. Set "
+                    f"{', '.join(_LAZY.values())} and lr_multiplier instead."
+                )
+
+
+def _place(cfg: Any, key: str) -> tuple[Any, str]:
+    *parents, leaf = key.split(".")
+    for part in parents:
+        cfg = cfg[part]
+    return cfg, leaf
+
+
+def _get(cfg: CfgNode | DictConfig, key: str) -> Any:
+    if isinstance(cfg, DictConfig):
+        return OmegaConf.select(cfg, key)
+    node, leaf = _place(cfg, key)
+    return node[leaf]
