@@ -218,9 +218,10 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.MODEL.WEIGHTS_PARTIAL = False
 
     solver = cfg.SOLVER
-    # Length of the training in epochs, which sets MAX_ITER and STEPS from the number of training
-    # images, shortens WARMUP_ITERS and CHECKPOINT_PERIOD with it, and sets TEST.EVAL_PERIOD to an
-    # epoch where that is 0. 0: MAX_ITER is what counts.
+    # Length of the training in epochs, which sets MAX_ITER from the number of training images.
+    # STEPS keep their place; WARMUP_ITERS (not below 500, or a quarter of the training) and
+    # CHECKPOINT_PERIOD are shortened; keys of MODEL.DISTILL named *_ITERS, *_ITER and STEPS follow.
+    # TEST.EVAL_PERIOD becomes an epoch if it is 0 or longer. 0: MAX_ITER is what counts.
     solver.EPOCHS = 0.0
     # Number of parts of a step's images on each process. The parts go through the model one after
     # the other and their gradients add up, for a batch that does not fit into memory.
