@@ -226,9 +226,10 @@ def _add_solver_keys(cfg: CN) -> None:
     # Number of parts of a step's images on each process. The parts go through the model one after
     # the other and their gradients add up, for a batch that does not fit into memory.
     solver.ACCUMULATE = 1
-    # How many of the periodic checkpoints stay on the disk, the newest ones. 0 keeps all.
-    solver.CHECKPOINTS_TO_KEEP = 0
-    # Seconds that a run has after SIGTERM to finish its step and save, before it is ended.
+    # How many of the periodic checkpoints stay on the disk, the newest ones, with those that an
+    # evaluation makes. model_best.pth and model_final.pth stay in addition. 0 keeps all.
+    solver.CHECKPOINTS_TO_KEEP = 2
+    # Seconds that a run has after SIGTERM or Ctrl-C to finish its step and save; then it is ended.
     solver.GRACE_PERIOD = 25.0
     # Steps with a loss or gradient that is not finite which are skipped before the run stops.
     # 0 stops at the first. More than 0 makes every step wait for its losses.

@@ -46,7 +46,7 @@ class Settings:
     max_skipped_steps: int = 0
     grace_period: float = 25.0
     checkpoint_period: int = 5000
-    checkpoints_to_keep: int = 0
+    checkpoints_to_keep: int = 2
     eval_period: int = 0
     log_period: int = 20
     image_format: str = "BGR"

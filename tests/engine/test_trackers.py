@@ -338,3 +338,88 @@ def test_lazy_config_with_a_tracker(tmp_path) -> None:
     assert params["model.in_features"] == 3 and params["train.max_iter"] == 1
     for writer in writers:
         writer.close()
+
+
+def log_once(writer: Any, iteration: int, **scalars: float) -> None:
+    with EventStorage(iteration) as storage:
+        storage.put_scalars(smoothing_hint=False, **scalars)
+        writer.write()
+        writer.close()
+
+
+@pytest.mark.parametrize("way", ["project", "set_experiment", "id", "name", "run", "active"])
+def test_mlflow_run_and_experiment_are_those_of_mlflow(
+    way: str, store: Path, tmp_path, monkeypatch
+) -> None:
+    client, name = mlflow.MlflowClient(), f"by {way}"
+    experiment = client.create_experiment(name)
+    for variable in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    writer = MLflowWriter(
+        folder=str(tmp_path), project=name * (way == "project"), params={"x": 1, "y": 2}
+    )
+    given = None
+    if way == "set_experiment":
+        mlflow.set_experiment(name)
+    elif way == "id":
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    elif way == "name":
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+    elif way == "run":
+        given = client.create_run(experiment)
+        monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+    elif way == "active":
+        given = mlflow.start_run(experiment_id=experiment)
+        mlflow.log_param("x", "mine")
+    try:
+        log_once(writer, 3, total_loss=2.0)
+        run, history, _ = in_mlflow(tmp_path)
+        assert run.info.experiment_id == experiment and history["total_loss"] == {3: 2.0}
+        assert run.data.params == {"x": "mine" if way == "active" else "1", "y": "2"}
+        assert run.info.status == ("RUNNING" if way == "active" else "FINISHED")
+        assert given is None or run.info.run_id == given.info.run_id
+    finally:
+        mlflow.end_run()
+        mlflow.tracking.fluent._active_experiment_id = None  # of set_experiment
+
+
+NAMES = {
+    **{"a/b": "a/b", "a:b": "a_b", "a?b": "a_b-", "Other//Shoes": "Other/_/Shoes"},
+    **{"Sneakers/": "Sneakers/_", "..": "_", "a/../b": "a/_/b", "x" * 300: "x" * 241 + "-"},
+}
+
+
+def test_mlflow_takes_any_name(store: Path, tmp_path) -> None:
+    writer = MLflowWriter(folder=str(tmp_path))
+    log_once(writer, 0, **dict.fromkeys(NAMES, 1.0))
+    _, history, _ = in_mlflow(tmp_path)
+    assert len(history) == len(NAMES)
+    for name, plain in NAMES.items():
+        found = writer._named(name)
+        assert found in history and found.startswith(plain) and len(found) <= 250
+
+
+def test_wandb_run_of_the_user_stays_open(store: Path, tmp_path) -> None:
+    mine = wandb.init(project="parts", dir=str(tmp_path))
+    try:
+        for i in range(50):
+            mine.log({"own": float(i)})
+        log_once(WandbWriter(folder=str(tmp_path), params={"x": 1}), 3, total_loss=2.0)
+        assert runs_of(tmp_path)["wandb"] == mine.id and wandb.run is mine
+        assert mine.config["x"] == 1
+        mine.log({"own": 50.0})
+    finally:
+        mine.finish()
+        wandb.teardown()  # the file is whole then
+    history = history_in_wandb(tmp_path)
+    assert history["own"].keys() == {*range(50), 51}
+    assert history["total_loss"] == {50: 2.0} and history["iteration"] == {50: 3}
+
+
+def test_start_with_a_file_of_runs_that_is_cut(store: Path, tmp_path, caplog) -> None:
+    (tmp_path / trackers.TRACKED_RUNS).write_text("")
+    writer = MLflowWriter(folder=str(tmp_path))
+    writer.start(resume=True)
+    writer.close()
+    assert trackers.TRACKED_RUNS in caplog.text and runs_of(tmp_path)["mlflow"]

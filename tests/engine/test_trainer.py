@@ -31,7 +31,7 @@ from ssim_kd.engine.hooks import Reseed, SavedEvaluation
 from ssim_kd.engine.signals import StopOnSignal
 from ssim_kd.engine.writers import GuardedWriter, PeriodicWriter
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
-from tests.helpers import bfloat16_without_onednn
+from tests.helpers import bfloat16_without_onednn, full_config
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 
@@ -76,6 +76,16 @@ def test_train_saves_a_plain_student(six: Path) -> None:
     # Detectron2 makes pixel_mean and pixel_std of the config.
     assert not result.unexpected_keys and not result.missing_keys
     assert not any("teacher" in key for key in [*saved["model"], *saved["distillers"]])
+
+
+def test_train_keeps_the_last_two_checkpoints_and_the_best(world: World, tmp_path) -> None:
+    keep = full_config().SOLVER.CHECKPOINTS_TO_KEEP
+    period = ("TEST.EVAL_PERIOD", 1, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    world.main(tmp_path, *period, "SOLVER.CHECKPOINTS_TO_KEEP", keep)
+    names = {path.name for path in tmp_path.glob("*.pth")}
+    assert names == {
+        *("model_0000004.pth", "model_0000005.pth", "model_best.pth", "model_final.pth")
+    }
 
 
 def test_train_resumed_equals_the_whole(world: World, six: Path, tmp_path) -> None:

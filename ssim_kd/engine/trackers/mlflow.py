@@ -1,6 +1,7 @@
 """MLflow."""
 
 import contextlib
+import hashlib
 import os
 import re
 import time
@@ -9,9 +10,16 @@ from typing import Any
 
 from .writer import TrackerWriter, leaves, picture
 
+# Of a name in MLflow.
+_LONGEST = 250
+
 
 class MLflowWriter(TrackerWriter):
     """MLflow, at ``MLFLOW_TRACKING_URI``; a project is an experiment there.
+
+    It follows MLflow's own rules: the run that the program has open, which stays open; else that of
+    ``MLFLOW_RUN_ID``; else a new one in the experiment of the project, of
+    ``mlflow.set_experiment``, ``MLFLOW_EXPERIMENT_ID`` or ``MLFLOW_EXPERIMENT_NAME``.
 
     It has no histograms.
     """
@@ -20,44 +28,68 @@ class MLflowWriter(TrackerWriter):
     expected = "MLFLOW_TRACKING_URI of a server that is reachable, or a store like sqlite:///FILE"
 
     def _open(self, run_id: str | None) -> str:
-        from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
-        from mlflow.tracking.context.registry import resolve_tags
+        import mlflow
 
-        self._client = MlflowClient()
+        self._client = mlflow.MlflowClient()
+        self._names: dict[str, str] = {}
+        opened = mlflow.active_run()
+        self._is_users = opened is not None
         with _few_retries():
-            if run_id is not None:
-                self._client.get_run(run_id)
+            run_id = (opened and opened.info.run_id) or run_id or os.environ.get("MLFLOW_RUN_ID")
+            known = {}
+            if run_id:
+                known = self._client.get_run(run_id).data.params
                 self._client.update_run(run_id, status="RUNNING")
-                self._run_id = run_id
-                return run_id
-            name = self.project or os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
-            found = self._client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else self._client.create_experiment(name)
-            run = self._client.create_run(experiment, run_name=self.run_name, tags=resolve_tags())
-            self._run_id = str(run.info.run_id)
-            params = [Param(_plain(key), str(value)) for key, value in leaves(self.params)]
+            self._run_id = run_id or self._create()
+            params = [
+                mlflow.entities.Param(self._named(key), str(value))
+                for key, value in leaves(self.params)
+                if self._named(key) not in known  # cannot change
+            ]
             for first in range(0, len(params), 100):  # the most that MLflow takes at once
                 self._client.log_batch(self._run_id, params=params[first : first + 100])
-            return self._run_id
+        return self._run_id
+
+    def _create(self) -> str:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        # MLflow's own rule has no public name.
+        from mlflow.tracking.fluent import _get_experiment_id
+
+        if self.project:
+            found = self._client.get_experiment_by_name(self.project)
+            experiment = found.experiment_id if found else None
+            experiment = experiment or self._client.create_experiment(self.project)
+        else:
+            experiment = _get_experiment_id()
+        run = self._client.create_run(experiment, run_name=self.run_name, tags=resolve_tags())
+        return str(run.info.run_id)
 
     def _log(self, iteration: int, *, scalars: Any, pictures: Any, histograms: Any) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        values = [Metric(_plain(name), x, now, iteration) for name, x in scalars.items()]
-        if values:
-            self._client.log_batch(self._run_id, metrics=values)
+        values = [Metric(self._named(name), x, now, iteration) for name, x in scalars.items()]
+        for first in range(0, len(values), 1000):  # the most that MLflow takes at once
+            self._client.log_batch(self._run_id, metrics=values[first : first + 1000])
         for name, image in pictures.items():
-            self._client.log_image(self._run_id, picture(image), key=_plain(name), step=iteration)
+            key = self._named(name)
+            self._client.log_image(self._run_id, picture(image), key=key, step=iteration)
 
     def _end(self, state: str) -> None:
-        self._client.set_terminated(self._run_id, state)
+        if not self._is_users:
+            self._client.set_terminated(self._run_id, state)
 
-
-def _plain(name: str) -> str:
-    """A name without the characters that MLflow refuses."""
-    return re.sub(r"[^\w\-. /]", "_", name)
+    def _named(self, name: str) -> str:
+        """A name that MLflow takes: no path with odd parts, not too long, one for each name."""
+        if name not in self._names:
+            plain = re.sub(r"[^\w\-. /]", "_", name)
+            plain = "/".join("_" if part in ("", ".", "..") else part for part in plain.split("/"))
+            if len(plain) > _LONGEST or plain in self._names.values():
+                digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+                plain = f"{plain[: _LONGEST - 9]}-{digest}"
+            self._names[name] = plain
+        return self._names[name]
 
 
 @contextlib.contextmanager

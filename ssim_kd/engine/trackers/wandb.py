@@ -7,11 +7,15 @@ import numpy as np
 
 from .writer import FINISHED, KILLED, PATIENCE, TrackerWriter, leaves, picture
 
+#: Axis of the values in a run whose steps are the user's.
+ITERATION = "iteration"
+
 
 class WandbWriter(TrackerWriter):
     """Weights & Biases, by its own variables: ``WANDB_MODE``, ``WANDB_ENTITY``, ``WANDB_API_KEY``.
 
-    Its files are in the folder of the training, below "wandb".
+    Its files are in the folder of the training, below "wandb". The run that the program has open is
+    used instead of a new one, with the iterations as :data:`ITERATION`, and stays open.
     """
 
     name = "wandb"
@@ -22,21 +26,27 @@ class WandbWriter(TrackerWriter):
 
         # A server that is gone would keep the program from its end.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(PATIENCE))
-        self._run = wandb.init(
-            project=self.project or None,
-            name=self.run_name,
-            id=run_id,
-            resume="allow" if run_id else None,
-            dir=self.folder,
-            config=None if run_id else dict(leaves(self.params)),
-        )
+        self._is_users = wandb.run is not None
+        config = None if run_id else dict(leaves(self.params))
+        if wandb.run is not None:
+            self._run, self._axes = wandb.run, set()
+            self._run.config.update(config or {}, allow_val_change=True)
+        else:
+            self._run = wandb.init(
+                project=self.project or None,
+                name=self.run_name,
+                id=run_id,
+                resume="allow" if run_id else None,
+                dir=self.folder,
+                config=config,
+            )
         return str(self._run.id)
 
     def _log(self, iteration: int, *, scalars: Any, pictures: Any, histograms: Any) -> None:
         import wandb
 
         # Steps that a resumed training makes again, bit for bit.
-        if iteration < self._run.step:
+        if not self._is_users and iteration < self._run.step:
             return
         values = dict(scalars)
         values |= {name: wandb.Image(picture(image)) for name, image in pictures.items()}
@@ -44,9 +54,18 @@ class WandbWriter(TrackerWriter):
             edges = np.array([found["min"], *found["bucket_limits"]])
             counts = np.array(found["bucket_counts"])
             values[name] = wandb.Histogram(np_histogram=(counts, edges))
-        self._run.log(values, step=iteration)
+        if not self._is_users:
+            self._run.log(values, step=iteration)
+            return
+        # The steps are the user's: W&B drops values of an earlier one.
+        for name in values.keys() - self._axes:
+            self._run.define_metric(name.replace("*", "\\*"), step_metric=ITERATION)
+        self._axes |= values.keys()
+        self._run.log({**values, ITERATION: iteration})
 
     def _end(self, state: str) -> None:
+        if self._is_users:
+            return
         if state == KILLED:
             self._run.mark_preempting()
         self._run.finish(exit_code={FINISHED: 0, KILLED: 143}.get(state, 1))

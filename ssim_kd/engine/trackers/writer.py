@@ -84,7 +84,7 @@ class TrackerWriter(EventWriter):
         return {"folder": cfg.OUTPUT_DIR, "params": cfg, **run}
 
     def start(self, *, resume: bool) -> None:
-        """Open the run in the tracker; the first :meth:`write` does so where nobody has.
+        """Open the run in the tracker, unless it is; else the first :meth:`write` does.
 
         Args:
             resume: go on with the run that the folder names, if it names one.
@@ -95,7 +95,7 @@ class TrackerWriter(EventWriter):
         if self._thread is not None or self._closed:
             return
         path = os.path.join(self.folder, TRACKED_RUNS)
-        runs = json.loads(_read(path)) if PathManager.isfile(path) else {}
+        runs = _read_runs(path)
         before = runs.get(self.name) if resume else None
         try:
             runs[self.name] = self._open(before)
@@ -107,7 +107,7 @@ class TrackerWriter(EventWriter):
             ) from error
         with PathManager.open(path, "w") as file:
             json.dump(runs, file)
-        # An error that is being handled is none of this training's.
+        # Ignore an exception that was already being handled when training began.
         self._handled = sys.exc_info()[1]
         self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._thread.start()
@@ -202,13 +202,19 @@ def _goes_on(storage: EventStorage) -> bool:
     return bool(name) and histories[name].values()[0][1] > 0
 
 
-def _read(path: str) -> str:
-    with PathManager.open(path) as file:
-        return str(file.read())
+def _read_runs(path: str) -> dict[str, str]:
+    if not PathManager.isfile(path):
+        return {}
+    try:
+        with PathManager.open(path) as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError) as error:
+        logger.warning("%s cannot be read (%s): the trackers get new runs.", path, error)
+        return {}
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a nested config by dotted name; what is no value of JSON as text."""
+    """The values of a nested config by dotted name; what JSON has no type for as text."""
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
