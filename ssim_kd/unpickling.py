@@ -227,3 +227,40 @@ def reason_of(error: BaseException) -> str:
     """The line of an error that names its cause, without the escape codes of terminals."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
+
+
+# What the readers read back, in addition to containers of these.
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, bytearray, set, argparse.Namespace),
+    *(torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
+)
+
+
+def plain(value: Any, where: str = "") -> Any:
+    """A state with NumPy's scalars as Python's, which every reader of checkpoints reads.
+
+    Args:
+        value: numbers, text, tensors, arrays, and containers of them.
+        where: its place in the checkpoint, for the message.
+
+    Raises:
+        ValueError: anything else; names the place.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(plain(item, f"{where}/{i}") for i, item in enumerate(value))
+    if kind in (dict, OrderedDict, Counter):
+        items = {plain(k, where): plain(v, f"{where}/{k}".lstrip("/")) for k, v in value.items()}
+        found: Any = kind(items)
+        if hasattr(value, "_metadata"):  # the versions of a state dict's modules
+            found._metadata = value._metadata
+        return found
+    if kind in _PLAIN or (kind is np.ndarray and not value.dtype.hasobject):
+        return value
+    raise ValueError(
+        f"The checkpoint would hold a {kind.__module__}.{kind.__qualname__} at {where}, which a "
+        "resume does not read. Expected numbers, text, tensors, arrays, and lists or dicts of them "
+        "from the state_dict() that returned it. Nothing was written."
+    )

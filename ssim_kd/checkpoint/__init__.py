@@ -1,6 +1,6 @@
 """Checkpoints: read with suspicion, loaded strictly, written atomically, resumed from."""
 
-from .checkpointer import BEST, ResumeError, StudentCheckpointer
+from .checkpointer import ResumeError, StudentCheckpointer
 from .files import (
     Weights,
     local_file,
@@ -9,6 +9,7 @@ from .files import (
     read_weights,
     sha256_of,
 )
+from .folder import BEST
 from .strict import load_strictly
 
 __all__ = [

@@ -1,36 +1,37 @@
 """Checkpoints of a training: the plain student, written atomically; which one a resume takes."""
 
-import argparse
-import copy
 import os
-import re
-from collections import Counter, OrderedDict
+import secrets
+import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import parse_qs
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..unpickling import plain
 from ..writing import remove_unfinished, write_atomically
 from .files import model_of, read_checkpoint
+from .folder import (
+    BEST,
+    NONE_YET,
+    TAG,
+    checkpoints_in,
+    iteration_of,
+    newest_whole,
+    read_local_copy,
+    run_of,
+    tagged_in,
+)
 
 # A start may lack these: files of ImageNet backbones do not have them, and their initial values are
 # neutral.
 _NEUTRAL = ("num_batches_tracked", "conv2_offset")
-#: The checkpoint of the best evaluation.
-BEST = "model_best.pth"
-# The tag of a run that has saved nothing yet, in a folder with checkpoints of an earlier one.
-_NONE_YET = "none yet"
-# What a reader that runs no code reads back, beside containers of these.
-_PLAIN = (
-    *(type(None), bool, int, float, complex, str, bytes, bytearray, set, argparse.Namespace),
-    *(torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
-)
 
 
 class ResumeError(ValueError):
@@ -51,6 +52,7 @@ class StudentCheckpointer(DetectionCheckpointer):
     Attributes:
         last_saved: iteration of the checkpoint that was saved last; None before the first, and
             in processes that save none.
+        run: names the run in its checkpoints, also after a resume.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         Args:
             model: the student.
             save_dir: folder of the checkpoints.
-            keep: number of periodic checkpoints that stay, the newest; 0 for all.
+            keep: number of periodic checkpoints of this run that stay, the last; 0 for all.
             partial: whether weights to start from may fit a part of the backbone.
             others: objects with ``state_dict()``, saved under their names.
 
@@ -79,6 +81,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.keep = keep
         self.partial = partial
         self.last_saved: int | None = None
+        # Sorts by the time of its start.
+        self.run = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%S.%f} {secrets.token_hex(4)}"
+        self._periodic: list[str] = []
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{name}.pth`` and tag it as the last.
@@ -89,13 +94,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        if "://" in self.save_dir:
-            super().save(name, **kwargs)
-            self.last_saved = kwargs.get("iteration")
-            return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
-        data.update(kwargs)
+        data.update(run=self.run, **kwargs)
         data = plain(data)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -105,20 +106,41 @@ class StudentCheckpointer(DetectionCheckpointer):
         self._prune(path)
 
     def _prune(self, written: str) -> None:
-        # By age, not by iteration: an earlier run may have left later ones.
-        periodic = sorted(
-            (p for p in self.get_all_checkpoint_files() if _iteration(p) is not None),
-            key=lambda p: (p == written, os.path.getmtime(p)),
-        )
-        for path in periodic[: -self.keep] if self.keep else []:
-            os.unlink(path)
+        """Remove all but the last periodic checkpoints of this run; never those of another."""
+        if iteration_of(written) is None:
+            return
+        self._periodic = [path for path in self._periodic if path != written] + [written]
+        while self.keep and len(self._periodic) > self.keep:
+            path = self._periodic.pop(0)
+            if PathManager.isfile(path):
+                PathManager.rm(path)
+
+    def keep_best(self) -> None:
+        """Copy the checkpoint that was saved last to ``model_best.pth``.
+
+        Raises:
+            OSError: it cannot be read, or the copy not be written.
+        """
+        with PathManager.open(self.get_checkpoint_file(), "rb") as file:
+            path = os.path.join(self.save_dir, BEST)
+            write_atomically(path, lambda copy: shutil.copyfileobj(file, copy))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Read a checkpoint of the folder.
+
+        Raises:
+            ValueError: it is damaged.
+            OSError: it is missing.
+        """
+        return read_local_copy(os.path.join(self.save_dir, name))
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint that ``last_checkpoint`` names; "" if that is not one of the folder."""
+        return tagged_in(self.save_dir) or ""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Make a checkpoint the one that ``--resume`` takes first."""
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        if "://" in self.save_dir:
-            super().tag_last_checkpoint(last_filename_basename)
-            return
+        path = os.path.join(self.save_dir, TAG)
         write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> bool:  # type: ignore[override]
@@ -156,16 +178,17 @@ class StudentCheckpointer(DetectionCheckpointer):
 
     def _begin_anew(self) -> None:
         """Keep a later resume from the checkpoints that an earlier run has left in the folder."""
-        left = self._candidates() if self.save_to_disk else []
+        left = checkpoints_in(self.save_dir) if self.save_to_disk else []
         if left:
-            best = Path(self.save_dir, BEST)
-            names = [BEST] * best.is_file() + [os.path.basename(path) for path in left]
+            names = [os.path.basename(path) for path in left]
+            if PathManager.isfile(os.path.join(self.save_dir, BEST)):
+                names.insert(0, BEST)
             self.logger.warning(
                 "%s holds %d checkpoints of an earlier run (%s). This run starts anew and will "
                 "overwrite those of equal names; was --resume meant?",
                 *(self.save_dir, len(names), ", ".join(names[:3] + ["..."] * (len(names) > 3))),
             )
-            self.tag_last_checkpoint(_NONE_YET)
+            self.tag_last_checkpoint(NONE_YET)
 
     def newest(self) -> str | None:
         """The newest checkpoint that is whole, the same on every process; None if there is none.
@@ -176,63 +199,16 @@ class StudentCheckpointer(DetectionCheckpointer):
             ValueError: checkpoints exist and none is whole; on every process.
         """
         found, error = comm.all_gather(
-            self._newest_whole() if comm.is_main_process() else (None, None)
+            newest_whole(self.save_dir) if comm.is_main_process() else (None, None)
         )[0]
         if error:
             raise ValueError(error)
         return str(found) if found else None
 
-    def _newest_whole(self) -> tuple[str | None, str | None]:
-        """(path, None), (None, None) where no checkpoint is, or (None, what is wrong)."""
-        tag, candidates = self._tag(), self._candidates()
-        if tag == _NONE_YET:
-            return None, None
-        if tag and not candidates:
-            return None, (
-                f"--resume: last_checkpoint in {self.save_dir} names {tag}, which is missing, and "
-                "there is no other checkpoint. Restore it, or remove last_checkpoint to start anew."
-            )
-        if candidates and os.path.basename(candidates[0]) != tag:
-            self.logger.warning(
-                "last_checkpoint names no file in %s: the newest checkpoint is taken.",
-                self.save_dir,
-            )
-        for path in candidates:
-            try:
-                read_checkpoint(path)
-            except (ValueError, OSError) as error:
-                self.logger.error("Checkpoint skipped: %s", error)
-            else:
-                return path, None
-        if candidates:
-            return None, (
-                f"--resume: none of the {len(candidates)} checkpoints in {self.save_dir} can be "
-                "read (the log has the reasons). Move them away to start anew."
-            )
-        return None, None
-
-    def _tag(self) -> str:
-        """What ``last_checkpoint`` holds, "" where there is none."""
-        path = Path(self.save_dir, "last_checkpoint")
-        return path.read_text(errors="replace").strip() if path.is_file() else ""
-
-    def _candidates(self) -> list[str]:
-        """The tagged checkpoint, then the others from the newest on."""
-        if not os.path.isdir(self.save_dir):
-            return []
-        names = [
-            os.path.basename(path)
-            for path in sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
-        ]
-        names = [n for n in names if _iteration(n) is not None or n == "model_final.pth"]
-        tag = self._tag()
-        if tag and "\0" not in tag and os.path.isfile(os.path.join(self.save_dir, tag)):
-            names = [tag, *(name for name in names if name != tag)]
-        return [os.path.join(self.save_dir, name) for name in names]
-
     def _resume(self, path: str) -> None:
         self.logger.info("Resuming from %s", path)
-        checkpoint = _with_named_distiller(read_checkpoint(path), self.checkpointables)
+        checkpoint = read_local_copy(path)
+        checkpoint = _with_named_distiller(checkpoint, self.checkpointables)
         missing = [key for key in self.checkpointables if key not in checkpoint]
         extra = [
             key for key in ("distillers",) if key in checkpoint and key not in self.checkpointables
@@ -259,6 +235,12 @@ class StudentCheckpointer(DetectionCheckpointer):
                 raise ResumeError(
                     f"--resume: what {path} holds under {key!r} does not fit this config: {error}"
                 ) from error
+
+        # A checkpoint of an earlier version does not name its run: those beside it stay.
+        self.run = checkpoint.get("run", self.run)
+        if self.keep and self.save_to_disk:
+            periodic = [p for p in checkpoints_in(self.save_dir) if iteration_of(p) is not None]
+            self._periodic = [p for p in periodic if run_of(p) == self.run]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)
@@ -314,40 +296,3 @@ def _with_named_distiller(
         state = checkpoint.pop("distiller")
         checkpoint["distillers"] = {f"{name}.{key}": value for key, value in state.items()}
     return checkpoint
-
-
-def _iteration(path: str) -> int | None:
-    """The iteration of a periodic checkpoint, ``model_0004999.pth``; None for other files."""
-    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
-    return int(match.group(1)) if match else None
-
-
-def plain(value: Any, where: str = "") -> Any:
-    """A state with NumPy's scalars as Python's, which every reader of checkpoints reads.
-
-    Args:
-        value: numbers, text, tensors, arrays, and containers of them.
-        where: its place in the checkpoint, for the message.
-
-    Raises:
-        ValueError: anything else; names the place.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    kind = type(value)
-    if kind in (list, tuple):
-        return kind(plain(item, f"{where}/{i}") for i, item in enumerate(value))
-    if kind in (dict, OrderedDict, Counter):
-        items = {plain(k, where): plain(v, f"{where}/{k}".lstrip("/")) for k, v in value.items()}
-        # A copy keeps what a state dict carries beside its items.
-        found = copy.copy(value)
-        found.clear()
-        found.update(items)
-        return found
-    if kind in _PLAIN or (kind is np.ndarray and not value.dtype.hasobject):
-        return value
-    raise ValueError(
-        f"The checkpoint would hold a {kind.__module__}.{kind.__qualname__} at {where}, which a "
-        "resume does not read. Expected numbers, text, tensors, arrays, and lists or dicts of them "
-        "from the state_dict() that returned it. Nothing was written."
-    )

@@ -92,7 +92,7 @@ def read_checkpoint(local: str) -> dict[str, Any]:
 
 
 def _read_pth(path: str) -> Any:
-    in_zip = _is_zip(path)
+    in_zip = is_zip(path)
     if in_zip:
         _check_sums(path)
     return read_torch_file(path, mmap=in_zip)
@@ -118,7 +118,8 @@ def read_file(path: str, *, key: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{key} is {path!r}: {error}") from error
 
 
-def _is_zip(path: str) -> bool:
+def is_zip(path: str) -> bool:
+    """Whether a local file begins as those of torch.save since 1.6 do."""
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
 

@@ -6,7 +6,6 @@ import itertools
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,9 +17,8 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import distributed as dist
 from torch import nn
 
-from ..checkpoint import BEST, read_checkpoint
+from ..checkpoint import BEST
 from ..visualization import loss_map_images
-from ..writing import write_atomically
 from .signals import StopOnSignal
 from .writers import Accessory
 
@@ -174,12 +172,9 @@ class BestCheckpoint(HookBase):
         boxes = first.get("bbox") if isinstance(first, Mapping) else None
         ap = boxes.get("AP", math.nan) if isinstance(boxes, Mapping) else math.nan
         saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
-        if not ap > self._best.get("AP", -1.0) or not os.path.isfile(saved):  # NaN is no best one
-            return
-        self._best = {"AP": float(ap), "iteration": int(self.trainer.iter)}
-        path = os.path.join(os.path.dirname(saved), BEST)
-        with open(saved, "rb") as file:
-            write_atomically(path, lambda copy: shutil.copyfileobj(file, copy))
+        if ap > self._best.get("AP", -1.0) and saved:  # NaN is no best one
+            self._best = {"AP": float(ap), "iteration": int(self.trainer.iter)}
+            self.trainer.checkpointer.keep_best()
 
     def after_train(self) -> None:
         """Log which checkpoint was the best, if it can be read."""
@@ -188,7 +183,7 @@ class BestCheckpoint(HookBase):
         path = os.path.join(self.trainer.checkpointer.save_dir, BEST)
         best = f"{path}, box AP {self._best['AP']:.2f} at iteration {self._best['iteration']}"
         try:
-            iteration = read_checkpoint(path).get("iteration")
+            iteration = self.trainer.checkpointer.read(BEST).get("iteration")
         except (ValueError, OSError) as error:
             logger.warning("The best checkpoint, %s, cannot be read: %s", best, error)
             return

@@ -47,14 +47,13 @@ def make(folder: Path, **options: Any) -> tuple[StudentCheckpointer, Iteration]:
     return StudentCheckpointer(Detector(), str(folder), trainer=counter, **options), counter
 
 
-def save(folder: Path, *numbers: int, **options: Any) -> None:
+def save(folder: Path, *numbers: int, resumed: bool = False, **options: Any) -> None:
     checkpointer, counter = make(folder, **options)
+    assert not resumed or checkpointer.resume_or_load("", resume=True)
     for number in numbers:
         counter.value = number
         nn.init.constant_(checkpointer.model.backbone.weight, number)
         checkpointer.save(f"model_{number:07d}", iteration=number)
-        # The next one has to be newer.
-        os.utime(folder / f"model_{number:07d}.pth", (number, number))
 
 
 def resume(folder: Path) -> int:
@@ -64,8 +63,8 @@ def resume(folder: Path) -> int:
     return counter.value
 
 
-def truncate(folder: Path) -> None:
-    path = folder / "model_0000003.pth"
+def truncate(folder: Path, name: str = "model_0000003.pth") -> None:
+    path = folder / name
     path.write_bytes(path.read_bytes()[:-500])
 
 
@@ -151,23 +150,69 @@ def test_resume_or_load_removes_unfinished_files(tmp_path) -> None:
     assert (tmp_path / "notes.tmp").exists()
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
 def test_save_prunes(tmp_path) -> None:
     save(tmp_path, 1, 2, 10, 3, keep=2)
-    # 10 is of a later iteration: one that could not be read when the run was resumed.
-    left = sorted(p.name for p in tmp_path.glob("*.pth"))
-    assert left == ["model_0000003.pth", "model_0000010.pth"]
-    make(tmp_path, keep=1)[0].save("model_final")
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
-        "model_0000010.pth",
-        "model_final.pth",
-    ]
-    save(tmp_path, 4, keep=1)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
-        "model_0000004.pth",
-        "model_final.pth",
-    ]
+    assert names(tmp_path) == ["model_0000003.pth", "model_0000010.pth"]
+    checkpointer, _ = make(tmp_path, keep=1)
+    assert checkpointer.resume_or_load("", resume=True)
+    checkpointer.save("model_final")
+    checkpointer.save("model_0000011", iteration=11)
+    assert names(tmp_path) == ["model_0000011.pth", "model_final.pth"]
     with pytest.raises(ValueError, match="CHECKPOINTS_TO_KEEP is -1"):
         make(tmp_path, keep=-1)
+
+
+def test_save_prunes_nothing_of_another_run(tmp_path) -> None:
+    save(tmp_path, 1, 5, 8)
+    (tmp_path / "model_0000008.pth").write_bytes(b"whose")
+    checkpointer, _ = make(tmp_path, keep=1)
+    checkpointer.resume_or_load("", resume=False)
+    for number in (2, 5, 7):
+        checkpointer.save(f"model_{number:07d}", iteration=number)
+    others = ["model_0000001.pth", "model_0000008.pth"]
+    assert names(tmp_path) == sorted([*others, "model_0000007.pth"])
+    # Nor after a resume, which takes up the run.
+    save(tmp_path, 9, keep=1, resumed=True)
+    assert names(tmp_path) == sorted([*others, "model_0000009.pth"])
+
+
+def test_newest_after_a_copy(tmp_path) -> None:
+    """Whose files have other times, and no last_checkpoint."""
+    save(tmp_path, 1, 3, 5, 7)
+    (tmp_path / "last_checkpoint").unlink()
+    for age, path in enumerate(sorted(tmp_path.glob("*.pth"))):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert resume(tmp_path) == 7
+    # One of a later run comes first, though it is of an earlier iteration.
+    save(tmp_path, 2)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resume(tmp_path) == 2
+    save(tmp_path, 4, resumed=True)
+    truncate(tmp_path, "model_0000004.pth")
+    assert resume(tmp_path) == 2
+
+
+@pytest.mark.parametrize("tag", ["../out/model_0000001.pth", "{folder}/model_0000001.pth"])
+def test_newest_tag_beyond_the_folder(tag, tmp_path, caplog) -> None:
+    """Even one that names a checkpoint of the folder in a roundabout way."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    save(folder, 1, 2)
+    tag = tag.format(folder=folder)
+    (folder / "last_checkpoint").write_text(tag)
+    assert make(folder)[0].get_checkpoint_file() == ""
+    assert resume(folder) == 2
+    assert repr(tag) in caplog.text
+
+
+def test_keep_best(tmp_path) -> None:
+    save(tmp_path, 1, 2)
+    make(tmp_path)[0].keep_best()
+    assert make(tmp_path)[0].read("model_best.pth")["iteration"] == 2
 
 
 def test_resume_or_load_anew_beside_an_earlier_run(tmp_path, caplog) -> None:
@@ -177,13 +222,11 @@ def test_resume_or_load_anew_beside_an_earlier_run(tmp_path, caplog) -> None:
     assert not checkpointer.resume_or_load("", resume=False)
     assert "3 checkpoints" in caplog.text
     assert "model_0000005.pth" in caplog.text and "model_best.pth" in caplog.text
-    (tmp_path / "model_best.pth").unlink()
     # It was killed before it saved.
     assert make(tmp_path)[0].newest() is None
-    # It saved: nothing but its own counts, and the earlier run's make room first.
-    save(tmp_path, 2, keep=1)
+    # It saved: nothing but its own counts.
+    save(tmp_path, 2)
     assert resume(tmp_path) == 2
-    assert [p.name for p in tmp_path.glob("*.pth")] == ["model_0000002.pth"]
 
 
 def test_resume_or_load_tag_without_checkpoint(tmp_path) -> None:

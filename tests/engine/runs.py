@@ -135,7 +135,9 @@ def save_random_detector(config: Path, path: Path, *, seed: int = 5) -> None:
 
 
 def checkpoint(folder: Path, name: str = "model_final") -> dict[str, Any]:
-    return torch.load(folder / f"{name}.pth", weights_only=True)
+    found = torch.load(folder / f"{name}.pth", weights_only=True)
+    found.pop("run", None)  # another for each run
+    return found
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

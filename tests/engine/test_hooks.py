@@ -15,6 +15,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
+from ssim_kd.checkpoint import StudentCheckpointer
 from ssim_kd.engine import hooks
 from ssim_kd.engine.hooks import BestCheckpoint, RankStates, VisualizeDistillation
 from ssim_kd.engine.writers import GuardedWriter, PeriodicWriter
@@ -143,7 +144,8 @@ def test_best_checkpoint_is_named_if_it_can_be_read(kept, level, tmp_path, caplo
         path.write_bytes(kept)
     elif kept:
         torch.save(kept, path)
-    hook.trainer = SimpleNamespace(checkpointer=SimpleNamespace(save_dir=str(tmp_path)))
+    checkpointer = StudentCheckpointer(nn.Identity(), str(tmp_path))
+    hook.trainer = SimpleNamespace(checkpointer=checkpointer)
     hook.load_state_dict({"AP": 41.5, "iteration": 3})
     with caplog.at_level("INFO"):
         hook.after_train()
