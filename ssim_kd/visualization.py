@@ -149,7 +149,7 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     """
     distiller, student = pyramid_distiller(model), model.student
     inputs = [{**x, "image": x["image"].to(model.device)} for x in batched_inputs]
-    teacher_features = model.teacher([x["image"] for x in inputs])
+    teacher_features = model.load_teacher()([x["image"] for x in inputs])
     with _eval_mode(student), Tap(student, distiller.levels) as student_features:
         student(inputs)  # heads as well: not every meta-architecture shows its preprocessing
 

@@ -289,8 +289,7 @@ def test_teachers_page_rtdetr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_teachers_page_any_module() -> None:
     teacher = run_block("docs/teachers.md", 1)["teacher"]
-    teacher.tap(["res3", "res4"])
-    maps = teacher([torch.zeros(3, 64, 96)])
+    maps = teacher.load(["res3", "res4"])([torch.zeros(3, 64, 96)])
     assert maps["res3"].shape == (1, 128, 8, 12) and maps["res4"].shape == (1, 256, 4, 6)
 
 

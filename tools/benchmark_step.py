@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -47,15 +47,19 @@ from tools.benchmarking import (
 ARMS = ("student", "none", "l2", "ssim")
 
 
-class TimedTeacher(FrozenTeacher):
-    """A teacher whose calls are timed while it has a clock."""
+class TimedTeacher:
+    """A teacher whose calls are timed."""
 
-    clock: Clock | None = None
+    def __init__(self, teacher: Any, clock: Clock) -> None:
+        self.teacher, self.clock = teacher, clock
 
     def __call__(self, images: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """See :class:`FrozenTeacher`."""
-        with self.clock("teacher forward") if self.clock else nullcontext():
-            return super().__call__(images)
+        """See :class:`LoadedTeacher`."""
+        with self.clock("teacher forward"):
+            return self.teacher(images)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
 
 
 def config(name: str, args: argparse.Namespace, loss: str = "ssim") -> CfgNode:
@@ -77,7 +81,7 @@ def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> di
         built[loss] = DistilledDetector(
             student=student,
             # Each arm taps what it needs of the one detector.
-            teacher=TimedTeacher(teacher, **args.teacher),
+            teacher=FrozenTeacher(teacher, **args.teacher),
             distillers=build_distillers(config(name, args, loss)),
         ).to(args.device)
     return {arm: built[arm] for arm in arms}
@@ -124,7 +128,7 @@ def measure_pair(name: str, args: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(args.device, cpu_time=args.cpu_time)
     arms = build_arms(name, args, arms_of(name, args))
     steppers = {arm: Stepper(name, args, model, clock) for arm, model in arms.items()}
-    teacher: Any = arms["ssim"].teacher
+    teacher: Any = cast(DistilledDetector, arms["ssim"]).load_teacher()
     batch = steppers["ssim"].batch
     on_device = [x["image"].to(args.device) for x in batch]
     with EventStorage():
@@ -169,7 +173,8 @@ def measure_parts(
 ) -> dict[str, Any]:
     """Where the time of a step goes: teacher, student's forward, loss, backward of all."""
     clock = Clock(args.device, cpu_time=args.cpu_time)
-    model.teacher.clock = clock
+    timed = TimedTeacher(model.load_teacher(), clock)
+    model.load_teacher = lambda: timed
     hooks = [
         *clock.around(model.student, "student forward"),
         *(hook for d in model.distillers.values() for hook in clock.around(d, "loss forward")),
@@ -182,7 +187,7 @@ def measure_parts(
                 total = torch.stack(list(losses.values())).sum()
             with clock("backward"):
                 total.backward()
-    model.teacher.clock = None
+    del model.load_teacher
     for hook in hooks:
         hook.remove()
     return {k: summary(v) for k, v in clock.seconds(skip=args.warmup).items()}

@@ -47,8 +47,7 @@ def measure(name: str, args: argparse.Namespace, *, compiled: bool) -> dict[str,
             continue
         copy = build_model(teacher_config(cfg))
         copy.load_state_dict(state)
-        teachers[option] = FrozenTeacher(copy, **kwargs).to(torch.device(args.device))
-        teachers[option].tap(list(model.backbone.output_shape()))
+        teachers[option] = FrozenTeacher(copy, **kwargs).load().to(args.device)
     reference = {k: v.double() for k, v in teachers["stock float32"](on_device).items()}
     clock = Clock(args.device)
     for _ in range(args.warmup + args.steps):

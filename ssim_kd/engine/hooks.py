@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch import nn
 
 from ..checkpoint import BEST
+from ..modeling import unwrap
 from ..visualization import loss_map_images
 from .signals import StopOnSignal
 from .writers import Accessory
@@ -142,7 +143,7 @@ class VisualizeDistillation(HookBase):
 
     def _draw(self) -> None:
         self._inputs = self._inputs or self._load()
-        model = getattr(self.trainer.model, "module", self.trainer.model)
+        model = unwrap(self.trainer.model)
         training = model.training
         try:
             images = loss_map_images(model, self._inputs, input_format=self._image_format)

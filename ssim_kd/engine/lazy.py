@@ -146,7 +146,7 @@ def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[],
     model = instantiate(cfg.model).to(cfg.train.device)
     distills = isinstance(model, DistilledDetector) and model.teacher is not None
     if distills:
-        model.teacher.load()
+        model.load_teacher()
         model.log_period = 0
     student = model.student if isinstance(model, DistilledDetector) else model
     cfg.optimizer.params.model = model

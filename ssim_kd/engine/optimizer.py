@@ -8,7 +8,7 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
-from ..modeling import DistilledDetector
+from ..modeling import DistilledDetector, unwrap
 
 # Keys of a group that are not options of its optimizer.
 _OWN_KEYS = ("optimizer", "schedule", "clip_norm")
@@ -48,8 +48,9 @@ def add_groups(
     Raises:
         ValueError: a group with an unknown optimizer, or with a parameter that is in another.
     """
+    detector = unwrap(model)
     groups: list[dict[str, Any]] = (
-        model.param_groups(base_lr) if isinstance(model, DistilledDetector) else []
+        detector.param_groups(base_lr) if isinstance(detector, DistilledDetector) else []
     )
     if not groups:
         return main

@@ -16,6 +16,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..modeling import unwrap
 from .step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -269,8 +270,7 @@ class DistillStep(TrainerBase):
 
     @property
     def _detector(self) -> nn.Module:
-        model = self.model
-        return model.module if isinstance(model, DistributedDataParallel) else model
+        return unwrap(self.model)
 
     def _health(self) -> dict[str, torch.Tensor]:
         return dict(getattr(self._detector, "health", {}))

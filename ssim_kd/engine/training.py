@@ -25,7 +25,7 @@ from torch import nn
 
 from ..checkpoint import ResumeError, StudentCheckpointer
 from ..data import TrainLoader
-from ..modeling import DistilledDetector, FrozenTeacher
+from ..modeling import DistilledDetector, LoadedTeacher, unwrap
 from .hooks import (
     BestCheckpoint,
     PreciseBN,
@@ -109,16 +109,19 @@ class Training(TrainerBase):
         self._best = BestCheckpoint()
         self._last_eval_results: Mapping[str, Any] = {}
 
-        distilled: Any = model if isinstance(model, DistilledDetector) else None
-        self.student = model if distilled is None else distilled.student
+        detector = unwrap(model)
+        distilled = detector if isinstance(detector, DistilledDetector) else None
+        self.student = detector if distilled is None else distilled.student
         self._distills = distilled is not None and distilled.teacher is not None
         self.teacher_sha256 = ""
-        if self._distills:
+        own: dict[str, nn.Module] = {}
+        if distilled is not None and self._distills:
             # Now rather than in the first step: what is wrong with its weights is known at once.
-            distilled.teacher.load()
-            self.teacher_sha256 = _fingerprint(distilled.teacher)
+            teacher = distilled.load_teacher()
+            self.teacher_sha256 = "" if teacher is None else _fingerprint(teacher)
             # The training logs the metrics itself, a step late.
             distilled.log_period = 0
+            own["distillers"] = distilled.distillers
         on_gpu = next(model.parameters()).is_cuda
         self._trainer = DistillStep(
             create_ddp_model(
@@ -152,7 +155,7 @@ class Training(TrainerBase):
             partial=settings.weights_partial,
             # First: it logs what has changed in the config, before anything else does not fit.
             trainer=weakref.proxy(self),
-            **({"distillers": distilled.distillers} if self._distills else {}),
+            **own,
         )
         self.register_hooks(self.build_hooks())
 
@@ -249,6 +252,10 @@ class Training(TrainerBase):
         Returns:
             the results of the last evaluation; empty but in the main process.
         """
+        distilled = unwrap(self.model)
+        if isinstance(distilled, DistilledDetector):
+            # Before hooks see the weights: an average of them begins with these.
+            distilled.inherit(self.start_iter)
         TrainerBase.train(self, self.start_iter, self.max_iter)
         return self._last_eval_results
 
@@ -412,7 +419,7 @@ class Training(TrainerBase):
         self._started_with = started_with
 
 
-def _fingerprint(teacher: FrozenTeacher) -> str:
+def _fingerprint(teacher: LoadedTeacher) -> str:
     """The SHA-256 of a teacher's weights: of their file, or of a module's that came from none."""
     if teacher.sha256:
         return teacher.sha256

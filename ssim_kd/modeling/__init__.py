@@ -16,7 +16,8 @@ from .distillers import (
     build_distillers,
     check_number,
 )
-from .meta_arch import DistilledDetector
+from .loaded_teacher import LoadedTeacher
+from .meta_arch import DistilledDetector, unwrap
 from .norms import CellBatchNorm
 from .taps import Call, Tap, tappable_levels
 from .teacher import FrozenTeacher
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureDistiller",
     "FrozenTeacher",
     "LevelMaps",
+    "LoadedTeacher",
     "LpDistiller",
     "PartsDistiller",
     "PyramidDistiller",
@@ -51,4 +53,5 @@ __all__ = [
     "tappable_levels",
     "teacher_config",
     "teacher_source",
+    "unwrap",
 ]

@@ -1,18 +1,21 @@
 """The meta-architecture: a stock student, a frozen teacher, and what is learned between them."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import student_config
 from .distillers import DistillBatch, Distiller, build_distillers
 from .inherit import check_inherited, copy_inherited, inherited_keys
+from .loaded_teacher import LoadedTeacher
 from .plain_names import keep_plain_names, plainly
 from .taps import Tap, level_maps
 from .teacher import FrozenTeacher
@@ -36,7 +39,7 @@ class DistilledDetector(nn.Module):
     The student is whatever ``build_model`` makes of its config, untouched. The teacher is a plain
     object and no module: it is in no ``state_dict()``, ``parameters()``, ``modules()`` or DDP, and
     ``train()`` does not reach it; it follows the model's device. Its weights are loaded at the
-    first training step, or by ``model.teacher.load()``; evaluation never loads them.
+    first training step, or by :meth:`load_teacher`; evaluation never loads them.
 
         model = DistilledDetector(
             student=build_model(cfg),
@@ -46,7 +49,9 @@ class DistilledDetector(nn.Module):
         )
 
     Attributes:
-        student, teacher: the two detectors; no teacher: this is the plain student.
+        student: the detector that is trained.
+        teacher: what teaches, as it was found; None: this is the plain student.
+        loaded_teacher: with its weights; None before the first step or :meth:`load_teacher`.
         distillers: the terms of the loss by name.
         metrics: detached scalars of the last training step, by the name they are logged under.
         health: one scalar a level and model, finite where its features are; of the last step.
@@ -94,20 +99,23 @@ class DistilledDetector(nn.Module):
         self.metrics: dict[str, torch.Tensor] = {}
         self.health: dict[str, torch.Tensor] = {}
         self._inherits = list(init_from_teacher)
+        self.loaded_teacher: LoadedTeacher | None = None
         if teacher is not None:
             self._bind(teacher, distillers)
         self.distillers = nn.ModuleDict({d.name: d for d in distillers})
         keep_plain_names(self)
+        self.register_state_dict_pre_hook(_inherit_in_training)
 
     def _bind(self, teacher: FrozenTeacher, distillers: Sequence[Distiller]) -> None:
-        teacher.set_image_format(getattr(self.student, "input_format", None) or "BGR")
         mean = getattr(self.student, "pixel_mean", None)
-        if mean is not None and mean.numel() != teacher.pixel_mean.numel():
+        if mean is not None and mean.numel() != teacher.model.pixel_mean.numel():
             raise ValueError(
                 f"MODEL.PIXEL_MEAN has {mean.numel()} channels, but the teacher's has "
-                f"{teacher.pixel_mean.numel()}: both see the same images. Expected a teacher of as "
-                "many channels."
+                f"{teacher.model.pixel_mean.numel()}: both see the same images. Expected a teacher "
+                "of as many channels."
             )
+        image_format = getattr(self.student, "input_format", None) or "BGR"
+        teacher.check((), image_format)
         # Adapters may not shift the random numbers that the student trains with: then a run without
         # distillation is comparable draw by draw.
         with torch.random.fork_rng(devices=[]):
@@ -115,12 +123,29 @@ class DistilledDetector(nn.Module):
                 distiller.bind(self.student, teacher)
         if self._inherits:
             check_inherited(self.student, teacher.model, self._inherits)
-            teacher.keep(inherited_keys(self.student, self._inherits))
         self._student_tap = Tap(self.student, [n for d in distillers for n in d.student_taps])
-        teacher.tap(
-            [n for d in distillers for n in d.teacher_taps],
-            heads=any(d.needs_teacher_heads for d in distillers),
-        )
+        self._teacher_use: dict[str, Any] = {
+            "names": [n for d in distillers for n in d.teacher_taps],
+            "heads": any(d.needs_teacher_heads for d in distillers),
+            "keep": inherited_keys(self.student, self._inherits),
+            "image_format": image_format,
+        }
+        teacher.check(self._teacher_use["names"], image_format)
+
+    def load_teacher(self) -> LoadedTeacher | None:
+        """The teacher with its weights, which are loaded at the first call.
+
+        Returns:
+            None without a teacher, or if nothing of it is used.
+
+        Raises:
+            ValueError: what :meth:`FrozenTeacher.load` raises.
+        """
+        if self.loaded_teacher is None and self.teacher is not None:
+            use = self._teacher_use
+            if use["names"] or use["heads"] or use["keep"]:
+                self.loaded_teacher = self.teacher.load(**use).to(self.device)
+        return self.loaded_teacher
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -177,10 +202,11 @@ class DistilledDetector(nn.Module):
             return self.student(batched_inputs)
 
         device, iteration = self.device, get_event_storage().iter
-        self._inherit_once(iteration)
+        self.inherit(iteration)
         # One copy to the device serves both models.
         inputs = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
-        theirs = self.teacher([x["image"] for x in inputs])
+        teacher = self.load_teacher()
+        theirs = {} if teacher is None else teacher([x["image"] for x in inputs])
         with self._student_tap as ours:
             try:
                 losses = dict(self.student(inputs))
@@ -193,7 +219,7 @@ class DistilledDetector(nn.Module):
             device=device,
             iteration=iteration,
             max_iter=self.max_iter,
-            teacher=self.teacher.model,
+            teacher=None if teacher is None else teacher.detector,
             student=self.student,
         )
         if "loss_distill" in losses:
@@ -239,13 +265,21 @@ class DistilledDetector(nn.Module):
             get_event_storage().put_scalars(**{k: float(v) for k, v in self.metrics.items()})
         return total
 
-    def _inherit_once(self, iteration: int) -> None:
-        """Copy from the teacher what the student begins with; a resumed training has it."""
-        if self._inherits and self.teacher is not None:
-            self.teacher.load()
+    def inherit(self, iteration: int = 0) -> None:
+        """Copy from the teacher what the student begins with: INIT_FROM_TEACHER.
+
+        A training calls it when the start weights are loaded, before hooks see the model. It is
+        done once, by the first step at the latest.
+
+        Args:
+            iteration: that the training begins at; a resumed one, > 0, has copied already.
+        """
+        parts, self._inherits = self._inherits, []
+        teacher = self.load_teacher() if parts else None
+        if teacher is not None:
             if iteration == 0:
-                copy_inherited(self.student, self.teacher.kept, self._inherits)
-            self._inherits, self.teacher.kept = [], {}
+                copy_inherited(self.student, teacher.kept, parts)
+            teacher.kept.clear()
 
     def param_groups(self, base_lr: float) -> list[dict[str, Any]]:
         """The optimizer groups that distillers ask for; see :meth:`Distiller.param_groups`."""
@@ -256,12 +290,13 @@ class DistilledDetector(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Each module, by its name in the plain student, or below "distillers."."""
+        _inherit_in_training(self)
         return plainly(super().named_modules(memo, prefix, remove_duplicate), prefix)
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "DistilledDetector":
         super()._apply(fn, *args, **kwargs)
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        if self.loaded_teacher is not None:
+            self.loaded_teacher.to(self.device)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -281,7 +316,30 @@ class DistilledDetector(nn.Module):
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         # As it is, pickle takes no object whose __class__ is not its type.
+        _inherit_in_training(self)
         return _blank, (type(self),), self.__dict__
+
+
+def _inherit_in_training(model: DistilledDetector, *_args: Any) -> None:
+    """As ``inherit``, for hooks that take the weights before the first step of any trainer.
+
+    An average of the weights would begin with those that are replaced. Trainers enter an
+    ``EventStorage`` after the start weights are loaded, and before these hooks run.
+    """
+    if model._inherits and model.training:
+        with contextlib.suppress(AssertionError):  # no storage: nothing is trained yet
+            model.inherit(get_event_storage().iter)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """A detector without what wraps it: ``DistributedDataParallel``, ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
 
 
 def _blank(cls: Any) -> Any:

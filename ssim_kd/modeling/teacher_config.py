@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import BEST
@@ -173,14 +175,7 @@ def source_of(
         raise ValueError(
             f"The teacher's config is not readable: {KEY} {name!r} with OPTS {list(opts)}: {error}"
         ) from error
-
-    def build(device: str) -> nn.Module:
-        placed = config.clone()
-        placed.defrost()
-        placed.MODEL.DEVICE = device
-        return build_model(placed)
-
-    return TeacherSource(name, weights, build, config.INPUT.FORMAT, config)
+    return TeacherSource(name, weights, partial(_build_yaml, config), config.INPUT.FORMAT, config)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -226,6 +221,23 @@ def _yaml_config(path: str, weights: str, opts: Sequence[Any], student: CfgNode 
     return student_config(teacher)
 
 
+# Functions, and no closures: a model with its teacher can be pickled.
+def _build_yaml(config: CfgNode, device: str) -> nn.Module:
+    placed = config.clone()
+    placed.defrost()
+    placed.MODEL.DEVICE = device
+    return build_model(placed)
+
+
+def _build_lazy(node: DictConfig, device: str) -> nn.Module:
+    model: nn.Module = instantiate(node).to(device)
+    return model
+
+
+def _build_rtdetr(name: str, device: str) -> nn.Module:
+    return build_rtdetr(name).to(device)
+
+
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
     """The dotted names of all values."""
     for key, value in node.items():
@@ -257,7 +269,7 @@ def _lazy_source(name: str, path: str, weights: str, opts: Sequence[Any]) -> Tea
     config = LazyConfig.apply_overrides(config, [str(x) for x in opts])
     # A LazyConfig student that was distilled: its student is the teacher.
     node = config.model.get("student", config.model)
-    return TeacherSource(name, weights, lambda device: instantiate(node).to(device))
+    return TeacherSource(name, weights, partial(_build_lazy, node))
 
 
 def _rtdetr_source(name: str, weights: str, opts: Sequence[Any]) -> TeacherSource:
@@ -270,6 +282,6 @@ def _rtdetr_source(name: str, weights: str, opts: Sequence[Any]) -> TeacherSourc
     return TeacherSource(
         name,
         rtdetr_weights(name),
-        lambda device: build_rtdetr(name).to(device),
-        read=lambda: load_rtdetr(name),
+        partial(_build_rtdetr, name),
+        read=partial(load_rtdetr, name),
     )

@@ -172,7 +172,7 @@ def put_in(fault: str, model: Any) -> Any:
     if fault == "all of the student":
         return model.student.backbone.register_forward_hook(levels(""), prepend=True)
     if fault == "a level of the teacher":
-        return model.teacher.backbone.register_forward_hook(levels("p3"), prepend=True)
+        return model.load_teacher().backbone.register_forward_hook(levels("p3"), prepend=True)
     if fault == "a loss":
         return model.student.register_forward_hook(loss("loss_cls"))
     if fault == "the distillation":

@@ -367,11 +367,11 @@ def test_build_hooks_order(world: World, tmp_path) -> None:
     ]
     assert [kind for kind in kinds if kind in order] == order
     modules = list(trainer.model.modules())
-    assert not any(module is trainer.model.teacher.backbone for module in modules)
+    assert not any(module is trainer.model.load_teacher().backbone for module in modules)
     ids = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert ids == {id(p) for p in trainer.model.parameters() if p.requires_grad}
     assert {id(p) for p in trainer.model.distillers.parameters()} <= ids
-    assert not ids & {id(p) for p in trainer.model.teacher.backbone.parameters()}
+    assert not ids & {id(p) for p in trainer.model.load_teacher().backbone.parameters()}
 
 
 def test_load_state_dict_grad_scaler(world: World, tmp_path) -> None:

@@ -156,12 +156,12 @@ def test_the_wrong_weights_name_the_key(weights_of) -> None:
     for kind in ("retinanet", "c4"):
         cfg = distilled_config("faster", "faster", weights_of(kind))
         model = build(cfg)
-        for use in (model.teacher.load, lambda m=model: train_losses(m)):
+        for use in (model.load_teacher, lambda m=model: train_losses(m)):
             with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is '.*keys (missing|unexpec)"):
                 use()
     cfg = distilled_config("faster", "faster", "gone.pth")
     with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is 'gone\.pth': no such file"):
-        build(cfg).teacher.load()
+        build(cfg).load_teacher()
 
 
 def test_a_teacher_without_a_backbone_of_detectron2(weights_of) -> None:
@@ -186,14 +186,14 @@ def test_a_zoo_name_is_its_url(weights_of, monkeypatch) -> None:
     monkeypatch.setattr(PathManager, "get_local_path", get_local_path)
     model = build(cfg)
     assert asked == []
-    model.teacher.load()
+    model.load_teacher()
     assert asked == [
         "https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/"
         "faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba.pkl"
     ]
     saved = torch.load(weights_of("faster"))["model"]
     assert torch.equal(
-        model.teacher.backbone.state_dict()["fpn_output2.weight"],
+        model.load_teacher().backbone.state_dict()["fpn_output2.weight"],
         saved["backbone.fpn_output2.weight"],
     )
 

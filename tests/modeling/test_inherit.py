@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage
 
 from tests.helpers import TEACHER_FPN, build, distilled_config, make_batch
@@ -40,7 +42,7 @@ def test_copy_inherited_parts_at_the_first_step(parts, weights_of, caplog) -> No
             assert name in caplog.text
         elif "running" not in name and "num_batches" not in name:
             assert torch.equal(value, before[name]), name
-    assert model.teacher.kept == {}
+    assert model.loaded_teacher.kept == {}
 
 
 def test_copy_inherited_not_on_resume(weights_of) -> None:
@@ -49,6 +51,33 @@ def test_copy_inherited_not_on_resume(weights_of) -> None:
     before = model.student.backbone.fpn_output2.weight.detach().clone()
     step(model, 5)
     assert torch.equal(model.student.backbone.fpn_output2.weight, before)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda model: model.state_dict(),
+        lambda model: dict(model.named_parameters()),
+        lambda model: copy.deepcopy(model).state_dict(),
+    ],
+)
+def test_an_average_of_the_weights_begins_with_what_was_copied(take, weights_of) -> None:
+    """By a hook of any trainer, such as Detectron2's SimpleTrainer."""
+    opts = (*SAME_WIDTH, D + "INIT_FROM_TEACHER", ["heads"])
+    model = build(distilled_config("faster", "faster", weights_of("faster"), *opts))
+    name = "roi_heads.box_predictor.cls_score.weight"
+    saved = torch.load(weights_of("faster"))["model"][name]
+    assert not torch.equal(take(model)[name], saved)  # start weights are still to be loaded
+    seen = []
+
+    class Average(HookBase):
+        def before_train(self) -> None:
+            seen.append(take(self.trainer.model)[name].detach().clone())
+
+    trainer = SimpleTrainer(model, [make_batch()], torch.optim.SGD(model.parameters(), lr=0.0))
+    trainer.register_hooks([Average()])
+    trainer.train(0, 1)
+    assert torch.equal(seen[0], saved)
 
 
 @pytest.mark.parametrize(

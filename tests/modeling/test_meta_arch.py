@@ -165,7 +165,7 @@ def test_names_are_those_of_the_plain_student(cfg) -> None:
 
 def test_a_model_can_be_pickled_whole(cfg, tmp_path) -> None:
     model = build(cfg)
-    model.teacher.load()
+    model.load_teacher()
     torch.save(model, tmp_path / "whole.pth")
     twin = torch.load(tmp_path / "whole.pth", weights_only=False)
     assert type(twin) is type(model) and isinstance(twin, type(model.student))

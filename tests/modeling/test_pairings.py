@@ -174,9 +174,9 @@ def test_a_student_can_teach_in_its_turn(weights_of, tmp_path) -> None:
     again.MODEL.DISTILL.TEACHER.OPTS = []
     again.MODEL.DISTILL.TEACHER.FOLD_BN = False
     model = build(again)
-    model.teacher.load()
+    model.load_teacher()
     expected = first.student.backbone.state_dict()
-    for name, value in model.teacher.backbone.state_dict().items():
+    for name, value in model.load_teacher().backbone.state_dict().items():
         assert torch.equal(value, expected[name])
     check_step(model)
 

@@ -24,7 +24,7 @@ def model(weights_of):
         "faster", "faster", weights_of("faster"), "MODEL.DISTILL.IN_FEATURES", ["res3", "p3"]
     )
     model = build(cfg)
-    model.teacher.load()
+    model.load_teacher()
     return model
 
 
@@ -91,9 +91,9 @@ def test_tap_of_a_submodule_collects_its_calls(detector) -> None:
 
 
 def test_no_hook_is_left_after_a_step(model) -> None:
-    assert not hooks(model) and not hooks(model.teacher.backbone)
+    assert not hooks(model) and not hooks(model.load_teacher().backbone)
     assert "loss_distill" in train_losses(model)
-    assert not hooks(model) and not hooks(model.teacher.backbone)
+    assert not hooks(model) and not hooks(model.load_teacher().backbone)
 
 
 def test_no_hook_is_left_after_an_exception(model, monkeypatch) -> None:
@@ -101,16 +101,16 @@ def test_no_hook_is_left_after_an_exception(model, monkeypatch) -> None:
     del batch[0]["instances"]
     with pytest.raises((AssertionError, KeyError)):
         train_losses(model, batch)
-    assert not hooks(model) and not hooks(model.teacher.backbone)
+    assert not hooks(model) and not hooks(model.load_teacher().backbone)
 
     def fail(*_args, **_kwargs):
         raise ArithmeticError("in the teacher")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.teacher.backbone.bottom_up, "forward", fail)
+        patch.setattr(model.load_teacher().backbone.bottom_up, "forward", fail)
         with pytest.raises(ArithmeticError):
             train_losses(model)
-    assert not hooks(model) and not hooks(model.teacher.backbone)
+    assert not hooks(model) and not hooks(model.load_teacher().backbone)
     assert "loss_distill" in train_losses(model)
 
 
@@ -122,7 +122,7 @@ def test_no_activation_outlives_the_step(model) -> None:
 
     handles = [
         module.register_forward_hook(remember)
-        for module in (model.student.backbone, model.teacher.backbone)
+        for module in (model.student.backbone, model.load_teacher().backbone)
     ]
     losses = train_losses(model)
     for handle in handles:

@@ -14,9 +14,17 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ssim_kd.modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
+from ssim_kd.modeling import (
+    DistilledDetector,
+    Distiller,
+    FrozenTeacher,
+    LoadedTeacher,
+    RCNNHeadDistiller,
+    SSIMDistiller,
+    unwrap,
+)
 from tests.helpers import (
     TEACHER_FPN,
     build,
@@ -39,7 +47,7 @@ def cfg(weights_of):
 @pytest.fixture
 def model(cfg):
     model = build(cfg)
-    model.teacher.load()
+    model.load_teacher()
     return model
 
 
@@ -48,7 +56,7 @@ def storages(module: nn.Module) -> set[int]:
     return {t.data_ptr() for t in tensors if t.numel()}
 
 
-def assert_frozen(teacher: FrozenTeacher, weights: Path) -> None:
+def assert_frozen(teacher: LoadedTeacher, weights: Path) -> None:
     assert not any(module.training for module in teacher.backbone.modules())
     assert not any(p.requires_grad for p in teacher.backbone.parameters())
     assert all(p.grad is None for p in teacher.backbone.parameters())
@@ -66,16 +74,16 @@ def test_training_leaves_the_teacher_bit_identical_and_in_eval_mode(cfg, model, 
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        assert_frozen(model.teacher, weights_of("cascade"))
+        assert_frozen(model.loaded_teacher, weights_of("cascade"))
         model.eval()
-        assert_frozen(model.teacher, weights_of("cascade"))
+        assert_frozen(model.loaded_teacher, weights_of("cascade"))
     changed = [k for k, v in model.student.state_dict().items() if not torch.equal(v, before[k])]
     assert "backbone.fpn_output2.weight" in changed
 
 
 def test_no_part_of_the_model_holds_the_teacher(cfg, model) -> None:
-    hidden = storages(model.teacher.backbone)
-    modules = set(model.teacher.backbone.modules())
+    hidden = storages(model.load_teacher().backbone)
+    modules = set(model.load_teacher().backbone.modules())
     assert hidden and not modules & set(model.modules())
     assert not hidden & {p.data_ptr() for p in model.parameters()}
     assert not hidden & {b.data_ptr() for _, b in model.named_buffers()}
@@ -101,7 +109,7 @@ def gloo(tmp_path: Path) -> Iterator[None]:
 
 def test_ddp_leaves_the_teacher_out_and_finds_every_parameter_used(gloo, model) -> None:
     ddp = DistributedDataParallel(model, broadcast_buffers=False)
-    hidden = storages(model.teacher.backbone)
+    hidden = storages(model.load_teacher().backbone)
     assert not hidden & {p.data_ptr() for p in ddp.parameters()}
     assert not hidden & {v.data_ptr() for v in ddp.state_dict().values() if v.numel()}
     for step in range(2):  # the second step raises if the first left a parameter unused
@@ -111,22 +119,26 @@ def test_ddp_leaves_the_teacher_out_and_finds_every_parameter_used(gloo, model) 
 
 def test_the_teacher_follows_the_device(cfg, model) -> None:
     assert model.to("meta") is model
-    assert {p.device.type for p in model.teacher.backbone.parameters()} == {"meta"}
-    assert {b.device.type for b in model.teacher.backbone.buffers()} == {"meta"}
-    assert model.teacher.pixel_mean.device.type == model.teacher.pixel_std.device.type == "meta"
+    assert {p.device.type for p in model.load_teacher().backbone.parameters()} == {"meta"}
+    assert {b.device.type for b in model.load_teacher().backbone.buffers()} == {"meta"}
+    assert (
+        model.loaded_teacher.pixel_mean.device.type
+        == model.loaded_teacher.pixel_std.device.type
+        == "meta"
+    )
 
 
 def test_the_teacher_keeps_its_precision(model, weights_of) -> None:
     model.bfloat16()
-    assert_frozen(model.teacher, weights_of("cascade"))
+    assert_frozen(model.loaded_teacher, weights_of("cascade"))
 
 
 def test_a_deep_copy_has_a_teacher_and_taps_of_its_own(model) -> None:
     twin = copy.deepcopy(model)
-    assert not storages(twin.teacher.backbone) & storages(model.teacher.backbone)
+    assert not storages(twin.loaded_teacher.backbone) & storages(model.load_teacher().backbone)
     for parameter in model.student.parameters():
         parameter.data.zero_()
-    for parameter in model.teacher.backbone.parameters():
+    for parameter in model.load_teacher().backbone.parameters():
         parameter.data.fill_(float("nan"))
     losses = train_losses(twin)
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -136,8 +148,9 @@ def test_a_deep_copy_has_a_teacher_and_taps_of_its_own(model) -> None:
 
 
 def test_the_heads_are_not_kept(model) -> None:
-    held = [x for x in vars(model.teacher).values() if isinstance(x, nn.Module)]
-    assert held == [model.teacher.backbone] and model.teacher.model is None
+    teacher = model.load_teacher()
+    held = [x for x in vars(teacher).values() if isinstance(x, nn.Module)]
+    assert held == [teacher.backbone] and teacher.detector is None
 
 
 X101_LIKE = [
@@ -167,7 +180,7 @@ def test_an_rgb_teacher_with_its_own_mean_and_std_sees_what_it_was_trained_on(tm
     padded = [F.pad(i, (0, 128 - i.shape[2], 0, 96 - i.shape[1])) for i in images]
     with torch.no_grad():
         expected = expected_model.backbone(torch.stack(padded))
-    found = model.teacher([x["image"] for x in batch])
+    found = model.load_teacher()([x["image"] for x in batch])
     assert set(found) == {"p2", "p3", "p4", "p5", "p6"}
     for level, value in found.items():
         assert torch.equal(value, expected[level]), level
@@ -181,30 +194,26 @@ def test_equal_channel_orders_are_not_swapped(model, weights_of) -> None:
     batch = make_batch()
     with torch.no_grad():
         expected = reference.backbone(reference.preprocess_image(batch).tensor)
-    found = model.teacher([x["image"] for x in batch])
+    found = model.load_teacher()([x["image"] for x in batch])
     assert all(torch.equal(value, expected[level]) for level, value in found.items())
 
 
 def test_folded_batch_norms_change_nothing_but_the_rounding(cfg, model) -> None:
     folded = cfg.clone()
     folded.MODEL.DISTILL.TEACHER.FOLD_BN = True
-    teacher = build(folded).teacher
-    teacher.load()
+    teacher = build(folded).load_teacher()
     assert not any("norm" in name for name in teacher.backbone.state_dict())
     images = [x["image"] for x in make_batch()]
-    found, expected = teacher(images), model.teacher(images)
+    found, expected = teacher(images), model.load_teacher()(images)
     for level, value in expected.items():
         torch.testing.assert_close(
             found[level], value, rtol=1e-4, atol=1e-4 * float(value.abs().max())
         )
 
 
-def test_no_teacher_without_a_tap_or_a_backbone() -> None:
+def test_no_teacher_without_a_backbone() -> None:
     with pytest.raises(ValueError, match="Linear has no 'backbone'"):
         FrozenTeacher(nn.Linear(1, 1))
-    teacher = FrozenTeacher(build_model(stock_config("faster")))
-    with pytest.raises(RuntimeError, match=r"call tap\(\) first"):
-        teacher([torch.zeros(3, 32, 32)])
 
 
 def test_teacher_that_pads_to_a_square_refuses_larger_images(monkeypatch) -> None:
@@ -212,8 +221,7 @@ def test_teacher_that_pads_to_a_square_refuses_larger_images(monkeypatch) -> Non
     # As ViT has it in Detectron2 main; 0.6 has no such backbone.
     square = {"square_size": 64}
     monkeypatch.setattr(type(model.backbone), "padding_constraints", square, raising=False)
-    teacher = FrozenTeacher(model)
-    teacher.tap(["p3"])
+    teacher = FrozenTeacher(model).load(["p3"])
     with pytest.raises(ValueError, match=r"INPUT\.MAX_SIZE_TRAIN.* 65 .* 64"):
         teacher([torch.zeros(3, 40, 65)])
 
@@ -232,4 +240,45 @@ def test_vitdet_teacher_is_a_lazy_config(tmp_path) -> None:
     )
     losses = train_losses(model)
     assert losses["loss_distill"] > 0 and teacher.input_format == "RGB"
-    assert list(teacher([torch.zeros(3, 96, 128)])) == ["p2", "p3", "p4", "p5", "p6"]
+    assert list(model.loaded_teacher([torch.zeros(3, 96, 128)])) == ["p2", "p3", "p4", "p5", "p6"]
+
+
+def test_one_teacher_serves_several_trainings(weights_of) -> None:
+    """Each taps what it needs, in any order, with the heads or without."""
+    folder = weights_of("faster")
+    cfg = distilled_config("faster", "faster", folder)
+    node = cfg.MODEL.DISTILL.TEACHER
+    teacher = FrozenTeacher.load_from(node.CONFIG_FILE, node.WEIGHTS, node.OPTS)
+
+    def model(distiller: Distiller) -> DistilledDetector:
+        return DistilledDetector(
+            student=build(stock_config("faster")), teacher=teacher, distillers=[distiller]
+        )
+
+    models = [
+        model(SSIMDistiller(levels=["p2", "p3"])),
+        model(SSIMDistiller(levels=["p5"])),
+        model(RCNNHeadDistiller()),
+        model(SSIMDistiller(levels=["p4"])),
+    ]
+    for one in (*models[::-1], *models):
+        assert train_losses(one)["loss_distill"] > 0
+    assert [m.loaded_teacher.detector is not None for m in models] == [False, False, True, False]
+    assert {p.device.type for p in teacher.model.parameters()} == {"meta"}
+
+
+def test_a_module_that_taught_keeps_its_heads() -> None:
+    detector = build(stock_config("faster", fpn=TEACHER_FPN), seed=1)
+    for distiller in (SSIMDistiller(), RCNNHeadDistiller()):
+        model = DistilledDetector(
+            student=build(stock_config("faster")), teacher=detector, distillers=[distiller]
+        )
+        assert train_losses(model)["loss_distill"] > 0
+    assert detector.roi_heads.box_predictor is not None
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, torch.compile, DataParallel, lambda m: DataParallel(torch.compile(m))]
+)
+def test_unwrap(wrap, model) -> None:
+    assert unwrap(wrap(model)) is model

@@ -85,7 +85,7 @@ def test_teacher_config_of_a_backbone_with_keys(full_yaml, caplog) -> None:
     """Its value is its file's, and the student's its own; nothing has to be registered."""
     model = build(student(full_yaml))
     assert model.student.backbone.width == 16
-    assert model.teacher.backbone.width == 12
+    assert model.teacher.model.backbone.width == 12
     assert "MODEL.WIDE" not in caplog.text
 
 

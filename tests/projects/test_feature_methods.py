@@ -144,7 +144,7 @@ def test_a_step_trains_student_and_own_modules_alone(file) -> None:
     (distiller,) = model.distillers.values()
     top = model.student.backbone.fpn_output3.weight
     assert top.grad is not None and top.grad.any()
-    assert all(p.grad is None for p in model.teacher.backbone.parameters())
+    assert all(p.grad is None for p in model.teacher.model.backbone.parameters())
 
     # In the optimizer, and thereby in DDP; in the training's checkpoint; not in the student.
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

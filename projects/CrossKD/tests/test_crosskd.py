@@ -415,7 +415,7 @@ def test_crosskd_beside_another_term(kind, terms, names, tmp_path) -> None:
     if kind == "faster":
         assert model.distillers["crosskd"].temperature == 3.0
     weights = stock_config(kind, fpn=48)
-    model.teacher._load = lambda: (build(weights, seed=1), "")
+    model.teacher._load = lambda _: (build(weights, seed=1), "")
     losses = train_losses(model, make_batch(SIZES))
     losses["loss_distill"].backward()
     assert all(model.metrics[f"distill/{name}_weighted"] > 0 for name in names)
@@ -429,7 +429,7 @@ def test_a_lazy_config_takes_a_step() -> None:
     config = LazyConfig.load(str(folder / "crosskd_fcos_R_50_w4_demo.py"))
     teacher = LazyConfig.load(str(folder / "teacher_fcos_R_50_w8_demo.py"))
     model = instantiate(config.model)
-    model.teacher._load = lambda: (instantiate(teacher.model), "")
+    model.teacher._load = lambda _: (instantiate(teacher.model), "")
     losses = train_losses(model, make_batch(SIZES))
     sum(losses.values()).backward()
     assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_distill"}

@@ -202,7 +202,7 @@ def test_reviewkd_trains_student_and_fusions_alone(kind, autocast) -> None:
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
     assert own["fusions.p3.attention.weight"].any() and "fusions.p3.reduce.weight" in own
     assert all(name.startswith("backbone") for name in gradients(model.student))
-    assert all(p.grad is None for p in model.teacher.backbone.parameters())
+    assert all(p.grad is None for p in model.teacher.model.backbone.parameters())
     assert not any("fusions" in name for name in model.student.state_dict())
     saved = {name for name in model.state_dict() if name.startswith("distillers.reviewkd.fusions")}
     assert any("running_mean" in name for name in saved)
@@ -240,7 +240,7 @@ def test_reviewkd_beside_dkd(tmp_path) -> None:
     ]
     model = build(cfg)
     assert model.distillers["dkd"].scalar_weights == {"target": 1.0, "others": 0.5}
-    model.teacher._load = lambda: (build(stock_config("faster", fpn=48), seed=1), "")
+    model.teacher._load = lambda _: (build(stock_config("faster", fpn=48), seed=1), "")
     loss = train_losses(model, make_batch(SIZES))["loss_distill"]
     loss.backward()
     parts = [model.metrics[f"distill/{name}_weighted"] for name in ("reviewkd", "dkd")]

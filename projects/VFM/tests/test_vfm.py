@@ -82,10 +82,8 @@ def reference_tokens(name: str, file: Path, images: list[torch.Tensor]) -> torch
 @pytest.mark.parametrize("name", list(VITS))
 def test_vit_teacher_gives_the_patch_tokens_of_rgb_images(name, weights) -> None:
     teacher = teacher_of(weights, name)
-    assert {p.device.type for p in teacher.backbone.parameters()} == {"meta"}
-    assert not teacher.loaded
-    teacher.set_image_format("BGR")
-    teacher.tap(["tokens"])
+    assert {p.device.type for p in teacher.model.backbone.parameters()} == {"meta"}
+    teacher = teacher.load(["tokens"], image_format="BGR")
     images = [x["image"] for x in make_batch(((64, 96), (50, 70)))]
     tokens = teacher(images)["tokens"]
     assert tokens.shape == (2, 32, 4, 6) and not tokens.requires_grad
@@ -116,7 +114,7 @@ def test_vfm_equals_a_loop_over_cells(stride, weights) -> None:
     maps = {}
     model.student.backbone.register_forward_hook(lambda _m, _i, output: maps.update(output))
     total = train_losses(model, inputs)["loss_distill"]
-    tokens = vit([x["image"] for x in inputs])["tokens"].double().numpy()
+    tokens = vit.load()([x["image"] for x in inputs])["tokens"].double().numpy()
     adapter = model.distillers["vfm"].adapters[level]
     weight, bias = (x.detach().double().numpy() for x in (adapter.weight, adapter.bias))
     means = []
@@ -154,8 +152,7 @@ def test_vfm_by_hand_and_at_its_optimum(weights) -> None:
 
 
 def test_the_vit_is_hidden_and_frozen(weights) -> None:
-    vit = teacher_of(weights)
-    model = distilled(vit)
+    model = distilled(teacher_of(weights))
     model.train()
     before = {n for n, _ in model.named_parameters()}
     loss = train_losses(model)["loss_distill"]
@@ -164,7 +161,8 @@ def test_the_vit_is_hidden_and_frozen(weights) -> None:
     own = {f"distillers.vfm.adapters.p4.{n}" for n in ("weight", "bias")}
     assert {n for n in model.state_dict() if "vfm" in n or "vit" in n} == own
     assert not any("vit" in n for n, _ in model.named_modules())
-    assert vit.loaded and not any(m.training for m in vit.backbone.modules())
+    vit = model.distillers["vfm"].loaded_vit
+    assert not any(m.training for m in vit.backbone.modules())
     assert not any(p.requires_grad or p.grad is not None for p in vit.backbone.parameters())
     saved = torch.load(weights[NAME])
     loaded = vit.backbone.module.vit.state_dict()
@@ -181,8 +179,7 @@ def test_the_vit_is_hidden_and_frozen(weights) -> None:
 @pytest.mark.parametrize(("kind", "level"), [("faster", "p6"), ("retinanet", "p7")])
 def test_vfm_survives(kind, level, weights) -> None:
     # One image whose level has one cell; no box; half precision in both.
-    vit = teacher_of(weights, dtype=torch.bfloat16)
-    model = distilled(vit, kind=kind, level=level)
+    model = distilled(teacher_of(weights, dtype=torch.bfloat16), kind=kind, level=level)
     flat = make_batch(((128, 128),))
     flat[0]["instances"].gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 8.0, 30.0]]))
     none = make_batch(((128, 128),))
@@ -192,6 +189,7 @@ def test_vfm_survives(kind, level, weights) -> None:
             loss = train_losses(model, batch)["loss_distill"]
         assert loss.dtype == torch.float32 and 0 < float(loss.detach()) < 2
         loss.backward()
+    vit = model.distillers["vfm"].loaded_vit
     assert next(vit.backbone.parameters()).dtype == torch.bfloat16
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
@@ -219,7 +217,7 @@ def test_vfm_beside_ssim_by_a_config(weights, tmp_path) -> None:
     assert isinstance(model.distillers["ssim"], SSIMDistiller)
     # The detector's levels, among which there is no p2, are not the ViT's.
     assert model.distillers["ssim"].levels == ["p3", "p4", "p5", "p6"]
-    model.teacher._load = lambda: (build(stock_config("retinanet", fpn=48), seed=1), "")
+    model.teacher._load = lambda _: (build(stock_config("retinanet", fpn=48), seed=1), "")
     loss = train_losses(model)["loss_distill"]
     parts = [model.metrics[f"distill/{name}_weighted"] for name in ("ssim", "vfm")]
     assert all(part > 0 for part in parts)
@@ -289,6 +287,6 @@ def test_a_detector_that_nothing_reads_is_neither_loaded_nor_run(weights, tmp_pa
     vfm.NAME, vfm.WEIGHTS = NAME, str(weights[NAME])
     vfm.OPTS = [x for pair in VITS[NAME].items() for x in pair]
     model = build(cfg)
-    model.teacher.load()
+    model.load_teacher()
     assert train_losses(model)["loss_distill"] > 0
-    assert not model.teacher.loaded and model.distillers["vfm"].vit.loaded
+    assert model.loaded_teacher is None and model.distillers["vfm"].loaded_vit is not None

@@ -13,6 +13,7 @@ from ssim_kd.modeling import (
     DistillBatch,
     FrozenTeacher,
     LevelMaps,
+    LoadedTeacher,
     PyramidDistiller,
     tappable_levels,
 )
@@ -31,7 +32,8 @@ class VFMDistiller(PyramidDistiller):
         VFMDistiller(vit=vit_teacher("vit_small_patch16_dinov3"), levels=["p4"])
 
     Attributes:
-        vit: hidden as every :class:`FrozenTeacher`: no module, no parameters.
+        vit: as it was found.
+        loaded_vit: with its weights, from the first step on; not a module, no parameters.
     """
 
     @configurable
@@ -53,6 +55,7 @@ class VFMDistiller(PyramidDistiller):
                 "e.g. ['p4']."
             )
         self.vit = vit
+        self.loaded_vit: LoadedTeacher | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -81,8 +84,8 @@ class VFMDistiller(PyramidDistiller):
                 f"MODEL.DISTILL.IN_FEATURES names {level!r}, which the student lacks; it has "
                 f"{list(levels)}."
             )
-        self.vit.set_image_format(getattr(student, "input_format", None) or "BGR")
-        self.vit.tap([TOKENS])
+        self._image_format = getattr(student, "input_format", None) or "BGR"
+        self.vit.check([TOKENS], self._image_format)
         self.bind_shapes({level: levels[level]}, {level: self.vit.levels[TOKENS]})
         self.teacher_taps = ()
 
@@ -90,7 +93,10 @@ class VFMDistiller(PyramidDistiller):
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See :meth:`Distiller.forward`."""
-        tokens = self.vit(batch.images)[TOKENS]
+        if self.loaded_vit is None:
+            loaded = self.vit.load([TOKENS], image_format=self._image_format)
+            self.loaded_vit = loaded.to(batch.images[0].device)
+        tokens = self.loaded_vit(batch.images)[TOKENS]
         return super().forward(student, {self.levels[0]: tokens}, batch)
 
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
@@ -103,6 +109,6 @@ class VFMDistiller(PyramidDistiller):
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "VFMDistiller":
         super()._apply(fn, *args, **kwargs)
         parameter = next(self.parameters(), None)
-        if parameter is not None:
-            self.vit.to(parameter.device)
+        if parameter is not None and self.loaded_vit is not None:
+            self.loaded_vit.to(parameter.device)
         return self

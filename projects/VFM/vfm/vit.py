@@ -77,7 +77,7 @@ def vit_teacher(
                 pixel_std=[255 * x for x in vit.pretrained_cfg["std"]],
             )
 
-    def load() -> tuple[nn.Module, str]:
+    def load(_prefix: str) -> tuple[nn.Module, str]:
         overlay = checked_overlay(timm, name, weights, arguments, key="MODEL.DISTILL.VFM.WEIGHTS")
         try:
             return build("cpu", pretrained=True, pretrained_cfg_overlay=overlay), ""

@@ -194,7 +194,7 @@ def test_the_gradient_reaches_student_and_adapters_alone(loss, weights_of) -> No
     # p6 is a single row of cells for these images, and p5 little more.
     for level in ("p2", "p3", "p4", "p5"):
         assert model.distillers[loss].adapters[level].weight.grad.any(), level
-    assert all(p.grad is None for p in model.teacher.backbone.parameters())
+    assert all(p.grad is None for p in model.teacher.model.backbone.parameters())
 
 
 @pytest.mark.parametrize("kind", ["faster", "retinanet"])

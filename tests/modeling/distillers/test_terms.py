@@ -87,11 +87,9 @@ def test_build_distillers_with_a_wrong_term(terms, named, weights_of) -> None:
 
 def test_heads_of_the_teacher_are_absent_unless_asked_for(weights_of) -> None:
     without = model_of([SSIM], weights_of("faster"), kinds=("faster", "faster"))
-    without.teacher.load()
-    assert without.teacher.model is None
+    assert without.load_teacher().detector is None
     both = model_of([SSIM, ["RCNNHeadDistiller"]], weights_of("faster"), kinds=("faster", "faster"))
-    both.teacher.load()
-    heads = both.teacher.model.roi_heads
+    heads = both.load_teacher().detector.roi_heads
     assert not any(m.training for m in heads.modules())
     assert not any(p.requires_grad for p in heads.parameters())
     saved = torch.load(weights_of("faster"))["model"]
