@@ -63,11 +63,12 @@ def _run(args: argparse.Namespace) -> int:
                 if not records.tuned.keys() >= set(wanted):
                     finish([*runs.values()], study.models, records, place)
                     tune(study, wanted, records, place)
-                for run in study.stage(name, records.tuned):
-                    if run.arm in (args.arms or [run.arm]) and run.seed in (
-                        args.seeds or [run.seed]
-                    ):
-                        runs[run.key] = run
+                for by_slot in study.stage(name, records.tuned).values():
+                    for run in by_slot.values():
+                        if run.arm in (args.arms or [run.arm]) and run.seed in (
+                            args.seeds or [run.seed]
+                        ):
+                            runs[run.key] = run
             finish([*runs.values()], study.models, records, place)
         except TrainingError as error:
             print(f"\n{error}", file=sys.stderr)
@@ -77,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_names(args: argparse.Namespace, study: Study) -> None:
-    seeds = {seed for stage in study.content["stages"].values() for seed in stage["seeds"]}
+    seeds = {seed for stage in study.content["stages"] for _, seed in study.slots(stage)}
     known = {"stages": study.content["stages"], "arms": study.content["arms"], "seeds": seeds}
     for flag, names in known.items():
         unknown = sorted(set(getattr(args, flag) or ()) - set(names))

@@ -5,17 +5,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .analysis import Stage
+from .analysis import Stage, distinct
 
 
 def differences(stage: Stage) -> Figure:
-    """Paired differences in AP: each seed a dot, the mean with its interval a bar."""
+    """Paired differences in AP: each unit a dot, the mean with its interval a bar."""
     figure, axes = _figure(6.4, 0.9 + 0.45 * len(stage.contrasts))
     for row, contrast in enumerate(stage.contrasts):
-        ours, theirs = stage.records[contrast.arm], stage.records[contrast.against]
-        each = [ours[s]["metrics"]["AP"] - theirs[s]["metrics"]["AP"] for s in contrast.seeds]
         found = contrast.differences["AP"]
-        axes.plot(each, np.full(len(each), row), "o", color="0.6", markersize=4, alpha=0.7)
+        axes.plot(contrast.each, np.full(found.n, row), "o", color="0.6", markersize=4, alpha=0.7)
         if found.n > 1:
             half = found.high - found.mean
             axes.errorbar(found.mean, row, xerr=half, fmt="D", color="C0", capsize=4, markersize=5)
@@ -25,25 +23,26 @@ def differences(stage: Stage) -> Figure:
     labels = [f"{contrast.arm} − {contrast.against}" for contrast in stage.contrasts]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel("difference in AP, paired by seed; bar: 95% interval of the mean")
+    axes.set_xlabel(f"difference in AP, a dot a {stage.unit}; bar: 95% interval of the mean")
     return figure
 
 
 def curves(stage: Stage) -> Figure:
-    """AP over iterations: the mean over seeds, and one SD to either side."""
+    """AP over iterations: the mean over students, and one SD to either side."""
     figure, axes = _figure(6.4, 3.8)
-    for number, (arm, by_seed) in enumerate(stage.records.items()):
+    for number, (arm, by_slot) in enumerate(stage.records.items()):
         points: dict[int, list[float]] = {}
-        for record in by_seed.values():
+        found = distinct(by_slot)
+        for record in found:
             for iteration, value in record["curve"]:
                 points.setdefault(iteration, []).append(value)
         x = sorted(points)
         mean = np.array([np.mean(points[i]) for i in x])
         sd = np.array([np.std(points[i], ddof=1) if len(points[i]) > 1 else 0.0 for i in x])
-        axes.plot(x, mean, "o-", color=f"C{number}", markersize=3, label=f"{arm} ({len(by_seed)})")
+        axes.plot(x, mean, "o-", color=f"C{number}", markersize=3, label=f"{arm} ({len(found)})")
         axes.fill_between(x, mean - sd, mean + sd, color=f"C{number}", alpha=0.15, linewidth=0)
     axes.set_xlabel("iteration")
-    axes.set_ylabel("AP, mean ± SD over seeds")
+    axes.set_ylabel("AP, mean ± SD over students")
     axes.legend(frameon=False, fontsize=8)
     return figure
 

@@ -104,9 +104,13 @@ def _provenance(study: Study, records: Records, page: Path) -> str:
             "`--report` it only writes. Do not edit this page.\n",
             f"{len(records.runs)} trainings, {hours:.1f} hours of processor time, commit "
             f"{', '.join(commits)}. CPU s is the processor time of a training with its start and "
-            "its evaluations; MB is the most memory it held. SD is that over seeds. Differences "
-            "are paired by seed, with the 95% t interval of their mean, and p is the exact "
-            "two-sided sign-flip p, of which n pairs give 2 / 2^n at least.\n",
+            "its evaluations; MB is the most memory it held. Differences are paired by teacher and "
+            "seed. With teachers as units the students of a teacher are averaged first, and mean, "
+            "SD, 95% t interval and the exact two-sided sign-flip p are over teachers (n units "
+            "give a p of 2 / 2^n at least); an arm without a teacher has its SD over seeds. SD of "
+            "teachers and SD of students are the two parts of the variance of the differences in "
+            "AP. With students as units the interval is over the students of these teachers, and "
+            "says nothing of another teacher.\n",
             *where,
             "",
         ]

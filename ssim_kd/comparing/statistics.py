@@ -1,4 +1,4 @@
-"""The statistics of a comparison with seeds: paired differences, intervals, exact tests."""
+"""The statistics of a comparison: paired differences, intervals, exact tests, variances."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ class Summary:
     """Mean and spread of one arm.
 
     Attributes:
-        n: number of seeds.
+        n: number of values.
         mean: of the values.
         sd: standard deviation of the sample (n - 1); NaN for one value.
     """
@@ -25,6 +25,20 @@ class Summary:
     n: int
     mean: float
     sd: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the variance of students nested in teachers lies.
+
+    Attributes:
+        teachers: standard deviation between teachers, without what their students add to it; NaN
+            for one teacher, or if no teacher has two students.
+        students: standard deviation between the students of a teacher; NaN if none has two.
+    """
+
+    teachers: float
+    students: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,30 @@ def summarise(values: Sequence[float]) -> Summary:
         raise ValueError("values is empty: expected at least one.")
     x = np.asarray(values, dtype=np.float64)
     return Summary(len(x), float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan)
+
+
+def spread(groups: Sequence[Sequence[float]]) -> Spread:
+    """Return the two standard deviations of a one-way random-effects analysis of variance.
+
+    Args:
+        groups: the values of each teacher's students; groups may differ in size. Source: Searle,
+            Casella & McCulloch, Variance Components (1992), 3.6.
+
+    Example:
+        >>> spread([[1.0, 3.0], [5.0, 7.0]])  # mean squares 16 and 2; (16 - 2) / 2
+        Spread(teachers=2.6457513110645907, students=1.4142135623730951)
+    """
+    sizes = np.array([len(group) for group in groups])
+    n, k = int(sizes.sum()), len(sizes)
+    if n == k:
+        return Spread(math.nan, math.nan)
+    means = np.array([np.mean(group) for group in groups])
+    within = sum(float(np.square(np.asarray(g) - np.mean(g)).sum()) for g in groups) / (n - k)
+    if k == 1:
+        return Spread(math.nan, math.sqrt(within))
+    between = float((sizes * np.square(means - sizes @ means / n)).sum()) / (k - 1)
+    size = (n - float(np.square(sizes).sum()) / n) / (k - 1)
+    return Spread(math.sqrt(max(0.0, (between - within) / size)), math.sqrt(within))
 
 
 def paired_difference(differences: Sequence[float], *, confidence: float = 0.95) -> Difference:

@@ -12,8 +12,12 @@ import yaml
 from detectron2.config import CfgNode
 
 WEIGHT_KEY = "MODEL.DISTILL.LOSS_WEIGHT"
-TUNED = "tuned"
+TUNED, AUTO = "tuned", "auto"
 ARM_KEYS = {"weight", "opts", "teacher", "config", "start", "script"}
+UNITS = ("teacher", "student")
+
+#: A student of a stage, whatever its arm: the name of its teacher ("" for none), and its seed.
+Slot = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -76,27 +80,31 @@ class Study:
         names = self.content["stages"][stage]["arms"]
         return [name for name in names if arms[name].get("weight") != TUNED or name in weights]
 
-    def stage(self, name: str, weights: Mapping[str, float]) -> list[Run]:
-        """The trainings of a stage: each arm whose weight is known with each seed.
+    def slots(self, stage: str) -> list[Slot]:
+        """The students of each arm of a stage, teacher by teacher."""
+        students = self.content["stages"][stage]["design"]["students"]
+        return [(teacher, seed) for teacher, seeds in students.items() for seed in seeds]
 
-        Two stages share a training where they ask for the same: its key holds the arm, and
-        "variant" where the stage has that (it must, where it changes "opts").
+    def stage(self, name: str, weights: Mapping[str, float]) -> dict[str, dict[Slot, Run]]:
+        """The trainings of a stage, by arm and slot: each arm whose weight is known.
+
+        Slots and stages share a training if they ask for the same: its key holds the arm, and
+        "variant" if the stage has that (it must, if it changes "opts"). An arm without a teacher
+        has one training for all slots of a seed.
 
         Args:
             name: of the stage.
             weights: tuned weight of each arm that has one.
         """
         stage = self.content["stages"][name]
-        teachers = stage.get("teachers", [""])
         prefix = stage.get("variant", "students")
-        return [
-            # The teacher changes with the seed: all arms of a seed have the same one.
-            self.student(
-                f"{prefix}/{arm}", arm, seed, teachers[seed % len(teachers)], weights, stage
-            )
-            for seed in stage["seeds"]
+        return {
+            arm: {
+                (teacher, seed): self.student(f"{prefix}/{arm}", arm, seed, teacher, weights, stage)
+                for teacher, seed in self.slots(name)
+            }
             for arm in self.arms(name, weights)
-        ]
+        }
 
     def trials(self, arm: str, weight: float) -> list[Run]:
         """The trainings that tell what a weight is worth, on the tuning split."""
@@ -125,7 +133,8 @@ class Study:
         if weight is None:
             teacher = ""
         else:
-            opts[WEIGHT_KEY] = float(weights[arm] if weight == TUNED else weight)
+            weight = weights[arm] if weight == TUNED else weight
+            opts[WEIGHT_KEY] = AUTO if weight == AUTO else float(weight)
         if teacher:
             teacher = asked.get("teacher", teacher)
         key = "/".join([prefix, *([teacher] if teacher else []), str(seed)])
@@ -186,10 +195,28 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f"{path}: {place} names {unknown}: expected arms of {sorted(content['arms'])}."
             )
+    for name, stage in content["stages"].items():
+        _check_design(f"{path}: stages.{name}.design", stage.get("design"), content)
     study = Study(path.resolve(), content)
     # Refuses a start or a teacher that is not there.
     _ = study.models
     return study
+
+
+def _check_design(place: str, design: Any, content: Mapping[str, Any]) -> None:
+    if not isinstance(design, dict) or design.keys() != {"unit", "students"}:
+        raise ValueError(
+            f"{place} is {design!r}: expected {{unit: teacher, students: {{t1: [1], t2: [2]}}}} "
+            "or the like, see studies/README.md."
+        )
+    if design["unit"] not in UNITS:
+        raise ValueError(f"{place}.unit is {design['unit']!r}: expected one of {UNITS}.")
+    models = sorted(content.get("models", {}))
+    unknown = sorted(set(design["students"]) - {"", *models})
+    if unknown:
+        raise ValueError(
+            f'{place}.students names {unknown}: expected models of {models}, or "" for no teacher.'
+        )
 
 
 def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from .analysis import Stage
+from .analysis import Stage, distinct
 from .records import METRICS, Record, Records
 from .statistics import Difference, Summary, summarise
-from .study import TUNED, Study
+from .study import AUTO, TUNED, Study
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,39 +19,44 @@ def arms_table(stage: Stage, study: Study, records: Records) -> str:
     """Mean and SD of each metric, with time and memory, one row an arm."""
     rows = []
     for arm, by_metric in stage.summaries.items():
-        found = list(stage.records[arm].values())
+        found = distinct(stage.records[arm])
         metrics = [f"{by_metric[name].mean:.1f}" for name in METRICS[1:]]
         rows.append(
             [
                 arm,
                 _weight(arm, study, records),
-                str(by_metric["AP"].n),
+                str(len({record["teacher"] for record in found if "teacher" in record}) or ""),
+                str(len(found)),
                 _with_sd(by_metric["AP"]),
                 *metrics,
                 _mean_of(found, "cpu_seconds"),
                 _mean_of(found, "peak_memory_mb"),
             ]
         )
-    head = ["arm", "lambda", "seeds", "AP ± SD", *METRICS[1:], "CPU s", "MB"]
+    head = ["arm", "lambda", "teachers", "students", "AP ± SD", *METRICS[1:], "CPU s", "MB"]
     return table(head, rows)
 
 
 def contrasts_table(stage: Stage) -> str:
     """Paired differences, one row a contrast."""
     primary = any(contrast.p_holm is not None for contrast in stage.contrasts)
+    nested = stage.unit == "teacher"
     rows = []
     for contrast in stage.contrasts:
         found = contrast.differences
         row = [
             f"{contrast.arm} − {contrast.against}",
-            str(len(contrast.seeds)),
+            str(found["AP"].n),
             _interval(found["AP"]),
             f"{found['AP'].p:.4f}",
         ]
         if primary:
             row.append("" if contrast.p_holm is None else f"{contrast.p_holm:.4f}")
+        if nested:
+            row += [_number(contrast.spread.teachers), _number(contrast.spread.students)]
         rows.append([*row, *(_interval(found[name]) for name in METRICS[1:])])
-    head = ["difference", "pairs", "AP [95%]", "p", *(["p (Holm)"] if primary else [])]
+    head = ["difference", f"{stage.unit}s", "AP [95%]", "p", *(["p (Holm)"] if primary else [])]
+    head += ["SD of teachers", "SD of students"] if nested else []
     return table([*head, *METRICS[1:]], rows)
 
 
@@ -60,10 +65,10 @@ def identical_table(stage: Stage, pairs: Sequence[Sequence[str]]) -> str:
     rows = []
     for arm, against in pairs:
         ours, theirs = stage.records.get(arm, {}), stage.records.get(against, {})
-        for seed in sorted(ours.keys() & theirs.keys()):
-            hashes = [found[seed]["weights_sha256"] for found in (ours, theirs)]
+        for slot in sorted(ours.keys() & theirs.keys()):
+            hashes = [found[slot]["weights_sha256"] for found in (ours, theirs)]
             same = hashes[0] == hashes[1]
-            rows.append([f"{arm}, {against}", str(seed), *hashes, _ok(same)])
+            rows.append([f"{arm}, {against}", str(slot[1]), *hashes, _ok(same)])
     return table(["arms", "seed", "SHA-256", "SHA-256", "the same"], rows) if rows else ""
 
 
@@ -99,13 +104,12 @@ def models_table(study: Study, records: Records) -> str:
 def gates(stage: Stage, study: Study, records: Records, baseline: str) -> str:
     """What has to hold before arms may be compared, and whether it does."""
     found = stage.summaries[baseline]["AP"]
-    seeds = list(stage.records[baseline].values())
-    last_third = [_last_third(record["curve"]) for record in seeds]
+    last_third = [_last_third(record["curve"]) for record in distinct(stage.records[baseline])]
     moved = summarise([value for value in last_third if value is not None])
     teachers = [
         record["metrics"]["AP"]
-        for name in study.content["stages"][stage.name].get("teachers", [])
-        if (record := records.of(study.models[name])) is not None
+        for name in study.content["stages"][stage.name]["design"]["students"]
+        if name and (record := records.of(study.models[name])) is not None
     ]
     gap = min(teachers) - found.mean if teachers else math.nan
     rows = [
@@ -143,7 +147,9 @@ def _weight(arm: str, study: Study, records: Records) -> str:
     weight = study.content["arms"][arm].get("weight")
     if weight is None:
         return ""
-    return f"{records.tuned[arm]:g} (tuned)" if weight == TUNED else f"{weight:g}"
+    if weight == TUNED:
+        return f"{records.tuned[arm]:g} (tuned)"
+    return AUTO if weight == AUTO else f"{weight:g}"
 
 
 def _interval(found: Difference) -> str:

@@ -23,7 +23,8 @@ def arms() -> Iterator[tuple[str, Run]]:
     """Each arm of each study once; a script registers what its own arm needs."""
     for name, study in STUDIES.items():
         weights = dict.fromkeys(study.content["arms"], 1.0)
-        runs = [run for stage in study.content["stages"] for run in study.stage(stage, weights)]
+        stages = [study.stage(stage, weights) for stage in study.content["stages"]]
+        runs = [run for arms in stages for by_slot in arms.values() for run in by_slot.values()]
         yield from (
             (name, run) for run in {run.arm: run for run in runs if not run.script}.values()
         )

@@ -76,8 +76,7 @@ STUDY: dict[str, Any] = {
     "stages": {
         "main": {
             "arms": ["none", "ssim", "ssim_30"],
-            "seeds": [1, 3],
-            "teachers": ["t1", "t2"],
+            "design": {"unit": "student", "students": {"t2": [1, 3]}},
             "gates": "none",
             "contrasts": [["ssim", "none"], ["ssim", "ssim_30"]],
             "primary": [["ssim", "none"], ["ssim", "ssim_30"]],
@@ -173,7 +172,7 @@ def test_a_study_is_run_tuned_resumed_and_reported(
     assert record["teacher_sha256"] == records.runs["models/t2"]["weights_sha256"]
     assert {"cpu_seconds", "peak_memory_mb", "seconds", "commit", "opts"} <= record.keys()
     found = records.statistics["main"]["contrasts"][1]
-    assert found["seeds"] == [1, 3]
+    assert found["slots"] == [["t2", 1], ["t2", 3]]
     assert found["differences"]["AP"]["p"] == 0.5
     page = (bench.root / "own.md").read_text()
     assert "| ssim − none | 2 | +5.0" in page
@@ -187,12 +186,19 @@ def test_a_study_is_run_tuned_resumed_and_reported(
     assert bench.records.read_text() == before
 
     # More seeds: their models are made anew, and nothing else.
-    more = {**STUDY["stages"]["main"], "seeds": [1, 3, 4], "arms": ["none", "ssim_30"]}
+    design = {"unit": "teacher", "students": {"t1": [4, 3], "t2": [1, 3]}}
+    more = {**STUDY["stages"]["main"], "design": design, "arms": ["none", "ssim_30"]}
     bench.write({**STUDY, "stages": {"main": more}})
     assert bench.run() == 0
     assert bench.calls() == [
-        "models/start", "models/t1", "students/none/4", "students/ssim_30/t1/4"
+        "models/start", "models/t1", "students/none/4",
+        "students/ssim_30/t1/3", "students/ssim_30/t1/4",
     ]  # fmt: skip
+    # Two teachers of two students each, which share the plain students of their seeds.
+    arms = Records(bench.records).statistics["main"]["arms"]
+    assert (arms["none"]["AP"]["n"], arms["ssim_30"]["AP"]["n"]) == (3, 2)
+    assert arms["ssim_30"]["AP"]["mean"] == pytest.approx((3.5 + 2) / 2 + 44)
+    assert "| ssim_30 | 30 | 2 | 4 |" in (bench.root / "own.md").read_text()
 
 
 def test_trainings_go_through_submitit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +211,7 @@ torch.save({"model": {"x": torch.tensor([float(ap)])}}, folder / "model_final.pt
 """
     )
     (bench.root / "code" / "train_net.py").write_text(script)
-    stage = {"arms": ["none"], "seeds": [1], "title": "One"}
+    stage = {"arms": ["none"], "design": {"unit": "student", "students": {"": [1]}}, "title": "One"}
     bench.write({**STUDY, "students": {"config": "student.yaml"}, "stages": {"one": stage}})
     assert bench.run() == 0
     record = Records(bench.records).runs["students/none/1"]
@@ -215,16 +221,17 @@ torch.save({"model": {"x": torch.tensor([float(ap)])}}, folder / "model_final.pt
 
 def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
     def fingerprints() -> list[str]:
-        return [run.fingerprint for run in bench.study.stage("main", {"ssim": 3.0})]
+        arms = bench.study.stage("main", {"ssim": 3.0})
+        return [run.fingerprint for by_slot in arms.values() for run in by_slot.values()]
 
     first = fingerprints()
     assert len(set(first)) == 6
     assert fingerprints() == first
     changed = {**STUDY, "models": {**STUDY["models"], "t2": {"config": "teacher.yaml", "seed": 5}}}
     bench.write(changed)
-    # none, ssim and ssim_30 of seed 1 and of seed 3: both seeds have t2.
+    # Both seeds of none, of ssim and of ssim_30.
     same = [a == b for a, b in zip(first, fingerprints(), strict=True)]
-    assert same == [True, False, False] * 2
+    assert same == [True, True, *[False] * 4]
 
 
 @pytest.mark.parametrize(
@@ -236,12 +243,18 @@ def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
         ({"tuning": None}, "arms.ssim has the weight tuned"),
         ({"arms": {**STUDY["arms"], "none": {"wieght": 4}}}, "arms.none has .*wieght"),
         *(
-            ({"stages": {"main": {**STUDY["stages"]["main"], key: named}}}, f"stages.main.{key}")
+            (
+                {"stages": {"main": {**STUDY["stages"]["main"], key.split(".")[0]: named}}},
+                f"stages.main.{key}",
+            )
             for key, named in {
                 "contrasts": [["ssim", "nnoe"]],
                 "primary": [["simm", "none"]],
                 "identical": [["ssim", "l9"]],
                 "gates": "nnoe",
+                "design": [1, 2],
+                "design.unit": {"unit": "seed", "students": {"t1": [1]}},
+                "design.students": {"unit": "teacher", "students": {"t9": [1]}},
             }.items()
         ),
     ],

@@ -17,30 +17,44 @@ STUDIES = Path(__file__).resolve().parents[2] / "studies"
 FILES = sorted(STUDIES.glob("results/*.json"))
 
 
+def over_units(found: dict[tuple[str, int], float], unit: str) -> np.ndarray:
+    """One value a student, or the mean over the students of each teacher."""
+    if unit == "student":
+        return np.array(list(found.values()))
+    teachers = dict.fromkeys(teacher for teacher, _ in found)
+    return np.array([np.mean([x for (t, _), x in found.items() if t == name]) for name in teachers])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_statistics_follow_from_the_records(path: Path) -> None:
     study, records = read_study(STUDIES / f"{path.stem}.yaml"), Records(path)
     assert records.statistics
     for name, found in records.statistics.items():
-        values: dict[str, dict[int, dict[str, float]]] = {}
-        for run in study.stage(name, records.tuned):
-            record = records.of(run)
-            if record is not None:
-                values.setdefault(run.arm, {})[run.seed] = record["metrics"]
-        assert values.keys() == found["arms"].keys()
+        unit = study.content["stages"][name]["design"]["unit"]
+        keys = {
+            arm: {slot: run.key for slot, run in by_slot.items() if records.of(run)}
+            for arm, by_slot in study.stage(name, records.tuned).items()
+        }
+        assert {arm for arm, by_slot in keys.items() if by_slot} == set(found["arms"])
         for arm, by_metric in found["arms"].items():
             for metric in METRICS:
-                each = [metrics[metric] for metrics in values[arm].values()]
-                assert by_metric[metric]["n"] == len(each)
-                assert by_metric[metric]["mean"] == pytest.approx(np.mean(each), abs=1e-3)
-                if len(each) > 1:
-                    sd = np.std(each, ddof=1)
+                each = {s: records.runs[key]["metrics"][metric] for s, key in keys[arm].items()}
+                values = over_units(each, unit)
+                if study.content["arms"][arm].get("weight") is None:  # no teacher: over seeds
+                    values = np.array(list({seed: x for (_, seed), x in each.items()}.values()))
+                assert by_metric[metric]["n"] == len(values)
+                assert by_metric[metric]["mean"] == pytest.approx(values.mean(), abs=1e-3)
+                if len(values) > 1:
+                    sd = np.std(values, ddof=1)
                     assert by_metric[metric]["sd"] == pytest.approx(sd, abs=1e-3)
         for contrast in found["contrasts"]:
-            ours, theirs = values[contrast["arm"]], values[contrast["against"]]
-            assert contrast["seeds"] == sorted(ours.keys() & theirs.keys())
-            each = np.array([ours[s]["AP"] - theirs[s]["AP"] for s in contrast["seeds"]])
+            ours, theirs = keys[contrast["arm"]], keys[contrast["against"]]
+            slots = [tuple(slot) for slot in contrast["slots"]]
+            assert sorted(slots) == sorted(ours.keys() & theirs.keys())
+            ap = {key: record["metrics"]["AP"] for key, record in records.runs.items()}
+            each = over_units({s: ap[ours[s]] - ap[theirs[s]] for s in slots}, unit)
             difference = contrast["differences"]["AP"]
+            assert difference["n"] == len(each)
             assert difference["mean"] == pytest.approx(each.mean(), abs=1e-3)
             if len(each) > 1:
                 low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
@@ -54,7 +68,8 @@ def test_every_record_is_of_a_training_that_the_study_asks_for(path: Path) -> No
     study, records = read_study(STUDIES / f"{path.stem}.yaml"), Records(path)
     asked = [*study.models.values()]
     for name in study.content["stages"]:
-        asked += study.stage(name, records.tuned)
+        for by_slot in study.stage(name, records.tuned).values():
+            asked += by_slot.values()
     for key in records.runs:
         if key.startswith("tuning/"):
             arm, weight = key.split("/")[1:3]

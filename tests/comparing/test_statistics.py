@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssim_kd.comparing.statistics import holm, paired_difference, sign_flip_p, summarise
+from ssim_kd.comparing.statistics import holm, paired_difference, sign_flip_p, spread, summarise
 
 
 def test_summarise_of_three() -> None:
@@ -48,6 +48,31 @@ def test_paired_difference_agrees_with_scipy() -> None:
 def test_paired_difference_of_too_few_or_many_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"{n} pairs: expected 1 to 20"):
         paired_difference([1.0] * n)
+
+
+@pytest.mark.parametrize(
+    "groups, teachers, students",
+    [
+        # Means 2 and 6 of two each: mean squares 16 and 2.
+        ([[1.0, 3.0], [5.0, 7.0]], math.sqrt(7), math.sqrt(2)),
+        # Less between than within: none is left for the teachers.
+        ([[0.0, 4.0], [1.0, 3.0]], 0.0, math.sqrt(5)),
+        # Means 1, 3, 5 about 2.5: 2 x 2.25 + 0.25 + 6.25 = 11, / 2; size (4 - 6 / 4) / 2 = 1.25.
+        ([[0.0, 2.0], [3.0], [5.0]], math.sqrt((5.5 - 2) / 1.25), math.sqrt(2)),
+        ([[1.0, 3.0]], math.nan, math.sqrt(2)),
+        ([[1.0], [3.0]], math.nan, math.nan),
+    ],
+)
+def test_spread_by_hand(groups: list[list[float]], teachers: float, students: float) -> None:
+    found = spread(groups)
+    assert (found.teachers, found.students) == pytest.approx((teachers, students), nan_ok=True)
+
+
+def test_spread_finds_what_it_was_drawn_with() -> None:
+    random = np.random.default_rng(0)
+    means = random.normal(0.0, 3.0, 2000)
+    found = spread([random.normal(m, 0.5, random.integers(1, 4)).tolist() for m in means])
+    assert (found.teachers, found.students) == pytest.approx((3.0, 0.5), rel=0.05)
 
 
 @pytest.mark.parametrize(
