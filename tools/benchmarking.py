@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ssim_kd.config import add_distill_config
+from ssim_kd.engine.report import commit
 from ssim_kd.projects import add_project_configs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,11 +68,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     if cpuinfo.exists():
         lines = [v for v in cpuinfo.read_text().splitlines() if v.startswith("model name")]
         processor = lines[0].split(":", 1)[1].strip() if lines else processor
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or processor,
@@ -82,7 +77,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit,
+        "commit": commit() or "unknown",
         "load": os.getloadavg(),
     }
 

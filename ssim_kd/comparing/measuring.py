@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..data.digits.dataset import DIGITS_NAMES, splits_from_config
 from ..metrics_file import read_metrics
+from ..run_file import read_run_file
 
 NAMES = ("AP", "AP50", "AP75")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy")
@@ -48,7 +48,7 @@ def measure(
         "curve": [[i, round(_or_zero(ap), 2)] for i, ap in series["bbox/AP"].pairs()],
         **measured,
         "weights_sha256": weights_hash(folder / "model_final.pth"),
-        "commit": _git(code, "rev-parse", "--short=10", "HEAD"),
+        "commit": read_run_file(folder).get("commit", ""),
     }
     if request["teacher_sha256"]:
         own["teacher_sha256"] = request["teacher_sha256"]
@@ -137,8 +137,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _git(folder: str, *arguments: str) -> str:
-    found = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else ""

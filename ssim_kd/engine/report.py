@@ -3,12 +3,18 @@
 import importlib
 import importlib.util
 import logging
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+
+from ..run_file import write_run_file
 
 logger = logging.getLogger(__name__)
 
@@ -16,13 +22,50 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def log_version() -> None:
-    """Log the version of ssim_kd, its commit and the command, which the report reads."""
+    """Log the version of ssim_kd, its commit and the command."""
+    logger.info("ssim_kd %s, commit %s.", _version(), commit() or "none: no checkout")
+    logger.info("Command: %s", _command())
+
+
+def write_run(
+    output_dir: str, *, config: str, seed: int, weights: str, teacher: Any, sha256: str
+) -> None:
+    """Write ``run.json`` as a training starts; see :func:`ssim_kd.run_file.read_run_file`.
+
+    Args:
+        output_dir: of the training.
+        config: kind of config.
+        seed: that was drawn or given.
+        weights: that the student starts from.
+        teacher: a :class:`FrozenTeacher`; None without.
+        sha256: of its weights.
+    """
+    # Detectron2's table, without its rulers and the folders of packages.
+    pairs = re.findall(r"^([^\s-].*?) {2,}(\S.*?)(?: @\S+)? *$", collect_env_info(), re.M)
+    facts: dict[str, Any] = {
+        "ssim_kd": _version(),
+        "commit": commit(),
+        "command": _command(),
+        "config": config,
+    }
+    facts |= {"seed": seed, "weights": weights, "environment": dict(pairs), "teacher": None}
+    if teacher is not None:
+        source = teacher.source
+        named = {"name": source.name, "weights": source.weights} if source else {}
+        facts["teacher"] = {**named, "sha256": sha256}
+    write_run_file(output_dir, facts)
+
+
+def _version() -> str:
     # By name: the package's own names are those of its parts, and an import would be a circle.
-    version = importlib.import_module(__name__.partition(".")[0]).__version__
-    logger.info("ssim_kd %s, commit %s.", version, commit() or "none: no checkout")
+    version: str = importlib.import_module(__name__.partition(".")[0]).__version__
+    return version
+
+
+def _command() -> str:
     # Processes that were spawned have the arguments of the one that did it.
     python = ["python"] if sys.argv[0].endswith(".py") else []
-    logger.info("Command: %s", shlex.join([*python, *sys.argv]))
+    return shlex.join([*python, *sys.argv])
 
 
 def commit() -> str:
@@ -52,6 +95,8 @@ def write_report(output_dir: str) -> None:
     if not comm.is_main_process():
         return
     path = Path(output_dir, "report.html")
+    if torch.cuda.is_initialized():
+        write_run_file(output_dir, {"peak_memory_mb": torch.cuda.max_memory_allocated() >> 20})
     if importlib.util.find_spec("jinja2") is None:
         logger.info("%s is not written: pip install 'ssim_kd[report]' for it.", path)
         return

@@ -34,7 +34,7 @@ from .hooks import (
     SavedEvaluation,
     VisualizeDistillation,
 )
-from .report import write_report
+from .report import write_report, write_run
 from .settings import Settings, as_text, differences
 from .signals import StopOnSignal
 from .trackers import TrackerWriter
@@ -43,6 +43,8 @@ from .writers import GuardedWriter, PeriodicWriter
 
 logger = logging.getLogger(__name__)
 
+# The kind of a config, by what it calls the length of the training.
+_KINDS = {"SOLVER.MAX_ITER": "YAML", "train.max_iter": "LazyConfig"}
 Evaluate = Callable[[], Mapping[str, Any]]
 #: Keys of a config that change nothing in what a run computes.
 _LEFT_OUT = ("OUTPUT_DIR", "TRACKING", "output_dir", "train.output_dir", "train.writers")
@@ -256,6 +258,15 @@ class Training(TrainerBase):
         if isinstance(distilled, DistilledDetector):
             # Before hooks see the weights: an average of them begins with these.
             distilled.inherit(self.start_iter)
+        if comm.is_main_process():
+            write_run(
+                self.settings.output_dir,
+                config=_KINDS.get(self.settings.key("max_iter"), "Python"),
+                seed=self.seed,
+                weights=self.settings.weights,
+                teacher=distilled.teacher if self._distills else None,
+                sha256=self.teacher_sha256,
+            )
         TrainerBase.train(self, self.start_iter, self.max_iter)
         return self._last_eval_results
 

@@ -39,6 +39,9 @@ class FrozenTeacher:
         options: how it runs.
     """
 
+    #: Where it was found; None for a module.
+    source: TeacherSource | None = None
+
     def __init__(
         self,
         model: Any,
@@ -111,7 +114,9 @@ class FrozenTeacher:
     @classmethod
     def _from_source(cls, source: TeacherSource, **options: Any) -> "FrozenTeacher":
         load, input_format = partial(_load, source), source.input_format
-        return cls(build_structure(source), input_format=input_format, load=load, **options)
+        teacher = cls(build_structure(source), input_format=input_format, load=load, **options)
+        teacher.source = source
+        return teacher
 
     @property
     def levels(self) -> dict[str, ShapeSpec]:

@@ -41,9 +41,7 @@ def teacher_iteration(run: Run, teacher: Run) -> int | None:
     Raises:
         NotAvailableError: the weights are a checkpoint that was not evaluated.
     """
-    name = Path(
-        str(run.get("MODEL.DISTILL.TEACHER.WEIGHTS", "model.teacher.weights", "") or "")
-    ).name
+    name = Path(_teachers_weights(run)).name
     series = teacher.boxes().get("AP")
     best = name == BEST or (not name and not _has_final(teacher))
     if series is None:
@@ -60,7 +58,9 @@ def teacher_iteration(run: Run, teacher: Run) -> int | None:
 
 
 def _teachers_weights(run: Run) -> str:
-    return str(run.get("MODEL.DISTILL.TEACHER.WEIGHTS", "model.teacher.weights", "") or "")
+    # What was taken; of older runs, what was asked for.
+    asked = run.get("MODEL.DISTILL.TEACHER.WEIGHTS", "model.teacher.weights", "")
+    return run.teacher.get("weights") or str(asked or "")
 
 
 def _has_final(run: Run) -> bool:

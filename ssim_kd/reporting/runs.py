@@ -1,4 +1,4 @@
-"""Reads what a training left in its folder: config.yaml, metrics.json, log.txt."""
+"""Reads what a training left in its folder: config.yaml, metrics.json, run.json."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,15 +9,13 @@ from typing import Any
 import yaml
 
 from ..metrics_file import METRICS_FILE, Series, read_metrics
+from ..run_file import RUN_FILE, read_run_file
 
 #: Where Detectron2's COCOEvaluator leaves the detections, below the folder of a run.
 PREDICTIONS = "inference/coco_instances_results.json"
 # Tasks of Detectron2's evaluators: what stands before the name of a metric.
 _TASKS = r"(?:bbox|segm|keypoints|box_proposals|sem_seg|panoptic_seg)(?:_TTA)?"
 _METRIC = re.compile(rf"(?:(?P<set>.+)/)?(?P<task>{_TASKS})/(?P<metric>.+)", re.S)
-# A pair of a key and a value in Detectron2's table of the environment.
-_PAIR = re.compile(r"(\S.*?)\s{2,}(\S.*)")
-_INSTALLED_AT = re.compile(r"\s@\S+$")
 
 
 class NotAvailableError(Exception):
@@ -33,10 +31,8 @@ class Run:
         config: values by dotted key; {} where config.yaml is missing or not readable.
         config_text: the file.
         series: of metrics.json, by name.
-        environment: pairs of log.txt, in its order.
-        command: of the last start, for a shell; of older logs what they have of its arguments.
-        commit: of ssim_kd, as the log has it.
-        memory: peak of the GPU memory in MiB, None where the log has none.
+        environment, command, commit, teacher: of run.json; empty without one.
+        memory: peak of the GPU memory in MiB, None if run.json has none.
         problems: sentences on what is missing or damaged.
     """
 
@@ -44,10 +40,11 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     series: dict[str, Series] = field(default_factory=dict)
-    environment: list[tuple[str, str]] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
     command: str = ""
     commit: str = ""
     memory: int | None = None
+    teacher: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def get(self, key: str, lazy_key: str = "", default: Any = None) -> Any:
@@ -111,7 +108,7 @@ def read_run(folder: Path) -> Run:
         )
     run = read_config(folder)
     _read_metrics(run)
-    _read_log(run)
+    _read_facts(run)
     return run
 
 
@@ -181,35 +178,15 @@ def _read_metrics(run: Run) -> None:
     run.series = found.series
 
 
-def _read_log(run: Run) -> None:
-    path = run.folder / "log.txt"
+def _read_facts(run: Run) -> None:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            _take_in(run, file)
-    except OSError:
-        run.problems.append(f"Environment: not available: no log.txt in {run.folder}.")
+        facts = read_run_file(run.folder)
+    except ValueError as error:
+        run.problems.append(f"Environment: not available: {error}.")
         return
-    if not run.environment:
-        run.problems.append(f"Environment: not available: {path} has no table of it.")
-
-
-def _take_in(run: Run, lines: Iterator[str]) -> None:
-    """The last start's environment, command and commit; the peak of all."""
-    inside = 0  # rulers seen of the table, which has one before and one behind it; 0: outside
-    for line in lines:
-        if inside:
-            if line.startswith("---"):
-                inside = (inside + 1) % 3
-            elif pair := _PAIR.match(line):
-                run.environment.append((pair[1], _INSTALLED_AT.sub("", pair[2].strip())))
-            continue
-        if line.rstrip().endswith("Environment info:"):
-            inside, run.environment = 1, []
-        elif "Command line arguments: " in line:
-            run.command = line.split("Command line arguments: ", 1)[1].strip()
-        elif " INFO: Command: " in line:
-            run.command = line.split(" INFO: Command: ", 1)[1].strip()
-        elif found := re.search(r"ssim_kd \S+, commit (.+?)\.?$", line):
-            run.commit = found[1]
-        elif found := re.search(r"max_mem: (\d+)M", line):
-            run.memory = max(run.memory or 0, int(found[1]))
+    if not facts:
+        run.problems.append(f"Environment: not available: no {RUN_FILE} in {run.folder}.")
+    run.environment = dict(facts.get("environment") or {})
+    run.command, run.commit = str(facts.get("command", "")), str(facts.get("commit", ""))
+    run.memory = facts.get("peak_memory_mb")
+    run.teacher = dict(facts.get("teacher") or {})

@@ -100,7 +100,7 @@ def result_row(page: Comparison, column: Column) -> dict[str, Any]:
         if run.get("MODEL.DEVICE", "train.device") == "cpu":
             page.note("speed", "Peak GPU memory: not available: trained on the CPU")
         else:
-            reason = "log.txt has no max_mem"
+            reason = "run.json has none"
             page.note("speed", f"Peak GPU memory of {column.label}: not available: {reason}")
     return facts
 
@@ -162,13 +162,12 @@ def _text(value: Any) -> str:
 
 def environment_rows(page: Comparison) -> list[tuple[str, list[str]]]:
     """Key and value by run, of the last start."""
-    keys = list(dict.fromkeys(k for c in page.columns for k, _ in c.run.environment))
-    known = [dict(column.run.environment) for column in page.columns]
-    rows = [(key, [pairs.get(key, "–") for pairs in known]) for key in keys]
+    keys = list(dict.fromkeys(k for c in page.columns for k in c.run.environment))
+    rows = [(key, [c.run.environment.get(key, "–") for c in page.columns]) for key in keys]
     commits = [column.run.commit for column in page.columns]
     for column in page.columns:
         if not column.run.commit and column.run.environment:
-            page.note("environment", f"Commit of {column.label}: not available: not in log.txt")
+            page.note("environment", f"Commit of {column.label}: not available: it was no checkout")
     if any(commits):
         rows.insert(0, ("ssim_kd, commit", [commit or "–" for commit in commits]))
     return rows

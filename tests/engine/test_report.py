@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shlex
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import ssim_kd
 from ssim_kd.engine import report
 from ssim_kd.reporting.runs import read_run
+from ssim_kd.run_file import read_run_file
 from tests.engine.runs import World, checkpoint, log
 
 SHORT = ("SOLVER.MAX_ITER", 3, "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 10)
@@ -29,9 +32,13 @@ def test_training_leaves_a_report(world: World, tmp_path: Path) -> None:
         assert f'aria-label="{name}: run"' in page, name
     assert 'aria-label="AP50 that each kind of error costs: run"' in page
     assert page.count("data:image/jpeg") == 4 and "digits_val" in page
-    assert run.commit and run.commit in page and dict(run.environment)["PyTorch"] in page
+    assert run.commit and run.commit in page and run.environment["PyTorch"] in page
     assert "Report: " in log(tmp_path / "run")
     assert shlex.split(run.command)[-len(sys.argv) :] == sys.argv
+    facts = read_run_file(tmp_path / "run")
+    assert (facts["config"], facts["seed"], facts["ssim_kd"]) == ("YAML", 1, ssim_kd.__version__)
+    assert facts["teacher"]["weights"] == run.teacher["weights"] == str(world.teacher)
+    assert facts["teacher"]["sha256"] == hashlib.sha256(world.teacher.read_bytes()).hexdigest()
     assert not (tmp_path / "run" / "student.yaml").read_text().count("REPORT")
 
 

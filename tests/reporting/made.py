@@ -13,22 +13,14 @@ from PIL import Image
 from ssim_kd.reporting.detections import TestSet, read_truth
 
 CLASSES = ("a", "b")
-LOG = """\
-[11/25 10:52:15] detectron2 INFO: Environment info:
----------------------  ------------------------------
-sys.platform           linux
-Python                 3.11.7 (main)
-detectron2             0.6 @/home/me/detectron2
-GPU 0                  NVIDIA H100
----------------------  ------------------------------
-PyTorch built with:
-  - GCC  13.3
-
-[11/25 10:52:15] detectron2 INFO: Command line arguments: Namespace(config_file='x.yaml')
-[11/25 10:52:16] ssim_kd.engine.report INFO: ssim_kd 0.2.0, commit 1234567890+.
-[11/25 10:52:30] d2.utils.events INFO:  iter: 19  total_loss: 2.1  max_mem: 1200M
-[11/25 10:52:45] d2.utils.events INFO:  iter: 39  total_loss: 1.8  max_mem: 1100M
-"""
+FACTS = {
+    "ssim_kd": "0.2.0",
+    "commit": "1234567890+",
+    "command": "ssim-kd train --config-file x.yaml",
+    "config": "YAML",
+    "environment": {"sys.platform": "linux", "detectron2": "0.6", "GPU 0": "NVIDIA H100"},
+    "peak_memory_mb": 1200,
+}
 
 
 def box(image: int, category: int, x: float, y: float, w: float, h: float, **more: Any) -> dict:
@@ -130,7 +122,7 @@ def write_run(
     metrics: list[dict] | None,
     *,
     found: list[dict] | None = FOUND,
-    log: str | None = LOG,
+    facts: dict[str, Any] | None = FACTS,
 ) -> Path:
     """Write a run's folder; None leaves a part out."""
     (folder / "inference").mkdir(parents=True)
@@ -143,8 +135,8 @@ def write_run(
     if found is not None:
         path = folder / "inference" / "coco_instances_results.json"
         path.write_text(json.dumps(found))
-    if log is not None:
-        (folder / "log.txt").write_text(log)
+    if facts is not None:
+        (folder / "run.json").write_text(json.dumps(facts))
     return folder
 
 

@@ -175,10 +175,10 @@ def test_write_report_of_a_run_alone(tmp_path: Path) -> None:
     assert "AP of the start weights: not available" in notes
 
 
-@pytest.mark.parametrize("part", ["config", "metrics", "detections", "truth", "image", "log"])
+@pytest.mark.parametrize("part", ["config", "metrics", "detections", "truth", "image", "facts"])
 def test_write_report_with_a_missing_part(tmp_path: Path, part: str) -> None:
     run, control, _ = write_pair(tmp_path)
-    files = {"config": "config.yaml", "metrics": "metrics.json", "log": "log.txt"}
+    files = {"config": "config.yaml", "metrics": "metrics.json", "facts": "run.json"}
     files["detections"] = "inference/coco_instances_results.json"
     data = {"truth": "truth.json", "image": "1.png"}
     (tmp_path / "data" / data[part] if part in data else run / files[part]).unlink()
