@@ -23,7 +23,7 @@ from ..data import check_datasets, register_datasets
 from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
 from .data_file import apply_data, apply_lazy_data
 from .preflight import check_config
-from .schedule import apply_schedule
+from .schedule import apply_schedule, value_of
 
 # Config keys that hold paths, in which "~" is the user's home.
 _PATHS = (
@@ -281,7 +281,7 @@ def _merge_options(cfg: CfgNode, opts: list[str], *, but: Collection[str] = ()) 
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key in but:
             continue
-        default = _get(cfg, key)
+        default = value_of(cfg, key)
         if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a whole number for a float
         if isinstance(default, float) and re.fullmatch(
@@ -298,17 +298,10 @@ def _merge_options(cfg: CfgNode, opts: list[str], *, but: Collection[str] = ()) 
             ) from error
 
 
-def _get(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, CfgNode) else None
-    return node
-
-
 def _expand(cfg: CfgNode, key: str) -> None:
     """Replace "~" in a path, or in each of several."""
-    *parents, name = key.split(".")
-    node = _get(cfg, ".".join(parents)) if parents else cfg
+    section, _, name = key.rpartition(".")
+    node = value_of(cfg, section) if section else cfg
     value = node[name]
     if isinstance(value, str):
         node[name] = os.path.expanduser(value)

@@ -123,7 +123,7 @@ def rescale(
         warmup=_shortened(schedule.warmup, ratio, least),
         checkpoint_period=period,
         eval_period=evaluation,
-        milestones=_points(schedule.milestones, ratio, length),
+        milestones=_scaled(schedule.milestones, ratio, length),
         distillers=tuple(
             (
                 key,
@@ -140,13 +140,10 @@ def _shortened(count: int, ratio: float, least: int = 1) -> int:
     return min(count, max(round(count * ratio), least, 1))
 
 
-def _points(points: Any, ratio: float, length: int) -> tuple[int, ...]:
-    return tuple(sorted(n for n in {round(n * ratio) for n in points} if 0 < n < length))
-
-
 def _scaled(value: Any, ratio: float, length: int) -> Any:
+    """Points that keep their share of the training; several lose those that fall on its end."""
     if isinstance(value, tuple):
-        return _points(value, ratio, length)
+        return tuple(sorted(n for n in {round(n * ratio) for n in value} if 0 < n < length))
     return min(length, max(1, round(value * ratio))) if value else 0
 
 
@@ -158,11 +155,11 @@ def read_schedule(cfg: CfgNode | DictConfig) -> Schedule:
             the training.
     """
     if isinstance(cfg, CfgNode):
-        found = {name: _get(cfg, key) for name, key in _YAML.items()}
+        found = {name: value_of(cfg, key) for name, key in _YAML.items()}
         found["milestones"] = tuple(found["milestones"])
     else:
         _check_scheduler(cfg)
-        found = {name: OmegaConf.select(cfg, key) or 0 for name, key in _LAZY.items()}
+        found = {name: value_of(cfg, key) or 0 for name, key in _LAZY.items()}
         missing = [_LAZY[name] for name in ("batch", "max_iter") if not found[name]]
         if missing:
             raise ValueError(
@@ -182,7 +179,7 @@ def write_schedule(cfg: CfgNode | DictConfig, schedule: Schedule, by_hand: Colle
     values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
     keys = _YAML
     if isinstance(cfg, DictConfig):
-        keys = {name: key for name, key in _LAZY.items() if OmegaConf.select(cfg, key) is not None}
+        keys = {name: key for name, key in _LAZY.items() if value_of(cfg, key) is not None}
         # Shares of the length as it was.
         OmegaConf.resolve(cfg.lr_multiplier)
         values["warmup"] /= schedule.max_iter
@@ -191,8 +188,14 @@ def write_schedule(cfg: CfgNode | DictConfig, schedule: Schedule, by_hand: Colle
         cfg.MODEL.DISTILL.TERMS = copy.deepcopy(cfg.MODEL.DISTILL.TERMS)
     for name, key in keys.items():
         if key not in by_hand:
-            node, leaf = _place(cfg, key)
-            node[leaf] = values[name]
+            section, _, leaf = key.rpartition(".")
+            value_of(cfg, section)[leaf] = values[name]
+    _write_counts(cfg, schedule, by_hand)
+
+
+def _write_counts(
+    cfg: CfgNode | DictConfig, schedule: Schedule, by_hand: Collection[str] = ()
+) -> None:
     for (name, node, key), (_, value) in zip(_counts(cfg), schedule.distillers, strict=True):
         if name not in by_hand and name.partition("[")[0] not in by_hand:
             node[key] = list(value) if isinstance(value, tuple) else value
@@ -244,7 +247,7 @@ def apply_schedule(
                 notes.append(f"SOLVER.EPOCHS {own:g} is set by hand: not --epochs {epochs:g}.")
             epochs = own or None
     if batch is not None and keys["batch"] in by_hand:
-        notes.append(f"{keys['batch']} {_get(cfg, keys['batch'])} is set by hand: not --batch.")
+        notes.append(f"{keys['batch']} {value_of(cfg, keys['batch'])} is set by hand: not --batch.")
         batch = None
     if epochs is None and batch is None:
         return notes
@@ -263,7 +266,9 @@ def apply_schedule(
         schedule = replace(schedule, max_iter=max_iter)
     scaled = rescale(schedule, epochs=epochs, batch=batch, images=images, max_iter=given)
     write_schedule(cfg, scaled, by_hand)
-    values = [f"{key} {_get(cfg, key)}" for key in keys.values() if _get(cfg, key) is not None]
+    values = [
+        f"{key} {value}" for key in keys.values() if (value := value_of(cfg, key)) is not None
+    ]
     seen = f" for {images} images" if images is not None else ""
     return [*notes, f"Schedule{seen}: {', '.join(values)}"]
 
@@ -275,11 +280,9 @@ def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
         return cfg
     ratio, frozen = cfg.SOLVER.IMS_PER_BATCH / scaled.SOLVER.IMS_PER_BATCH, scaled.is_frozen()
     scaled.defrost()
-    for (_, value), (_, node, key) in zip(
-        read_schedule(cfg).distillers, _counts(scaled), strict=True
-    ):
-        value = _scaled(value, ratio, scaled.SOLVER.MAX_ITER)
-        node[key] = list(value) if isinstance(value, tuple) else value
+    schedule, length = read_schedule(cfg), scaled.SOLVER.MAX_ITER
+    counts = tuple((key, _scaled(value, ratio, length)) for key, value in schedule.distillers)
+    _write_counts(scaled, replace(schedule, distillers=counts))
     if frozen:
         scaled.freeze()
     return scaled
@@ -288,7 +291,7 @@ def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
 def _counts(cfg: CfgNode | DictConfig) -> Iterator[tuple[str, Any, Any]]:
     """Each key of a distiller that counts iterations: its name, and where its value is."""
     if isinstance(cfg, DictConfig):
-        yield from _below("model.distillers", OmegaConf.select(cfg, "model.distillers"))
+        yield from _below("model.distillers", value_of(cfg, "model.distillers"))
         return
     yield from _below("MODEL.DISTILL", cfg.MODEL.DISTILL)
     for i, term in enumerate(cfg.MODEL.DISTILL.TERMS):
@@ -327,15 +330,8 @@ def _check_scheduler(cfg: DictConfig) -> None:
                 )
 
 
-def _place(cfg: Any, key: str) -> tuple[Any, str]:
-    *parents, leaf = key.split(".")
-    for part in parents:
-        cfg = cfg[part]
-    return cfg, leaf
-
-
-def _get(cfg: CfgNode | DictConfig, key: str) -> Any:
-    if isinstance(cfg, DictConfig):
-        return OmegaConf.select(cfg, key)
-    node, leaf = _place(cfg, key)
-    return node[leaf]
+def value_of(cfg: Any, key: str) -> Any:
+    """The value of a dotted key of a YAML config or LazyConfig; None if there is no such key."""
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, dict | DictConfig) else None
+    return cfg
