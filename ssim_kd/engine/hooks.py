@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from ..checkpoint import BEST
 from ..modeling import unwrap
 from ..visualization import loss_map_images
+from .evaluation import box_ap
 from .signals import StopOnSignal
 from .writers import Accessory
 
@@ -169,12 +169,10 @@ class BestCheckpoint(HookBase):
         Args:
             results: by task, or by data set where there are several; empty but on the main process.
         """
-        first = results if "bbox" in results else next(iter(results.values()), {})
-        boxes = first.get("bbox") if isinstance(first, Mapping) else None
-        ap = boxes.get("AP", math.nan) if isinstance(boxes, Mapping) else math.nan
+        ap = box_ap(results)
         saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
         if ap > self._best.get("AP", -1.0) and saved:  # NaN is no best one
-            self._best = {"AP": float(ap), "iteration": int(self.trainer.iter)}
+            self._best = {"AP": ap, "iteration": int(self.trainer.iter)}
             self.trainer.checkpointer.keep_best()
 
     def after_train(self) -> None:

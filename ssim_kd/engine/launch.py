@@ -1,12 +1,16 @@
-"""Processes: this one, spawned ones, or those that torchrun or SLURM started."""
+"""Processes (this one, spawned ones, or those of torchrun or SLURM), and errors of their start."""
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
 
 from .signals import (
     EXIT_INTERRUPTED,
@@ -24,6 +29,8 @@ from .signals import (
     die_with_parent,
     forward_signals,
 )
+
+logger = logging.getLogger("ssim_kd")
 
 # What torchrun sets beside RANK.
 _VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -233,3 +240,81 @@ def _free_url(args: argparse.Namespace) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+# What their messages leave open without their names.
+_SELF_EXPLANATORY = (ValueError, RuntimeError, OSError)
+
+
+def once(check: Callable[[], Any]) -> None:
+    """Do something in the main process; all stop if it raises."""
+    error = None
+    if comm.is_main_process():
+        try:
+            check()
+        except Exception as found:
+            error = found
+    error = comm.all_gather(error)[0]
+    if error is not None:
+        raise error
+
+
+class StartUpError(Exception):
+    """An error before the first step, whose traceback is in the log file."""
+
+
+@contextlib.contextmanager
+def start_up() -> Iterator[None]:
+    """Inside, an error becomes a :class:`StartUpError` with its message.
+
+    Before there is a log file for the traceback, this is so for errors in values and files alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        logs = _log_files()
+        explained = isinstance(error, _SELF_EXPLANATORY)
+        if not logs and not explained:
+            raise
+        record = logger.makeRecord(
+            logger.name, logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info()
+        )
+        for handler in logs:
+            handler.handle(record)
+        text = str(error)
+        if not explained:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise StartUpError(text) from None
+
+
+@contextlib.contextmanager
+def with_one_line_errors() -> Iterator[None]:
+    """Print a :class:`StartUpError` of this process or of a spawned one as one line, and exit.
+
+    Raises:
+        SystemExit: with status 1.
+    """
+    mark = f"{StartUpError.__module__}.{StartUpError.__qualname__}: "
+    try:
+        yield
+    except StartUpError as error:
+        message = str(error)
+    except ProcessRaisedException as error:
+        _, found, message = str(error).rpartition(mark)
+        if not found:
+            raise
+    else:
+        return
+    sys.stdout.flush()
+    sys.stderr.write(f"ERROR: {message.strip()}\n")
+    raise SystemExit(1)
+
+
+def _log_files() -> list[logging.Handler]:
+    return [
+        handler
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler)
+        and handler.stream not in (sys.stdout, sys.stderr)
+    ]

@@ -10,222 +10,269 @@ and ``train``. Distillation is a matter of ``model``::
         max_iter="${..train.max_iter}",
     )
 
-``--teacher`` puts the same around a plain model. ``train.writers`` takes further writers:
+``--teacher`` puts the same around a plain model. ``train`` takes the settings of :data:`KEYS`,
+which Detectron2 does not have, and ``train.writers`` further writers:
 ``[L(MLflowWriter)(folder="${train.output_dir}")]``.
 """
 
 import argparse
-import contextlib
+import copy
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
-from detectron2.engine import create_ddp_model, default_setup, hooks
-from detectron2.engine.defaults import default_writers
-from detectron2.evaluation import inference_on_dataset, print_csv_format
-from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils.events import EventWriter
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
-from ..modeling import DistilledDetector
+from ..data import EvaluationLoader, build_train_loader
+from ..modeling import FrozenTeacher, load_detector
+from ..modeling.teacher_config import source_of
+from .coco_evaluation import ScoredCOCOEvaluator
 from .config_loading import load_lazy
-from .errors import start_up
-from .evaluation import set_up_evaluation
-from .hooks import share_buffers
+from .evaluation import set_up_evaluation, set_up_training
 from .optimizer import add_groups
-from .output_lock import output_lock
-from .report import log_version, write_report
-from .signals import StopOnSignal
+from .settings import Settings
 from .trackers import TrackerWriter
-from .train_loop import DistillStep
-from .writers import GuardedWriter, PeriodicWriter
+from .training import Training
 
 logger = logging.getLogger(__name__)
 
-# What DistillTrainer takes from SOLVER.
-GRACE_PERIOD = 25.0
+#: The keys of the settings of a training. Those that Detectron2 does not have may be left out:
+#: :class:`Settings` has what they do, and their defaults.
+KEYS = {
+    "output_dir": "train.output_dir",
+    "max_iter": "train.max_iter",
+    "seed": "train.seed",
+    "weights": "train.init_checkpoint",
+    "weights_partial": "train.weights_partial",
+    "amp": "train.amp.enabled",
+    "accumulate": "train.accumulate",
+    "max_skipped_steps": "train.max_skipped_steps",
+    "grace_period": "train.grace_period",
+    "checkpoint_period": "train.checkpointer.period",
+    "checkpoints_to_keep": "train.checkpointer.max_to_keep",
+    "eval_period": "train.eval_period",
+    "log_period": "train.log_period",
+    "image_format": "dataloader.train.mapper.image_format",
+    "vis_period": "train.vis_period",
+    "precise_bn": "train.precise_bn",
+    "expected_ap": "train.expected_ap",
+    "report": "train.report",
+    "ddp": "train.ddp",
+}
+_NAMES = {
+    "teacher": "model.teacher",
+    "teacher_weights": "model.teacher.weights",
+    "loader": "dataloader.train",
+}
 
 
-def lazy_main(args: argparse.Namespace, facts: dict[str, int] | None = None) -> Any:
-    """Train or evaluate a LazyConfig in this process, one of one or more."""
-    with contextlib.ExitStack() as stack:
-        with start_up():
-            work = _prepare(stack, args, facts)
-        return work()
+class LazyRecipe:
+    """The parts of a training or an evaluation, from the command line of a LazyConfig."""
 
+    keys = KEYS
 
-def _prepare(
-    stack: contextlib.ExitStack, args: argparse.Namespace, facts: dict[str, int] | None
-) -> Callable[[], Any]:
-    """All that comes before the first step; returns what is then left to do."""
-    loaded = load_lazy(args, facts)
-    cfg = loaded.cfg
-    # What Detectron2's default_setup opens.
-    args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
-    folder = cfg.train.output_dir
-    PathManager.mkdirs(folder)
-    if args.eval_only:
-        seed = cfg.train.get("seed", -1)
-        set_up_evaluation(folder, args, OmegaConf.to_yaml(cfg.train), seed=seed)
-        model = _student_for_evaluation(cfg, args)
-        return lambda: _evaluate(cfg, model)
-    stack.enter_context(output_lock(folder))
-    default_setup(cfg, args)
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="ssim_kd")
-    log_version()
-    for note in loaded.notes:
-        logger.info("%s", note)
-    return _prepare_training(cfg, args)
+    def __init__(self, args: argparse.Namespace, facts: dict[str, int] | None = None) -> None:
+        """
+        Args:
+            args: of :func:`ssim_kd.engine.argument_parser`.
+            facts: of :func:`load_lazy`, from another process.
+        """
+        loaded = load_lazy(args, facts)
+        self.cfg, self.notes, self.facts = loaded.cfg, loaded.notes, loaded.facts
+        # What Detectron2's default_setup opens.
+        self._args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
+        self.device, self.folder = self.cfg.train.device, self.cfg.train.output_dir
+        self.text = str(OmegaConf.to_container(self.cfg))
+        teacher = self.cfg.model.get("teacher")
+        if _calls(teacher, FrozenTeacher.load_from) and not teacher.get("image_format"):
+            # It is given what the loader reads.
+            image_format = _value(self.cfg, KEYS["image_format"])
+            if image_format:
+                teacher.image_format = image_format
 
+    def settings(self) -> Settings:
+        """The plain values."""
+        return Settings.read(lambda key: _value(self.cfg, key), KEYS, _NAMES)
 
-def _student_for_evaluation(cfg: DictConfig, args: argparse.Namespace) -> torch.nn.Module:
-    """Build the student alone, whose weights must fit to the last key."""
-    node = cfg.model.get("student", cfg.model)
-    model: torch.nn.Module = instantiate(node).to(cfg.train.device)
-    path = cfg.train.init_checkpoint
-    if args.resume:
-        path = StudentCheckpointer(model, cfg.train.output_dir).newest() or path
-    load_strictly(model, read_weights(path, key="train.init_checkpoint"))
-    return model
+    def set_up(self) -> None:
+        """Logs, the seed, a copy of the config."""
+        set_up_training(self.cfg, self._args, self.folder)
+        for note in self.notes:
+            logger.info("%s", note)
 
-
-def _evaluate(cfg: DictConfig, model: torch.nn.Module) -> Any:
-    if "evaluator" not in cfg.dataloader:
-        return {}
-    results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    )
-    print_csv_format(results)
-    return results
-
-
-class LazyTrainer(DistillStep):
-    """The training loop of a LazyConfig; stops orderly on SIGTERM.
-
-    Its data loader is the config's own, so that a resumed run has weights, optimizer and scheduler
-    of the interrupted one, but not its order of images.
-    """
-
-    checkpointer: StudentCheckpointer
-    results: Any = None
-    student: torch.nn.Module
-
-    def request_stop(self) -> None:
-        """Ask for an orderly end after the current step."""
-        self.stop_requested = True
-
-    def after_train(self) -> None:
-        """Take in the last reports, then run the hooks."""
-        if self.iter >= self.max_iter:
-            self.flush()
-        self.close()
-        super().after_train()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks (the scheduler among them), optimizer and scaler."""
-        self.flush()
-        return {
-            **super().state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "grad_scaler": self.grad_scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        if state_dict["grad_scaler"]:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def _prepare_training(cfg: DictConfig, args: argparse.Namespace) -> Callable[[], Any]:
-    model = instantiate(cfg.model).to(cfg.train.device)
-    distills = isinstance(model, DistilledDetector) and model.teacher is not None
-    if distills:
-        model.load_teacher()
-        model.log_period = 0
-    student = model.student if isinstance(model, DistilledDetector) else model
-    cfg.optimizer.params.model = model
-    main = instantiate(cfg.optimizer)
-    base_lr = main.defaults["lr"]
-    optimizer = add_groups(main, model, base_lr=base_lr, max_iter=cfg.train.max_iter)
-    on_gpu = next(model.parameters()).is_cuda
-    ddp = create_ddp_model(
-        model,
-        broadcast_buffers=False,
-        device_ids=[torch.cuda.current_device()] if on_gpu else None,
-    )
-    trainer = LazyTrainer(
-        ddp,
-        instantiate(cfg.dataloader.train),
-        optimizer,
-        amp=cfg.train.amp.enabled,
-        output_dir=cfg.train.output_dir,
-        log_period=cfg.train.log_period,
-        eval_period=cfg.train.eval_period,
-    )
-    trainer.student = student
-    trainer.checkpointer = StudentCheckpointer(
-        student,
-        cfg.train.output_dir,
-        trainer=trainer,
-        **({"distillers": model.distillers} if distills else {}),
-    )
-
-    def evaluate() -> Any:
-        share_buffers(student)
-        trainer.results = _evaluate(cfg, student)
-        return trainer.results
-
-    trainer.max_iter = cfg.train.max_iter
-    writers = _build_writers(cfg) if comm.is_main_process() else []
-    stop = StopOnSignal(GRACE_PERIOD)
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            stop,
-            hooks.PeriodicCheckpointer(trainer.checkpointer, **cfg.train.checkpointer)
-            if comm.is_main_process()
-            else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluate),
-            PeriodicWriter(writers, period=cfg.train.log_period, eval_period=cfg.train.eval_period)
-            if writers
-            else None,
-        ]
-    )
-    resumed = trainer.checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    if resumed:
-        logger.warning(
-            "--resume: the data loader of a LazyConfig begins anew, so that the order of images is "
-            "not that of an uninterrupted run."
-        )
-    for writer in writers:
-        if isinstance(writer.writer, TrackerWriter):
-            writer.writer.start(resume=resumed)
-
-    def train() -> Any:
+    def check(self) -> None:
+        """Build the schedule of the learning rate for a parameter of no model."""
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         try:
-            trainer.train(trainer.iter + 1 if resumed else 0, trainer.max_iter)
-        finally:
-            stop.give_back()
-        if cfg.train.get("report", True):
-            write_report(cfg.train.output_dir)
-        return trainer.results
+            self._scheduler(optimizer)
+        except Exception as error:
+            raise ValueError(
+                f"lr_multiplier: the schedule of the learning rate cannot be built: {error}. "
+                "Expected a ParamScheduler of fvcore, e.g. detectron2.solver.WarmupParamScheduler."
+            ) from error
 
-    return train
+    def write_student(self, path: str) -> None:
+        """A config of the student that stock Detectron2 reads."""
+        cfg = copy.deepcopy(self.cfg)
+        if "student" in cfg.model:
+            # Moved up: what names others by their place would name none.
+            OmegaConf.resolve(cfg)
+            cfg.model = cfg.model.student
+        LazyConfig.save(cfg, path)
+
+    def training(self) -> Training:
+        """Build all parts."""
+        cfg = self.cfg
+        model = instantiate(cfg.model).to(cfg.train.device)
+        node = copy.deepcopy(cfg.optimizer)
+        node.params.model = model
+        main = instantiate(node)
+        settings = self.settings()
+        base_lr = main.defaults["lr"]
+        optimizer = add_groups(main, model, base_lr=base_lr, max_iter=settings.max_iter)
+        student = getattr(model, "student", model)
+        return Training(
+            settings=settings,
+            model=model,
+            loader=self._train_loader(),
+            optimizer=optimizer,
+            scheduler=self._scheduler(optimizer),
+            evaluate=lambda: self._evaluate(student),
+            statistics_loader=lambda: self._train_loader(num_workers=0),
+            pictures=self._pictures,
+            trackers=lambda: build_trackers(cfg),
+            config=OmegaConf.to_container(self.cfg),  # type: ignore[arg-type]
+        )
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        multiplier = instantiate(self.cfg.lr_multiplier)
+        return LRMultiplier(optimizer, multiplier, self.cfg.train.max_iter)
+
+    def _train_loader(self, **options: Any) -> Any:
+        """Ours for Detectron2's, with the same arguments; any other as it is."""
+        node = copy.deepcopy(self.cfg.dataloader.train)
+        node.update(options)
+        if _calls(node, build_detection_train_loader):
+            node["_target_"] = build_train_loader
+        if _calls(node, build_train_loader) and "seed" not in node:
+            node.seed = None if self.settings().seed < 0 else self.settings().seed
+        return instantiate(node)
+
+    def _evaluate(self, model: nn.Module, test: DictConfig | None = None) -> Mapping[str, Any]:
+        if "evaluator" not in self.cfg.dataloader:
+            return {}
+        loader = self._test_loader(test)
+        results = inference_on_dataset(model, loader, self._evaluator())
+        print_csv_format(results)
+        return results
+
+    def _evaluator(self) -> Any:
+        node = copy.deepcopy(self.cfg.dataloader.evaluator)
+        if _calls(node, COCOEvaluator):
+            # The same, for annotations with any id.
+            node["_target_"] = ScoredCOCOEvaluator
+        return instantiate(node)
+
+    def _test_loader(self, node: DictConfig | None = None) -> Any:
+        loader = instantiate(node or self.cfg.dataloader.test)
+        # No SIGTERM ends its workers.
+        return EvaluationLoader(loader) if isinstance(loader, DataLoader) else loader
+
+    def check_evaluation(self, training: Training) -> None:
+        """Build the evaluator and its loader."""
+        if "evaluator" not in self.cfg.dataloader:
+            return
+        for key, build in (("test", self._test_loader), ("evaluator", self._evaluator)):
+            try:
+                build()
+            except Exception as error:
+                raise ValueError(
+                    f"dataloader.{key} cannot be built: {type(error).__name__}: {error}"
+                ) from error
+
+    def _pictures(self) -> list[dict[str, Any]]:
+        loader = self._test_loader()
+        return list(itertools.islice(itertools.chain.from_iterable(loader), 3))
+
+    def teacher_weights(self) -> str:
+        """The file of the teacher's weights."""
+        node = self.cfg.model.teacher
+        return self._teacher().weights if _calls(node, FrozenTeacher.load_from) else ""
+
+    def _teacher(self) -> Any:
+        """What is found of the teacher."""
+        node = self.cfg.model.get("teacher")
+        if not _calls(node, FrozenTeacher.load_from):
+            raise ValueError(
+                f"model.teacher is {node}; expected a call of FrozenTeacher.load_from, as "
+                "--teacher makes it, for a teacher that is evaluated."
+            )
+        return source_of(node.name, node.get("weights", ""), list(node.get("opts", ())))
+
+    def evaluate_teacher(self) -> Mapping[str, Any]:
+        """Evaluate the teacher on the student's data."""
+        return self._teacher_evaluation()()
+
+    def _teacher_evaluation(self) -> Callable[[], Mapping[str, Any]]:
+        """Build the whole teacher; returns what evaluates it, at the student's image size."""
+        source = self._teacher()
+        found, _ = load_detector(source)
+        model: Any = found.to(self.device)
+        test = copy.deepcopy(self.cfg.dataloader.test)
+        if "mapper" in test:
+            test.mapper.image_format = (
+                source.input_format or getattr(model, "input_format", None) or "BGR"
+            )
+        return lambda: self._evaluate(model, test)
+
+    def evaluation(self) -> Callable[[], Any]:
+        """Build what ``--eval-only`` or ``--eval-teacher`` evaluates; returns what does so."""
+        cfg, args = self.cfg, self._args
+        seed = cfg.train.get("seed", -1)
+        set_up_evaluation(self.folder, args, OmegaConf.to_yaml(cfg.train), seed=seed)
+        if args.eval_teacher:
+            return self._teacher_evaluation()
+        # The student alone, whose weights must fit to the last key.
+        model: nn.Module = instantiate(cfg.model.get("student", cfg.model)).to(self.device)
+        path = cfg.train.init_checkpoint
+        if args.resume:
+            path = StudentCheckpointer(model, self.folder).newest() or path
+        load_strictly(model, read_weights(path, key=KEYS["weights"]))
+        return lambda: self._evaluate(model)
 
 
-def _build_writers(cfg: DictConfig) -> list[GuardedWriter]:
-    """Those of ``train.writers`` first: TensorBoard's clears the pictures."""
-    own = list(instantiate(cfg.train.get("writers", [])))
-    for writer in own:
+def build_trackers(cfg: DictConfig) -> list[EventWriter]:
+    """The writers of ``train.writers``; the parameters of those of trackers are the config."""
+    writers = list(instantiate(cfg.train.get("writers", [])))
+    for writer in writers:
         if isinstance(writer, TrackerWriter) and not writer.params:
             writer.params = OmegaConf.to_container(cfg)
-    return [
-        GuardedWriter(w) for w in (*own, *default_writers(cfg.train.output_dir, cfg.train.max_iter))
-    ]
+    return writers
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    """The value of a dotted key, plain; None where it is not set."""
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _target(node: Any) -> Any:
+    """What a node calls; None for a node that is no call."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return locate(target) if isinstance(target, str) else target
+
+
+def _calls(node: Any, function: Any) -> bool:
+    # Class methods are other objects each time, and equal.
+    return _target(node) == function

@@ -11,9 +11,10 @@ import functools
 import glob
 import importlib.util
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,11 +22,12 @@ import torch
 from detectron2.checkpoint import detection_checkpoint
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
 from ..checkpoint import local_file, read_file
 from ..data.mapper import check_image_files
 from ..modeling import teacher_source
-from .evaluation import check_teachers_classes
+from .evaluation import box_ap, check_teachers_classes
 from .settings import Settings
 from .trackers import check_trackers
 
@@ -58,7 +60,10 @@ KEYS = {
     "expected_ap": "MODEL.DISTILL.TEACHER.EXPECTED_AP",
     "report": "TEST.REPORT",
 }
-_NAMES = {"teacher": "MODEL.DISTILL.TEACHER"}
+_NAMES = {
+    "teacher": "MODEL.DISTILL.TEACHER",
+    "teacher_weights": "MODEL.DISTILL.TEACHER.WEIGHTS",
+}
 
 
 @contextlib.contextmanager
@@ -167,23 +172,21 @@ def check_schedule(cfg: CfgNode, trainer: Any) -> None:
         ) from error
 
 
-def check_start(cfg: CfgNode, *, resume: bool) -> None:
-    """Fetch and read what the student starts from, and find its teacher: nothing is built yet.
+def check_start(settings: Settings, *, resume: bool) -> None:
+    """Fetch and read what the student starts from.
 
     Args:
-        cfg: of a training.
+        settings: of a training.
         resume: whether a checkpoint is taken instead where there is one.
 
     Raises:
         ValueError: it is missing, cannot be fetched or cannot be read.
     """
     # Of any kind: which one is whole is the checkpointer's to tell.
-    resumes = resume and glob.glob(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
-    if cfg.MODEL.WEIGHTS and not resumes:
-        read_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
-    if cfg.MODEL.DISTILL.ENABLED and cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
-        # The model itself raises it in its first step: to evaluate, it needs no teacher.
-        teacher_source(cfg)
+    folder = glob.escape(settings.output_dir)
+    resumes = resume and glob.glob(os.path.join(folder, "model_*.pth"))
+    if settings.weights and not resumes:
+        read_file(_without_options(settings.weights), key=settings.key("weights"))
 
 
 def check_evaluation(cfg: CfgNode, trainer: Any, *, own_loader: bool) -> None:
@@ -262,26 +265,53 @@ def check_scored(cfg: CfgNode, summaries: Sequence[Any]) -> None:
             )
 
 
-def warn_of_same_weights(cfg: CfgNode) -> None:
-    """Warn where the student starts from the teacher's own file, or the teacher is not checked.
+def same_weights(settings: Settings, teacher: str) -> None:
+    """Warn if the student starts from the teacher's own file, and log that it is not checked.
 
     Args:
-        cfg: of a training with a teacher whose weights have been loaded.
+        settings: of a training.
+        teacher: the file of the teacher's weights, which have been loaded; "" for none.
     """
-    path, key = teacher_source(cfg).weights, "MODEL.DISTILL.TEACHER.WEIGHTS"
-    if cfg.MODEL.WEIGHTS:
-        start = local_file(_without_options(cfg.MODEL.WEIGHTS), key=_WEIGHTS)
-        if filecmp.cmp(start, local_file(path, key=key), shallow=False):
+    if settings.weights and teacher:
+        start = local_file(_without_options(settings.weights), key=settings.key("weights"))
+        if filecmp.cmp(start, local_file(teacher, key=settings.key("teacher")), shallow=False):
             logger.warning(
                 "%s is %r, the same file as %s: the student starts as its own teacher and has "
                 "nothing to learn from it. Expected the weights of a better detector.",
-                *(key, path, _WEIGHTS),
+                *(settings.key("teacher_weights"), teacher, settings.key("weights")),
             )
-    if not cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP:
-        logger.warning(
-            "MODEL.DISTILL.TEACHER.EXPECTED_AP is 0: the quality of the teacher is not checked, "
-            "and weights that fit can still be wrong. Set it to evaluate the teacher first."
+    if not settings.expected_ap:
+        logger.info(
+            "%s is 0: the quality of the teacher is not checked, and weights that fit can still be "
+            "wrong. Set it to evaluate the teacher first.",
+            settings.key("expected_ap"),
         )
+
+
+def check_teacher(settings: Settings, results: Mapping[str, Any] | None) -> None:
+    """Compare the teacher's box AP with what is expected of it.
+
+    Args:
+        settings: of the training.
+        results: of its evaluation, see :func:`box_ap`; empty but in the main process.
+
+    Raises:
+        ValueError: it falls short; on every process.
+    """
+    expected, key = settings.expected_ap, settings.key("expected_ap")
+    reached = comm.all_gather(box_ap(results or {}))[0]
+    if math.isnan(reached):
+        raise ValueError(
+            f"{key} is {expected}, but the evaluation of the teacher has no box AP: the first test "
+            "set has no ground truth that counts, or the teacher detects no boxes. Expected a set "
+            f"with both, or {key} 0."
+        )
+    if reached < expected:
+        raise ValueError(
+            f"The teacher reaches {reached:.2f} AP on the first test set, but {key} is {expected}: "
+            "check its weights and config."
+        )
+    logger.info("The teacher reaches %.2f AP, as expected (%.2f).", reached, expected)
 
 
 def _without_options(path: str) -> str:

@@ -1,6 +1,9 @@
 """A training of a YAML config: Detectron2's DefaultTrainer, whose parts :class:`Training` takes."""
 
+import argparse
+import logging
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,13 +13,35 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 
-from ..data import EvaluationLoader, build_evaluation_loader, build_train_loader
-from .evaluation import build_evaluator, build_tta_model, test_time_augmentation
+from ..config import write_stock_config
+from ..data import (
+    DatasetSummary,
+    EvaluationLoader,
+    build_evaluation_loader,
+    build_train_loader,
+    check_datasets,
+    register_datasets,
+)
+from ..modeling import teacher_source
+from .config_loading import AddConfig, load_yaml
+from .evaluation import (
+    build_evaluator,
+    build_tta_model,
+    set_up_evaluation,
+    set_up_training,
+    student_for_evaluation,
+    teacher_for_evaluation,
+    test_time_augmentation,
+)
+from .launch import once
 from .optimizer import build_optimizer
-from .preflight import check_evaluation, named, settings_of
+from .preflight import KEYS, check_evaluation, check_schedule, check_scored, named, settings_of
 from .schedule import scale_workers
+from .settings import Settings
 from .trackers import build_trackers
 from .training import Training
+
+logger = logging.getLogger(__name__)
 
 
 class DistillTrainer(Training, DefaultTrainer):
@@ -115,6 +140,109 @@ class DistillTrainer(Training, DefaultTrainer):
     ) -> DatasetEvaluator:
         """See :func:`ssim_kd.engine.evaluation.build_evaluator`."""
         return build_evaluator(cfg, dataset_name, output_folder)
+
+
+class YamlRecipe:
+    """The parts of a training or an evaluation, from the command line of a YAML config."""
+
+    keys = KEYS
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        add_config: AddConfig | None,
+        trainer: type[DistillTrainer],
+        facts: dict[str, int] | None = None,
+    ) -> None:
+        """
+        Args:
+            args: of :func:`ssim_kd.engine.argument_parser`.
+            add_config, trainer: of :func:`ssim_kd.engine.run`.
+            facts: of :func:`load_yaml`, from another process.
+        """
+        loaded = load_yaml(args, add_config, facts)
+        self.cfg, self.notes, self.facts = loaded.cfg, loaded.notes, loaded.facts
+        # What Detectron2's default_setup opens.
+        self._args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
+        self._trainer = trainer
+        self.device, self.folder = self.cfg.MODEL.DEVICE, self.cfg.OUTPUT_DIR
+        self.text = self.cfg.dump()
+
+    def settings(self) -> Settings:
+        """The plain values."""
+        return settings_of(self.cfg)
+
+    def set_up(self) -> None:
+        """Logs, the seed, a copy of the config."""
+        set_up_training(self.cfg, self._args, self.folder)
+        for note in self.notes:
+            logger.info("%s", note)
+        register_datasets(self.cfg)
+
+    def check(self) -> None:
+        """Check the teacher, the schedule and the data sets."""
+        cfg = self.cfg
+        if cfg.MODEL.DISTILL.ENABLED and cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
+            # The model itself raises it in its first step: to evaluate, it needs no teacher.
+            teacher_source(cfg)
+        check_schedule(cfg, self._trainer)
+        check_scored(cfg, self._check_data(train=True))
+
+    def _check_data(self, *, train: bool) -> list[DatasetSummary]:
+        own = {
+            method: is_overridden(self._trainer, DistillTrainer, method)
+            for method in ("build_train_loader", "build_evaluator", "test")
+        }
+        summaries = check_datasets(
+            self.cfg,
+            train=train,
+            own_loader=own["build_train_loader"],
+            own_evaluator=own["build_evaluator"] or own["test"],
+        )
+        for summary in summaries:
+            logger.info("%s", summary)
+        return summaries
+
+    def write_student(self, path: str) -> None:
+        """A config of the student that stock Detectron2 reads."""
+        write_stock_config(self.cfg, path)
+
+    def training(self) -> DistillTrainer:
+        """Build all parts."""
+        return self._trainer(self.cfg)
+
+    def check_evaluation(self, training: DistillTrainer) -> None:
+        """See :meth:`DistillTrainer.check_evaluation`."""
+        training.check_evaluation()
+
+    def teacher_weights(self) -> str:
+        """The file of the teacher's weights."""
+        return teacher_source(self.cfg).weights
+
+    def evaluate_teacher(self) -> Mapping[str, Any]:
+        """Evaluate the teacher on the student's data."""
+        return self._trainer.test(*teacher_for_evaluation(self.cfg))
+
+    def evaluation(self) -> Callable[[], Any]:
+        """Build what ``--eval-only`` or ``--eval-teacher`` evaluates; returns what does so."""
+        args = self._args
+        set_up_evaluation(self.folder, args, self.text, seed=self.cfg.SEED)
+        register_datasets(self.cfg)
+        once(lambda: self._check_data(train=False))
+        if args.eval_teacher:
+            cfg, model = teacher_for_evaluation(self.cfg)
+        else:
+            cfg, model = student_for_evaluation(self.cfg, resume=args.resume)
+
+        def evaluate() -> Any:
+            results = self._trainer.test(cfg, model)
+            if cfg.TEST.AUG.ENABLED:
+                results.update(test_time_augmentation(cfg, model, self._trainer))
+            if comm.is_main_process():
+                verify_results(cfg, results)
+            return results
+
+        return evaluate
 
 
 def is_overridden(trainer: Any, base: type, name: str) -> bool:

@@ -60,6 +60,7 @@ class Training(TrainerBase):
 
     Attributes:
         student: the detector whose weights are saved.
+        distills: whether there is a teacher.
         teacher_sha256: of the teacher's weights; "" without a teacher.
         seed: of the run: that of the settings, or what was drawn if that is negative.
         model: what is trained, in DDP with several processes.
@@ -114,10 +115,10 @@ class Training(TrainerBase):
         detector = unwrap(model)
         distilled = detector if isinstance(detector, DistilledDetector) else None
         self.student = detector if distilled is None else distilled.student
-        self._distills = distilled is not None and distilled.teacher is not None
+        self.distills = distilled is not None and distilled.teacher is not None
         self.teacher_sha256 = ""
         own: dict[str, nn.Module] = {}
-        if distilled is not None and self._distills:
+        if distilled is not None and self.distills:
             # Now rather than in the first step: what is wrong with its weights is known at once.
             teacher = distilled.load_teacher()
             self.teacher_sha256 = "" if teacher is None else _fingerprint(teacher)
@@ -187,7 +188,7 @@ class Training(TrainerBase):
             found.append(hooks.PeriodicCheckpointer(self.checkpointer, settings.checkpoint_period))
         found += [SavedEvaluation(settings.eval_period, self._test, self._stop)]
         # Pictures and the last evaluation before the writers, which the main process alone has.
-        if main and self._distills and settings.vis_period > 0 and self._pictures is not None:
+        if main and self.distills and settings.vis_period > 0 and self._pictures is not None:
             found.append(
                 VisualizeDistillation(
                     settings.vis_period,
@@ -264,7 +265,7 @@ class Training(TrainerBase):
                 config=_KINDS.get(self.settings.key("max_iter"), "Python"),
                 seed=self.seed,
                 weights=self.settings.weights,
-                teacher=distilled.teacher if self._distills else None,
+                teacher=distilled.teacher if self.distills else None,
                 sha256=self.teacher_sha256,
             )
         TrainerBase.train(self, self.start_iter, self.max_iter)

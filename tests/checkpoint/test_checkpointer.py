@@ -18,7 +18,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from ssim_kd.checkpoint.checkpointer import StudentCheckpointer
-from ssim_kd.engine.preflight import check_start
+from ssim_kd.engine.preflight import check_start, settings_of
 
 
 class Iteration:
@@ -300,7 +300,7 @@ def test_resume_or_load_options_of_main(tmp_path) -> None:
     path = f"{tmp_path}/start.pth?matching_heuristics=True"
     cfg = get_cfg()
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(tmp_path), path
-    check_start(cfg, resume=False)
+    check_start(settings_of(cfg), resume=False)
     checkpointer, _ = make(tmp_path)
     checkpointer.resume_or_load(path, resume=False)
     assert torch.equal(checkpointer.model.backbone.weight, state["weight"])

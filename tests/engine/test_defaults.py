@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,11 @@ import torch
 from detectron2 import model_zoo
 
 from ssim_kd.engine import argument_parser, load_config, run
-from ssim_kd.engine import main as main_function
-from ssim_kd.engine.preflight import check_start
+from ssim_kd.engine import trainer as trainer_module
+from ssim_kd.engine.preflight import check_start, settings_of
 from ssim_kd.modeling.teacher_config import teacher_config
 from ssim_kd.projects import add_project_configs
 from tests.engine.runs import World
-
-main_module = sys.modules[main_function.__module__]
 
 
 def test_load_config_unknown_key(world: World, tmp_path) -> None:
@@ -237,7 +234,7 @@ def test_check_config_evaluation_on_nothing(flag, world: World, tmp_path) -> Non
 def test_main_unreadable_weights(
     name, content, expected, world: World, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(main_module, "check_datasets", None)  # not yet
+    monkeypatch.setattr(trainer_module, "check_datasets", None)  # not yet
     path = name if "://" in name else tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -246,13 +243,13 @@ def test_main_unreadable_weights(
 
 
 def test_check_start_resumed(world: World, tmp_path, monkeypatch) -> None:
-    cfg = world.cfg(tmp_path, "MODEL.WEIGHTS", "/nowhere.pth")
+    settings = settings_of(world.cfg(tmp_path, "MODEL.WEIGHTS", "/nowhere.pth"))
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is '/nowhere\.pth': no such file"):
-        check_start(cfg, resume=True)
+        check_start(settings, resume=True)
     (tmp_path / "model_0000002.pth").touch()
-    check_start(cfg, resume=True)
+    check_start(settings, resume=True)
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
-        check_start(cfg, resume=False)
+        check_start(settings, resume=False)
 
 
 @pytest.mark.parametrize("flags", [(), ("--eval-teacher",)])

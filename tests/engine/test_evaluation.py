@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ssim_kd.engine.evaluation import build_evaluator, check_teacher
+from ssim_kd.engine.evaluation import build_evaluator
+from ssim_kd.engine.preflight import check_teacher
+from ssim_kd.engine.settings import Settings
 from tests.engine.runs import World, save_random_detector
 
 NO_TEACHER = (
@@ -71,22 +72,29 @@ def test_teacher_for_evaluation(world: World, tmp_path) -> None:
 
 
 def test_check_teacher_stops_the_run(world: World, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"AP on digits_val, but .*EXPECTED_AP is 30\.0"):
+    with pytest.raises(ValueError, match=r"AP on .*EXPECTED_AP is 30\.0"):
         world.main(tmp_path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 30.0)
     assert not list(tmp_path.glob("*.pth"))
 
 
 @pytest.mark.parametrize(
-    ("reached", "passes"), [(30.0, True), (29.9, False), (float("nan"), False)]
+    ("results", "passes"),
+    [
+        ({"bbox": {"AP": 30.0}}, True),
+        ({"first": {"bbox": {"AP": 30.0}}, "second": {"bbox": {"AP": 1.0}}}, True),
+        ({"bbox": {"AP": 29.9}}, False),
+        ({"bbox": {"AP": float("nan")}}, False),
+        ({"sem_seg": {"mIoU": 50.0}}, False),
+        ({}, False),
+    ],
 )
-def test_check_teacher(reached, passes, world: World, tmp_path) -> None:
-    trainer = SimpleNamespace(test=lambda cfg, model: {"bbox": {"AP": reached}})
-    cfg = world.cfg(tmp_path)
+def test_check_teacher(results, passes) -> None:
+    settings = Settings("out", 1, expected_ap=30.0, keys={"expected_ap": "EXPECTED_AP"})
     if passes:
-        check_teacher(cfg, trainer, 30.0)
+        check_teacher(settings, results)
     else:
         with pytest.raises(ValueError, match=r"EXPECTED_AP is 30\.0"):
-            check_teacher(cfg, trainer, 30.0)
+            check_teacher(settings, results)
 
 
 def test_main_expected_results(world: World, student: Path, tmp_path) -> None:

@@ -330,14 +330,12 @@ def test_lazy_config_with_a_tracker(tmp_path) -> None:
     train = {"output_dir": str(tmp_path), "max_iter": 1}
     cfg = OmegaConf.create({"train": train, "model": LazyCall(torch.nn.Linear)(in_features=3)})
     exec(BLOCKS[1], {"L": LazyCall, "WandbWriter": WandbWriter, "train": cfg.train})
-    writers = [guarded.writer for guarded in lazy._build_writers(cfg)]
-    tracker = writers[0]
-    assert isinstance(tracker, WandbWriter) and len(writers) == 4
+    (tracker,) = lazy.build_trackers(cfg)
+    assert isinstance(tracker, WandbWriter)
     assert tracker.folder == str(tmp_path) and tracker.project == "parts"
     params = dict(leaves(tracker.params))
     assert params["model.in_features"] == 3 and params["train.max_iter"] == 1
-    for writer in writers:
-        writer.close()
+    tracker.close()
 
 
 def log_once(writer: Any, iteration: int, **scalars: float) -> None:
