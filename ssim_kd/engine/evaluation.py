@@ -30,7 +30,7 @@ from torch import nn
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
-from ..modeling import TeacherSource, load_detector, teacher_source
+from ..modeling import TeacherSource, classes, load_detector, teacher_source
 from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     model, _ = load_detector(source)
     if source.cfg is None:
-        _check_equal_classes(cfg, getattr(getattr(model, "roi_heads", model), "num_classes", None))
+        _check_equal_classes(cfg, classes.num_classes(model))
         teacher.INPUT.FORMAT = getattr(model, "input_format", None) or "BGR"
     teacher.freeze()
     return teacher, model.to(cfg.MODEL.DEVICE)
