@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
-from ssim_kd.config_files import _check_files, merge_file
+from ssim_kd import yaml_files
+from ssim_kd.config_files import merge_file
+from ssim_kd.yaml_files import read_with_bases
 
 ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
 
@@ -85,4 +90,83 @@ def test_merge_file_shipped_configs_have_no_equal_keys(root) -> None:
     files = glob.glob(os.path.join(root, "**", "*.yaml"), recursive=True)
     assert files
     for file in files:
-        _check_files(file)
+        read_with_bases(file)
+
+
+CODE = "!!python/object/apply:exec [\"open('ran', 'w')\"]"
+BOMB = "A: &a0 [1, 1]\n" + "".join(f"A{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+NO_MAKER = "could not determine a constructor"
+REFUSED = {
+    "code": (f"SEED: {CODE}\n", NO_MAKER),
+    "code in a base": ("_BASE_: bad.yaml\n", NO_MAKER),
+    "code in a base by a merge key": ("<<: {_BASE_: bad.yaml}\n", NO_MAKER),
+    "equal keys in a base by a merge key": ("<<: {_BASE_: twice.yaml}\n", "key SEED twice"),
+    "aliases of aliases": (BOMB, r"config\.yaml holds .* values by aliases"),
+    "alias of itself": ("A: &a [*a]\n", r"config\.yaml holds an alias of what it is in"),
+    "nesting": (f"A: {'[' * 9000}", r"config\.yaml is nested too deeply"),
+    "digits": (f"SEED: {'9' * 5000}\n", r"config\.yaml: .*digits"),
+    "bytes": ("SEED: \udcff\n", r"config\.yaml: .*decode"),
+    "value for section": ("_BASE_: good.yaml\nSEED: {A: 1}\n", r"config\.yaml: SEED is 1 in its"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_merge_file_refused(kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, match = REFUSED[kind]
+    (tmp_path / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    bases = {"bad": f"SEED: {CODE}\n", "twice": "SEED: 1\nSEED: 2\n", "good": "SEED: 1\n"}
+    for name, content in bases.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    cfg = get_cfg()
+    before = cfg.dump()
+    with pytest.raises((ValueError, yaml.YAMLError), match=match):
+        merge_file(cfg, str(tmp_path / "config.yaml"))
+    assert cfg.dump() == before and not (tmp_path / "ran").exists()
+
+
+def test_merge_file_reads_each_file_once(tmp_path, monkeypatch) -> None:
+    """One that is swapped after it was checked is not what is merged."""
+    opened = []
+
+    def swapped(path: str, *args: Any) -> Any:
+        opened.append(os.path.basename(path))
+        content = io.StringIO(Path(path).read_text())
+        Path(path).write_text(f"SEED: {CODE}\n")
+        return content
+
+    for name, text in (("config", "_BASE_: base.yaml\nSEED: 7\n"), ("base", "VIS_PERIOD: 5\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(yaml_files.PathManager, "open", swapped)
+    cfg = get_cfg()
+    merge_file(cfg, str(tmp_path / "config.yaml"))
+    assert (cfg.SEED, cfg.VIS_PERIOD, opened) == (7, 5, ["config.yaml", "base.yaml"])
+
+
+def test_merge_file_base_by_its_name_in_the_zoo(tmp_path, monkeypatch) -> None:
+    """A file next to the config comes first; one in the working directory does not count."""
+    monkeypatch.chdir(tmp_path)
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    (tmp_path / "COCO-Detection").mkdir()
+    (tmp_path / name).write_text("SEED: 9\n")
+    (tmp_path / "run").mkdir()
+    cfg = merged(tmp_path / "run", config=f"_BASE_: {name}\n")
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.SEED) == ("RetinaNet", -1)
+    assert merged(tmp_path, config=f"_BASE_: {name}\n").SEED == 9
+    with pytest.raises(ValueError, match=r"nowhere\.yaml .*cannot be opened"):
+        merged(tmp_path, config="_BASE_: nowhere.yaml\n")
+
+
+def test_merge_file_alias_in_a_base(tmp_path) -> None:
+    """An override of one of two keys that share a value leaves the other."""
+    cfg = merged(
+        tmp_path,
+        config="_BASE_: base.yaml\nMODEL: {ROI_BOX_HEAD: {NUM_CONV: 3}}\n",
+        base="MODEL: {ROI_BOX_HEAD: &a {NUM_CONV: 2}, ROI_MASK_HEAD: *a}\n",
+    )
+    assert (cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_MASK_HEAD.NUM_CONV) == (3, 2)
+
+
+def test_merge_file_of_an_earlier_version(tmp_path) -> None:
+    cfg = merged(tmp_path, config="VERSION: 1\nMODEL: {WEIGHT: a.pkl}\n")
+    assert (cfg.MODEL.WEIGHTS, cfg.VERSION) == ("a.pkl", 2)
