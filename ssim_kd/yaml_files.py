@@ -1,7 +1,9 @@
 """Reads YAML config files with their bases: each once, what is merged is what was checked."""
 
+import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +26,14 @@ def shipped(name: str) -> str | None:
     """A config file that ssim_kd or Detectron2's model zoo ships, by its path there."""
     paths = (os.path.join(folder, name) for folder in _SHIPPED)
     return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def near_shipped(name: str, folders: Sequence[str] = _SHIPPED) -> str:
+    """Names of shipped configs that are like one that is not there, for the end of a message."""
+    files = [(folder, path) for folder in folders for path in Path(folder).rglob("*.*")]
+    known = {str(path.relative_to(f)) for f, path in files if path.suffix in (".yaml", ".py")}
+    near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.8)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def read_with_bases(path: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], set[str]]:

@@ -15,12 +15,14 @@ import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import add_distill_config, share_keys
 from ..config_files import did_you_mean, find_config_file, is_lazy, load_lazy_file, merge_file
 from ..data import check_datasets, register_datasets
 from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
+from ..yaml_files import near_shipped
 from .data_file import apply_data, apply_lazy_data
 from .preflight import check_config
 from .schedule import apply_schedule, value_of
@@ -82,7 +84,7 @@ def load_yaml(
     if add_config is not None:
         add_config(cfg)
         share_keys(add_config)
-    config_file = find_config_file(os.path.expanduser(args.config_file))
+    config_file = _find(args.config_file)
     own = _merge_file(cfg, config_file) if config_file else set()
     max_iter = cfg.SOLVER.MAX_ITER
     opts, by_hand = list(args.opts), {str(key) for key in args.opts[::2]}
@@ -135,7 +137,7 @@ def load_lazy(args: argparse.Namespace, facts: dict[str, int] | None = None) -> 
         ValueError: the file cannot be read, lacks a part, or an override does not fit.
     """
     notes, facts = [], {} if facts is None else facts
-    config_file = find_config_file(os.path.expanduser(args.config_file))
+    config_file = _find(args.config_file)
     inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
     by_hand = {text.lstrip("+~").partition("=")[0] for text in args.opts}
     cfg = _with_overrides(lambda: load_lazy_file(config_file), inside, args)
@@ -240,6 +242,16 @@ def _count_lazy_images(cfg: DictConfig) -> int:
             f"counted ({type(error).__name__}: {error}); expected a data set with a length, or "
             "train.max_iter instead of --epochs."
         ) from error
+
+
+def _find(name: str) -> str:
+    path = find_config_file(os.path.expanduser(name))
+    if path and not PathManager.exists(path):
+        raise ValueError(
+            f"--config-file is {name!r}, which cannot be opened: neither a file nor the name of a "
+            f"config of ssim_kd or of Detectron2's model zoo{near_shipped(name)}."
+        )
+    return path
 
 
 def _merge_file(cfg: CfgNode, path: str) -> set[str]:

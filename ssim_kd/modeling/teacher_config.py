@@ -1,12 +1,10 @@
 """Where a teacher comes from: a name of the model zoo, a run, a config file or a checkpoint."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +18,7 @@ from torch import nn
 from ..checkpoint import BEST
 from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, merge_file
+from ..yaml_files import ZOO, near_shipped
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
 
 logger = logging.getLogger(__name__)
@@ -91,16 +90,8 @@ def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
     except RuntimeError:
         raise TeacherNotFoundError(
             f"{KEY} is {name!r}: neither a file, a folder nor a name of the model zoo"
-            f"{_near(name)}; {EXPECTED}"
+            f"{near_shipped(name, [ZOO])}; {EXPECTED}"
         ) from None
-
-
-def _near(name: str) -> str:
-    """Names of the model zoo that are like one that is not there."""
-    folder = Path(model_zoo.__file__).parent / "configs"
-    known = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".yaml", ".py")]
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.8)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _config_in(folder: str, name: str) -> str:

@@ -162,6 +162,23 @@ def test_facts_of_the_data_are_not_read_again(tmp_path: Path) -> None:
         assert str(again) == str(load(args).cfg)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("COCO-Detection/ssim_retinanet_R50_FPN_1x.yaml", "ssim_retinanet_R_50_FPN_1x.yaml"),
+        ("COCO-Detection/faster_rcnn_R101_FPN_3x.yaml", "faster_rcnn_R_101_FPN_3x.yaml"),
+        ("new_baselines/mask_rcnn_R_50_FPN_100_LSJ.py", "mask_rcnn_R_50_FPN_100ep_LSJ.py"),
+        ("nothing/like/this.py", ""),
+    ],
+)
+def test_a_config_that_is_not_there_is_answered_with_near_names(name: str, near: str) -> None:
+    load = load_lazy if name.endswith(".py") else load_yaml
+    with pytest.raises(ValueError, match="--config-file") as caught:
+        load(argument_parser().parse_args(["--config-file", name]))
+    assert name in str(caught.value) and near in str(caught.value)
+    assert ("did you mean" in str(caught.value)) == bool(near)
+
+
 # --- LazyConfigs ---
 
 ZOO = [
