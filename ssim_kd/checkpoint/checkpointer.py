@@ -62,6 +62,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         *,
         keep: int = 0,
         partial: bool = False,
+        keys: tuple[str, str] = ("MODEL.WEIGHTS", "MODEL.WEIGHTS_PARTIAL"),
         **others: Any,
     ) -> None:
         """
@@ -70,6 +71,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             save_dir: folder of the checkpoints.
             keep: number of periodic checkpoints of this run that stay, the last; 0 for all.
             partial: whether weights to start from may fit a part of the backbone.
+            keys: what sets these weights, and ``partial``; for messages.
             others: objects with ``state_dict()``, saved under their names.
 
         Raises:
@@ -80,6 +82,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; expected 0 or more.")
         self.keep = keep
         self.partial = partial
+        self._keys = keys
         self.last_saved: int | None = None
         # Sorts by the time of its start.
         self.run = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%S.%f} {secrets.token_hex(4)}"
@@ -174,7 +177,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             # A "~" is known to no reader of Detectron2's.
             self.load(os.path.expanduser(path), checkpointables=[])
         except (ValueError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"MODEL.WEIGHTS is {path!r}: {error}") from error
+            raise ValueError(f"{self._keys[0]} is {path!r}: {error}") from error
 
     def _begin_anew(self) -> None:
         """Keep a later resume from the checkpoints that an earlier run has left in the folder."""
@@ -260,7 +263,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             data["matching_heuristics"] = True
         if options:
             raise ValueError(
-                f"MODEL.WEIGHTS is {url.geturl()!r}, with the unknown options {sorted(options)}; "
+                f"{self._keys[0]} is {url.geturl()!r}, with the unknown options {sorted(options)}; "
                 "expected none, or '?matching_heuristics=True'."
             )
         return data
@@ -280,7 +283,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             raise ValueError(
                 f"{len(wrong)} keys of the student under {prefix} are missing in it or of another "
                 f"shape (e.g. {', '.join(wrong[:3])}). Expected weights of this backbone, '' to "
-                "start from random ones, or MODEL.WEIGHTS_PARTIAL True to start these keys from "
+                f"start from random ones, or {self._keys[1]} True to start these keys from "
                 "random ones."
             )
         super()._log_incompatible_keys(incompatible)

@@ -17,6 +17,7 @@ which Detectron2 does not have, and ``train.writers`` further writers:
 
 import argparse
 import copy
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils.events import EventWriter
@@ -34,13 +35,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
-from ..data import EvaluationLoader, build_train_loader
+from ..data import EvaluationLoader, Needs, build_train_loader, check_datasets, train_records
 from ..modeling import FrozenTeacher, load_detector
 from ..modeling.teacher_config import source_of
 from .coco_evaluation import ScoredCOCOEvaluator
 from .config_loading import load_lazy
 from .evaluation import set_up_evaluation, set_up_training
 from .optimizer import add_groups
+from .preflight import check_scored
 from .settings import Settings
 from .trackers import TrackerWriter
 from .training import Training
@@ -75,6 +77,13 @@ _NAMES = {
     "teacher_weights": "model.teacher.weights",
     "loader": "dataloader.train",
 }
+# What :class:`ssim_kd.data.Needs` calls otherwise.
+_DATA_KEYS = {
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
+}
 
 
 class LazyRecipe:
@@ -103,7 +112,8 @@ class LazyRecipe:
 
     def settings(self) -> Settings:
         """The plain values."""
-        return Settings.read(lambda key: _value(self.cfg, key), KEYS, _NAMES)
+        get = functools.partial(_value, self.cfg)
+        return Settings.read(get, KEYS, _NAMES, language="LazyConfig")
 
     def set_up(self) -> None:
         """Logs, the seed, a copy of the config."""
@@ -112,7 +122,8 @@ class LazyRecipe:
             logger.info("%s", note)
 
     def check(self) -> None:
-        """Build the schedule of the learning rate for a parameter of no model."""
+        """Check the schedule and the data sets."""
+        # For a parameter of no model.
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         try:
             self._scheduler(optimizer)
@@ -121,6 +132,44 @@ class LazyRecipe:
                 f"lr_multiplier: the schedule of the learning rate cannot be built: {error}. "
                 "Expected a ParamScheduler of fvcore, e.g. detectron2.solver.WarmupParamScheduler."
             ) from error
+        needs = self._needs()
+        summaries = check_datasets(
+            needs,
+            train=True,
+            own_loader=not needs.train,
+            own_evaluator=not _calls(self.cfg.dataloader.get("evaluator"), COCOEvaluator),
+        )
+        for summary in summaries:
+            logger.info("%s", summary)
+        check_scored(self.settings(), needs, summaries)
+
+    def _needs(self) -> Needs:
+        """What is known of the data sets, and of what the student and its mapper read of them."""
+        data = self.cfg.dataloader
+
+        def names(loader: str) -> tuple[str, ...]:
+            found = OmegaConf.select(data, f"{loader}.dataset.names") or ()
+            return (found,) if isinstance(found, str) else tuple(found)
+
+        student = self.cfg.model.get("student", self.cfg.model)
+        heads = student.get("roi_heads") or {}
+        count = _value(student, "roi_heads.num_classes" if heads else "num_classes")
+        mapper = (data.get("train") or {}).get("mapper") or {}
+        found: dict[str, Any] = {
+            "masks": bool(heads.get("mask_head")) and bool(mapper.get("use_instance_mask")),
+            "mask_format": mapper.get("instance_mask_format", "polygon"),
+            "keypoints": _value(student, "roi_heads.keypoint_head.num_keypoints") or 0,
+            "filter_empty": _value(data, "train.dataset.filter_empty") is not False,
+        }
+        return Needs(
+            train=names("train"),
+            test=names("test"),
+            num_classes=count if isinstance(count, int) else None,
+            num_classes_key="model.roi_heads.num_classes" if heads else "model.num_classes",
+            zero_area="drop",
+            keys=_DATA_KEYS,
+            **found,
+        )
 
     def write_student(self, path: str) -> None:
         """A config of the student that stock Detectron2 reads."""
@@ -163,11 +212,19 @@ class LazyRecipe:
         """Ours for Detectron2's, with the same arguments; any other as it is."""
         node = copy.deepcopy(self.cfg.dataloader.train)
         node.update(options)
-        if _calls(node, build_detection_train_loader):
-            node["_target_"] = build_train_loader
-        if _calls(node, build_train_loader) and "seed" not in node:
+        if _calls(node.get("dataset"), get_detection_dataset_dicts):
+            # Boxes of zero area, of which COCO has two, give losses that are not finite.
+            node.dataset["_target_"] = functools.partial(train_records, zero_area="drop")
+        if _calls(node, build_detection_train_loader) and self._is_exact(node):
+            node["_target_"] = functools.partial(build_train_loader, needs=self._needs())
             node.seed = None if self.settings().seed < 0 else self.settings().seed
         return instantiate(node)
+
+    def _is_exact(self, node: DictConfig) -> bool:
+        """Whether our loader can compute the order of images ahead."""
+        sampler = _target(node.get("sampler"))
+        known = sampler is None or sampler.__module__.startswith("detectron2.")
+        return known and hasattr(instantiate(node.dataset), "__getitem__")
 
     def _evaluate(self, model: nn.Module, test: DictConfig | None = None) -> Mapping[str, Any]:
         if "evaluator" not in self.cfg.dataloader:

@@ -25,6 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..checkpoint import local_file, read_file
+from ..data import Needs
 from ..data.mapper import check_image_files
 from ..modeling import teacher_source
 from .evaluation import box_ap, check_teachers_classes
@@ -136,16 +137,12 @@ def settings_of(cfg: CfgNode, **names: str) -> Settings:
 
     precise = cfg.TEST.PRECISE_BN
     batches = precise.NUM_ITER if precise.ENABLED else 0
-    return Settings.read(get, KEYS, {**_NAMES, **names}, precise_bn=batches)
+    more = {"precise_bn": batches, "language": "YAML"}
+    return Settings.read(get, KEYS, {**_NAMES, **names}, **more)
 
 
 def _check_expected_ap(cfg: CfgNode) -> None:
-    if not cfg.DATASETS.TEST:
-        raise ValueError(
-            "MODEL.DISTILL.TEACHER.EXPECTED_AP is "
-            f"{cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP}, but DATASETS.TEST is (): expected a data "
-            "set to evaluate the teacher on, or EXPECTED_AP 0."
-        )
+    check_scored(settings_of(cfg), Needs.from_config(cfg), [])
     check_teachers_classes(cfg, teacher_source(cfg))
 
 
@@ -242,26 +239,32 @@ def _check_expected_results(cfg: CfgNode) -> None:
         )
 
 
-def check_scored(cfg: CfgNode, summaries: Sequence[Any]) -> None:
+def check_scored(settings: Settings, needs: Needs, summaries: Sequence[Any]) -> None:
     """Check that the teacher's AP, where one is expected, can be computed.
 
     Args:
-        cfg: of a training.
-        summaries: of its data sets, from :func:`ssim_kd.data.check_datasets`.
+        settings: of a training with a teacher.
+        needs: its data sets.
+        summaries: of these, from :func:`ssim_kd.data.check_datasets`.
 
     Raises:
-        ValueError: the first of DATASETS.TEST has no ground truth.
+        ValueError: there is no test set, or the first has no ground truth.
     """
-    expected = cfg.MODEL.DISTILL.TEACHER.EXPECTED_AP
-    if not expected or not cfg.MODEL.DISTILL.ENABLED:
+    expected, key = settings.expected_ap, settings.key("expected_ap")
+    if not expected:
         return
-    first = cfg.DATASETS.TEST[0]
+    where = needs.key("DATASETS.TEST")
+    if not needs.test:
+        raise ValueError(
+            f"{key} is {expected}, but {where} is (): expected a data set to evaluate the teacher "
+            f"on, or {key} 0."
+        )
+    first = needs.test[0]
     for summary in summaries:
         if summary.name == first and summary.findings and not summary.findings.scored:
             raise ValueError(
-                f"MODEL.DISTILL.TEACHER.EXPECTED_AP is {expected}, but DATASETS.TEST: data set "
-                f"{first!r} has no annotations to score it on; expected a set with ground truth as "
-                "the first, or EXPECTED_AP 0."
+                f"{key} is {expected}, but {where}: data set {first!r} has no annotations to score "
+                f"it on; expected a set with ground truth as the first, or {key} 0."
             )
 
 

@@ -33,6 +33,7 @@ class Settings:
             checks nothing.
         report: whether report.html is written at the end.
         ddp: arguments of Detectron2's ``create_ddp_model``.
+        language: of the config: "YAML", "LazyConfig", or "Python" for none.
         keys: the name of a setting in the user's config, for messages.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     expected_ap: float = 0.0
     report: bool = True
     ddp: Mapping[str, Any] = field(default_factory=lambda: {"broadcast_buffers": False})
+    language: str = "Python"
     keys: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

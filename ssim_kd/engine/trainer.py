@@ -17,6 +17,7 @@ from ..config import write_stock_config
 from ..data import (
     DatasetSummary,
     EvaluationLoader,
+    Needs,
     build_evaluation_loader,
     build_train_loader,
     check_datasets,
@@ -186,7 +187,9 @@ class YamlRecipe:
             # The model itself raises it in its first step: to evaluate, it needs no teacher.
             teacher_source(cfg)
         check_schedule(cfg, self._trainer)
-        check_scored(cfg, self._check_data(train=True))
+        summaries = self._check_data(train=True)
+        if cfg.MODEL.DISTILL.ENABLED:
+            check_scored(self.settings(), Needs.from_config(cfg), summaries)
 
     def _check_data(self, *, train: bool) -> list[DatasetSummary]:
         own = {
@@ -194,7 +197,7 @@ class YamlRecipe:
             for method in ("build_train_loader", "build_evaluator", "test")
         }
         summaries = check_datasets(
-            self.cfg,
+            Needs.from_config(self.cfg),
             train=train,
             own_loader=own["build_train_loader"],
             own_evaluator=own["build_evaluator"] or own["test"],

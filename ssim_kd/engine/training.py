@@ -43,8 +43,6 @@ from .writers import GuardedWriter, PeriodicWriter
 
 logger = logging.getLogger(__name__)
 
-# The kind of a config, by what it calls the length of the training.
-_KINDS = {"SOLVER.MAX_ITER": "YAML", "train.max_iter": "LazyConfig"}
 Evaluate = Callable[[], Mapping[str, Any]]
 #: Keys of a config that change nothing in what a run computes.
 _LEFT_OUT = ("OUTPUT_DIR", "TRACKING", "output_dir", "train.output_dir", "train.writers")
@@ -156,6 +154,7 @@ class Training(TrainerBase):
             settings.output_dir,
             keep=settings.checkpoints_to_keep,
             partial=settings.weights_partial,
+            keys=(settings.key("weights"), settings.key("weights_partial")),
             # First: it logs what has changed in the config, before anything else does not fit.
             trainer=weakref.proxy(self),
             **own,
@@ -262,7 +261,7 @@ class Training(TrainerBase):
         if comm.is_main_process():
             write_run(
                 self.settings.output_dir,
-                config=_KINDS.get(self.settings.key("max_iter"), "Python"),
+                config=self.settings.language,
                 seed=self.seed,
                 weights=self.settings.weights,
                 teacher=distilled.teacher if self.distills else None,

@@ -11,9 +11,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 
-from ssim_kd.data import DatasetSummary, register_datasets
+from ssim_kd.data import Needs, register_datasets
 from ssim_kd.engine import DistillTrainer, preflight
-from ssim_kd.engine.preflight import check_evaluation, check_schedule, check_scored
+from ssim_kd.engine.preflight import check_evaluation, check_schedule, check_scored, settings_of
 from tests.engine.runs import World
 
 
@@ -156,12 +156,14 @@ def test_check_evaluation_expected_results(
 @pytest.mark.parametrize("scored", [True, False])
 def test_check_scored(scored, world: World, tmp_path: Path) -> None:
     findings: Any = SimpleNamespace(scored=scored)
-    summaries = [DatasetSummary("DATASETS.TEST", "digits_val", findings)]
-    check_scored(world.cfg(tmp_path), summaries)
-    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20)
-    check_scored(cfg, [])
+    summaries: list[Any] = [SimpleNamespace(name="digits_val", findings=findings)]
+    cfg = world.cfg(tmp_path)
+    needs = Needs.from_config(cfg)
+    check_scored(settings_of(cfg), needs, summaries)
+    expects = settings_of(world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20))
+    check_scored(expects, needs, [])
     if scored:
-        check_scored(cfg, summaries)
+        check_scored(expects, needs, summaries)
     else:
         with pytest.raises(ValueError, match=r"TEACHER\.EXPECTED_AP is 20\.0.*digits_val"):
-            check_scored(cfg, summaries)
+            check_scored(expects, needs, summaries)
