@@ -4,6 +4,7 @@ import argparse
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 
 from .records import Records
 from .report import write_report
@@ -35,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     records = Records(args.records or args.study.parent / "results" / f"{study.name}.json")
-    status = 0
+    status, stages = 0, args.stages or [*study.content["stages"]]
     if not args.report:
         # The report alone needs neither submitit nor Optuna.
         from .running import Place, TrainingError, build_executor, finish
@@ -56,25 +57,39 @@ def _run(args: argparse.Namespace) -> int:
             study.content["small_box"],
         )
         try:
+            # Of weights that are to be tuned, any will do.
+            weights = {**dict.fromkeys(study.content["arms"], 1.0), **records.tuned}
+            asked = [run for name in stages for run in _asked(study, name, weights, args)]
+            if args.code is None and records.missing(asked):
+                from .checking import check
+
+                check([*study.models.values(), *asked], study.models, place)
             # All stages at once, as far as no weight has to be tuned in between.
             runs: dict[str, Run] = {}
-            for name in args.stages or study.content["stages"]:
+            for name in stages:
                 wanted = [arm for arm in study.to_be_tuned(name) if arm in (args.arms or [arm])]
                 if not records.tuned.keys() >= set(wanted):
                     finish([*runs.values()], study.models, records, place)
                     tune(study, wanted, records, place)
-                for by_slot in study.stage(name, records.tuned).values():
-                    for run in by_slot.values():
-                        if run.arm in (args.arms or [run.arm]) and run.seed in (
-                            args.seeds or [run.seed]
-                        ):
-                            runs[run.key] = run
+                runs |= {run.key: run for run in _asked(study, name, records.tuned, args)}
             finish([*runs.values()], study.models, records, place)
+        except (OSError, ValueError) as error:
+            print(f"{args.study}: {error}", file=sys.stderr)
+            return 2
         except TrainingError as error:
             print(f"\n{error}", file=sys.stderr)
             status = 1
     write_report(study, records, args.docs)
     return status
+
+
+def _asked(
+    study: Study, stage: str, weights: Mapping[str, float], args: argparse.Namespace
+) -> list[Run]:
+    """The trainings of a stage, of the arms and seeds of the command line."""
+    runs = [run for by_slot in study.stage(stage, weights).values() for run in by_slot.values()]
+    arms, seeds = args.arms, args.seeds
+    return [r for r in runs if r.arm in (arms or [r.arm]) and r.seed in (seeds or [r.seed])]
 
 
 def _check_names(args: argparse.Namespace, study: Study) -> None:

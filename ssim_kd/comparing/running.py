@@ -16,9 +16,10 @@ from typing import Any
 
 import submitit
 
+from ..writing import write_atomically
 from .measuring import measure
 from .records import Records
-from .study import Run
+from .study import TEACHER, Run, flattened
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST, MEASURED, FINISHED = "request.json", "measured.json", "finished"
 CONSOLE = "console.txt"
+_META = "MODEL.META_ARCHITECTURE"
+# Keys with paths that may be relative to the study.
+_PATHS = (TEACHER, "DATASETS.DATA_FILE", "MODEL.WEIGHTS")
 
 
 class TrainingError(RuntimeError):
@@ -110,7 +114,7 @@ def finish(runs: Sequence[Run], models: Mapping[str, Run], records: Records, pla
 def _train_all(
     runs: Sequence[Run], models: Mapping[str, Run], records: Records, place: Place
 ) -> None:
-    waiting, failed = list(runs), []
+    waiting, failed, ended = list(runs), [], 0
     jobs: dict[str, tuple[Run, submitit.Job[dict[str, Any]]]] = {}
     try:
         while waiting or jobs:
@@ -119,17 +123,19 @@ def _train_all(
                 with place.executor.batch():
                     for run in waiting[:room]:
                         jobs[run.key] = (run, _submit(run, models, records, place))
+                        logger.info("%s: begins in %s", run.key, place.output / run.key)
                 waiting = waiting[room:]
             for key, (run, job) in list(jobs.items()):
                 if not job.done():
                     continue
                 del jobs[key]
-                error = job.exception()
+                error = job.exception() or job.result().get("failed")
+                ended += 1
                 if error is not None:
                     failed.append(f"{key}: {error}")
-                    logger.error("Failed: %s", failed[-1])
+                    logger.error("(%d of %d) Failed: %s", ended, len(runs), failed[-1])
                     continue
-                _record(run, job.result(), records)
+                _record(run, job.result(), records, f"({ended} of {len(runs)}) ")
             time.sleep(0.2)
     finally:
         for _, job in jobs.values():
@@ -138,29 +144,46 @@ def _train_all(
         raise TrainingError(f"{len(failed)} trainings failed:\n" + "\n".join(failed))
 
 
-def _record(run: Run, found: Mapping[str, Any], records: Records) -> None:
+def _record(run: Run, found: Mapping[str, Any], records: Records, progress: str) -> None:
     before = records.of(run)
     if before and before["weights_sha256"] != found["measured"]["weights_sha256"]:
         # Another processor rounds differently. Who learned from it has its hash in its record.
         logger.warning("%s was trained anew and is not bit for bit what it was.", run.key)
     records.add(run, found["measured"], found["machine"])
-    logger.info("%s: AP %.2f", run.key, found["measured"]["metrics"]["AP"])
+    logger.info("%s%s: AP %.2f", progress, run.key, found["measured"]["metrics"]["AP"])
 
 
 def _weights(run: Run, place: Place) -> Path:
     return place.output / run.key / "model_final.pth"
 
 
+def overrides(run: Run, models: Mapping[str, Run], place: Place) -> dict[str, Any]:
+    """The KEY VALUE pairs of a training."""
+    opts = {**run.opts, "SEED": run.seed, "OUTPUT_DIR": str(place.output / run.key), **place.opts}
+    for key in _PATHS:
+        beside = run.folder / str(opts.get(key, ""))
+        if key in opts and beside.exists():
+            opts[key] = str(beside.resolve())
+    if run.start:
+        opts["MODEL.WEIGHTS"] = str(_weights(models[run.start], place))
+    if run.teacher:
+        opts[TEACHER] = str(models[run.teacher].config)
+        opts["MODEL.DISTILL.TEACHER.WEIGHTS"] = str(_weights(models[run.teacher], place))
+    # A stock config becomes a student; and a student's config is the control without a teacher.
+    architecture = flattened(run.config).get(_META, "GeneralizedRCNN")
+    if not opts.get(TEACHER):
+        opts.setdefault("MODEL.DISTILL.ENABLED", False)
+    elif architecture != "DistilledDetector":
+        opts.setdefault(_META, "DistilledDetector")
+        opts.setdefault("MODEL.DISTILL.STUDENT_META_ARCHITECTURE", architecture)
+    return opts
+
+
 def _submit(
     run: Run, models: Mapping[str, Run], records: Records, place: Place
 ) -> submitit.Job[dict[str, Any]]:
     folder = place.output / run.key
-    opts = {**run.opts, "SEED": run.seed, "OUTPUT_DIR": str(folder), **place.opts}
-    if run.start:
-        opts["MODEL.WEIGHTS"] = str(_weights(models[run.start], place))
-    if run.teacher:
-        opts["MODEL.DISTILL.TEACHER.CONFIG_FILE"] = str(models[run.teacher].config)
-        opts["MODEL.DISTILL.TEACHER.WEIGHTS"] = str(_weights(models[run.teacher], place))
+    opts = overrides(run, models, place)
     script = run.script or (place.code and place.code / "train_net.py")
     command = [sys.executable, *([str(script)] if script else ["-m", "ssim_kd"])]
     request = {
@@ -170,13 +193,23 @@ def _submit(
         "opts": [str(part) for pair in opts.items() for part in pair],
         "teacher_sha256": _recorded_hash(run.teacher, models, records),
         "small_box": place.small_box,
+        # Relative paths of configs begin there.
+        "cwd": str(place.code or Path.cwd()),
     }
-    return place.executor.submit(train, request, str(folder), str(place.code or ROOT))
+    return place.executor.submit(_attempt, request, str(folder), str(place.code or ROOT))
 
 
 def _recorded_hash(name: str, models: Mapping[str, Run], records: Records) -> str:
     record = records.of(models[name]) if name else None
     return record["weights_sha256"] if record else ""
+
+
+def _attempt(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
+    """:func:`train`; what failed is returned, without the trace of this process."""
+    try:
+        return train(request, folder, code)
+    except TrainingError as error:
+        return {"failed": str(error)}
 
 
 def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
@@ -191,35 +224,44 @@ def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     asked, done = out / REQUEST, out / FINISHED
-    same = (
-        asked.is_file() and json.loads(asked.read_text())["fingerprint"] == request["fingerprint"]
-    )
-    if not same:
+    if not asked.is_file() and any(out.iterdir()):
+        raise TrainingError(
+            f"{out} holds files that no study has put there: expected an empty folder, or none. "
+            "Move it away, or name another --output."
+        )
+    if read_json(asked).get("fingerprint") != request["fingerprint"]:
         shutil.rmtree(out)
         out.mkdir()
-    asked.write_text(json.dumps(dict(request), indent=1))
+    write_atomically(str(asked), lambda file: file.write(json.dumps(dict(request)).encode()))
     if not done.is_file():
-        _call([*request["command"], *request["opts"]], out, code)
+        _call([*request["command"], *request["opts"]], out, code, request.get("cwd", code))
         done.touch()
-    measured = json.loads((out / MEASURED).read_text())
+    measured = read_json(out / MEASURED) or {"running": 1}
     if measured.pop("running", 0):
         # An attempt was killed together with the process that measures.
         measured |= {"seconds": None, "cpu_seconds": None}
-    return measure(out, code, request, measured)
+    return measure(out, request.get("cwd", code), request, measured)
 
 
-def _call(command: Sequence[str], out: Path, code: str) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} if it is missing, empty or cut."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _call(command: Sequence[str], out: Path, code: str, cwd: str) -> None:
     started = time.monotonic()
-    path = out / MEASURED
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**before, "running": before.get("running", 0) + 1}))
+    before = read_json(out / MEASURED)
+    _write(out, {**before, "running": before.get("running", 0) + 1})
     environment = {**os.environ, "PYTHONPATH": code}
     with open(out / CONSOLE, "a") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=code,
+            cwd=cwd,
             env=environment,
             # A Ctrl-C reaches this process, which then asks the training to save.
             start_new_session=True,
@@ -235,19 +277,23 @@ def _call(command: Sequence[str], out: Path, code: str) -> None:
         finally:
             _add_usage(out, time.monotonic() - started)
     if status != 0:
-        end = "\n".join((out / CONSOLE).read_text(errors="replace").splitlines()[-20:])
-        raise TrainingError(f"exit status {status}, see {out / CONSOLE}:\n{end}")
+        lines = (out / CONSOLE).read_text(errors="replace").strip().splitlines() or [""]
+        raise TrainingError(f"{lines[-1]} (exit status {status}, see {out / CONSOLE})")
 
 
 def _add_usage(out: Path, seconds: float) -> None:
     """Add what this process's child took to what earlier attempts at the same training took."""
-    path = out / MEASURED
-    before = json.loads(path.read_text())
+    before = read_json(out / MEASURED)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     now = {
-        "running": before["running"] - 1,
+        "running": before.get("running", 1) - 1,
         "seconds": round(before.get("seconds", 0) + seconds, 1),
         "cpu_seconds": round(before.get("cpu_seconds", 0) + used.ru_utime + used.ru_stime, 1),
         "peak_memory_mb": max(before.get("peak_memory_mb") or 0, round(used.ru_maxrss / 1024)),
     }
-    path.write_text(json.dumps(now))
+    _write(out, now)
+
+
+def _write(out: Path, measured: Mapping[str, Any]) -> None:
+    text = json.dumps(measured).encode()
+    write_atomically(str(out / MEASURED), lambda file: file.write(text))

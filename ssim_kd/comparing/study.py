@@ -1,5 +1,6 @@
 """A study: the YAML file that describes it, and the trainings that it asks for."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -11,6 +12,10 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
+from ..config_files import find_config_file
+from .short_form import expand
+
+TEACHER = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
 WEIGHT_KEY = "MODEL.DISTILL.LOSS_WEIGHT"
 TUNED, AUTO = "tuned", "auto"
 ARM_KEYS = {"weight", "opts", "teacher", "config", "start", "script"}
@@ -33,6 +38,7 @@ class Run:
         teacher: name of the model that teaches it, or "".
         start: name of the model whose weights it starts from, or "".
         script: what trains it; "" is train_net.py.
+        folder: that of the study.
         fingerprint: SHA-256 of all that it asks for, down to its teacher's and its start's.
     """
 
@@ -44,6 +50,7 @@ class Run:
     teacher: str = ""
     start: str = ""
     script: str = ""
+    folder: Path = Path()
     fingerprint: str = field(default="", compare=False)
 
 
@@ -152,6 +159,8 @@ class Study:
         arm: str = "",
     ) -> Run:
         config = self.path.parent / asked["config"]
+        if not config.is_file():
+            config = Path(find_config_file(str(asked["config"])))
         script = str(self.path.parent / asked["script"]) if "script" in asked else ""
         opts = {**self.content.get("opts", {}), **opts}
         needs = {need: asked.get(need, "") for need in ("teacher", "start")}
@@ -161,14 +170,15 @@ class Study:
                     f"{self.path}: {need} of {key} is {name!r}: expected one of {sorted(models)}."
                 )
         whole = {
-            "config": {**_flattened(config), **opts},
+            "config": {**flattened(config), **opts},
             "seed": seed,
             "script": Path(script).read_text() if script else "",
             **{need: models[name].fingerprint for need, name in needs.items() if name},
         }
         text = json.dumps(whole, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        return Run(key, config, opts, seed, arm, **needs, script=script, fingerprint=fingerprint)
+        run = Run(key, config, opts, seed, arm, **needs, script=script)
+        return dataclasses.replace(run, folder=self.path.parent, fingerprint=fingerprint)
 
 
 def read_study(path: Path) -> Study:
@@ -178,11 +188,12 @@ def read_study(path: Path) -> Study:
         ValueError: something is missing or unknown, or a stage names an arm that is not there.
     """
     content = yaml.safe_load(path.read_text())
-    for name in ("students", "arms", "stages"):
-        if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
+        raise ValueError(f"{path}: arms is missing: expected a mapping.")
+    content = expand(content, path)
+    for name in ("students", "stages"):
+        if not isinstance(content.get(name), dict):
             raise ValueError(f"{path}: {name} is missing: expected a mapping.")
-    if "small_box" not in content:
-        raise ValueError(f"{path}: small_box is missing: expected an area in pixels.")
     for name, arm in content["arms"].items():
         unknown = sorted(set(arm) - ARM_KEYS)
         if unknown:
@@ -228,7 +239,7 @@ def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 @functools.cache
-def _flattened(config: Path) -> dict[str, Any]:
+def flattened(config: Path) -> dict[str, Any]:
     """What a config file and its bases set, by dotted key; what they leave out is a default."""
 
     def keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

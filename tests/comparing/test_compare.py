@@ -239,7 +239,6 @@ def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
     [
         ({"stages": {"main": {**STUDY["stages"]["main"], "arms": ["l9"]}}}, "stages.main.arms"),
         ({"arms": None}, "arms is missing"),
-        ({"small_box": None}, "small_box is missing"),
         ({"tuning": None}, "arms.ssim has the weight tuned"),
         ({"arms": {**STUDY["arms"], "none": {"wieght": 4}}}, "arms.none has .*wieght"),
         *(

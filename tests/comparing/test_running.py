@@ -76,7 +76,7 @@ def test_ctrl_c_lets_a_training_save(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys; from ssim_kd.comparing.running import _call; "
         "here = pathlib.Path.cwd();"
-        "_call([sys.executable, 'train.py'], here, str(here))"
+        "_call([sys.executable, 'train.py'], here, str(here), str(here))"
     )
     environment = {**os.environ, "PYTHONPATH": str(running.ROOT)}
     # A terminal sends it to all processes of the group.

@@ -1,0 +1,100 @@
+"""The short form of a study, as studies/README.md has it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssim_kd.__main__ import main
+from ssim_kd.comparing import running
+from ssim_kd.comparing.records import Records
+from ssim_kd.comparing.study import read_study
+from tests.comparing.test_compare import Inline
+from tests.documentation import fences, user_folder
+from tests.engine.runs import ROOT, save_random_detector
+
+(EXAMPLE,) = (text for text in fences(ROOT / "studies/README.md", "yaml") if "arms:" in text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's: a detector, data, the folder of a teacher, and the example."""
+    folder = tmp_path_factory.mktemp("user")
+    user_folder(folder)
+    teacher = folder / "output" / "teacher"
+    teacher.mkdir(parents=True)
+    (teacher / "config.yaml").write_text((folder / "teacher.yaml").read_text())
+    save_random_detector(folder / "teacher.yaml", teacher / "model_final.pth")
+    (folder / "study.yaml").write_text(EXAMPLE)
+    return folder
+
+
+def changed(folder: Path, **changes: Any) -> str:
+    content = {**yaml.safe_load(EXAMPLE), **changes}
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_example_is_trained_at_the_first_try(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(running, "build_executor", lambda *_: Inline())
+    monkeypatch.chdir(tmp_path)  # paths are relative to the study
+    caplog.set_level("INFO")
+    flags = ["--seeds", "1", "--arms", "plain", "pkd", "--opts", "SOLVER.EPOCHS", "1.0"]
+    assert main(["compare", str(folder / "study.yaml"), *flags]) == 0
+    records = Records(folder / "results" / "study.json").runs
+    assert records.keys() == {"students/plain/1", "students/pkd/1"}
+    assert records["students/pkd/1"]["opts"]["MODEL.DISTILL.NAME"] == "PKDDistiller"
+    for name in ("plain", "pkd"):
+        run = folder / "output" / "study" / "students" / name / "1"
+        assert ("distill/pkd_p2" in (run / "metrics.json").read_text()) == (name == "pkd")
+    assert "pkd − plain" in (folder / "results" / "study.md").read_text()
+    assert "(2 of 2) students/pkd/1: AP" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"teacher": "nowhere"}, "nowhere"),
+        ({"arms": {"plain": {}, "odd": {"method": "PKDDistil"}}}, "students/odd/1: .*PKDDistil"),
+        ({"arms": {"plain": {}, "odd": {"weight": 1, "opts": {"SOLVER.MAX": 1}}}}, "SOLVER.MAX"),
+        ({"arms": {"plain": {"wieght": 4}}}, "wieght"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"seeds": []}, "seeds"),
+        ({"seed": [1]}, "seed"),
+    ],
+)
+def test_wrong_study_trains_nothing(
+    folder: Path, changes: dict[str, Any], message: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(running, "build_executor", lambda *_: None)
+    assert main(["compare", changed(folder, **changes)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error and len(error.splitlines()) < 6
+
+
+def test_fingerprint_does_not_depend_on_the_place(folder: Path, tmp_path: Path) -> None:
+    def fingerprints(path: Path) -> list[str]:
+        runs = read_study(path).stage("main", {}).values()
+        return [run.fingerprint for by_slot in runs for run in by_slot.values()]
+
+    (tmp_path / "study.yaml").write_text(EXAMPLE)
+    (tmp_path / "my_detector.yaml").write_text((folder / "my_detector.yaml").read_text())
+    assert fingerprints(folder / "study.yaml") == fingerprints(tmp_path / "study.yaml")
+
+
+def test_train_refuses_the_folder_of_another_program(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    request = {"fingerprint": "x", "command": [], "opts": []}
+    with pytest.raises(running.TrainingError, match="holds files"):
+        running.train(request, str(tmp_path), str(tmp_path))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
