@@ -108,18 +108,20 @@ def _add_model_keys(cfg: CN) -> None:
     distill.ENABLED = True
     # The student's own meta-architecture, any that Detectron2 has registered.
     distill.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
-    # The distiller: a name in DISTILLER_REGISTRY.
-    distill.NAME = "FeatureDistiller"
-    # Several distillers at once, in the place of NAME: each term is a name with the keys of
-    # MODEL.DISTILL that it has of its own, [["SSIMDistiller"], ["PKDDistiller", "LOSS_WEIGHT", 6.0,
+    # The method: a name in DISTILLER_REGISTRY. "" is "SSIMDistiller". A key that is None means the
+    # method's own value, for the student's kind of detector; the run logs it and writes it into its
+    # config.yaml.
+    distill.NAME = ""
+    # Several methods at once, in the place of NAME: each term is a name, and keys of MODEL.DISTILL
+    # that hold for this term: [["SSIMDistiller"], ["PKDDistiller", "LOSS_WEIGHT", 6.0,
     # "IN_FEATURES", ["p3"]]]. Their losses add up. [] is the single term NAME.
     distill.TERMS = []
     # Levels that are compared, by name: p2..p7 (FPN) or res2..res5 (below it).
     # [] takes every backbone output that teacher and student share at the same stride.
-    distill.IN_FEATURES = []
+    distill.IN_FEATURES = None
     # 1x1 convolution on the student's features (phi of the paper):
     # "auto": on the levels whose channels differ; "always": on every level; "none": never.
-    distill.ADAPTER = "auto"
+    distill.ADAPTER = None
     # Min-max scaling of both maps to [0, 1] before they are compared (psi of the paper).
     # Extrema over each "channel" of each sample, over each "sample", over the "batch"; or "none".
     distill.SCALING = "channel"
@@ -132,10 +134,11 @@ def _add_model_keys(cfg: CN) -> None:
     distill.RESIZE = "error"
     # One weight a level, in the order of IN_FEATURES. [] is 1 for each.
     distill.LEVEL_WEIGHTS = []
-    # Weight of the distillation loss beside the detection losses (lambda of the paper). >= 0.
-    distill.LOSS_WEIGHT = 4.0
-    # Loss of the FeatureDistiller: "ssim", "l1" or "l2".
-    distill.LOSS = "ssim"
+    # Weight of the distillation loss next to the detection losses (lambda of the paper). >= 0.
+    # SSIM, l1 and l2 have 4.
+    distill.LOSS_WEIGHT = None
+    # Of older configs: "ssim", "l1" or "l2" is NAME SSIMDistiller, L1Distiller or L2Distiller.
+    distill.LOSS = ""
     # Parts of the student that are copied from the teacher before the first step, after
     # MODEL.WEIGHTS: "fpn", "heads". Their shapes must be equal. Set a student that inherits never
     # beside a plain one that does not.
@@ -157,11 +160,11 @@ def _add_model_keys(cfg: CN) -> None:
     schedule.STOP_ITER = 0
 
     head = distill.HEAD = CN()
-    # RCNNHeadDistiller, DenseHeadDistiller: weights of class predictions and of boxes. >= 0.
-    head.CLS_WEIGHT = 1.0
-    head.BOX_WEIGHT = 1.0
-    # RCNNHeadDistiller: temperature of the softmax. > 0.
-    head.TEMPERATURE = 1.0
+    # Methods of heads: weights of class predictions and of boxes. >= 0.
+    head.CLS_WEIGHT = None
+    head.BOX_WEIGHT = None
+    # Methods of R-CNN heads: temperature of the softmax. > 0.
+    head.TEMPERATURE = None
 
     teacher = distill.TEACHER = CN()
     # The teacher: the folder of a run, a name of the model zoo (.yaml or .py), a .yaml or .py

@@ -160,8 +160,8 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     found = {}
     for level in distiller.levels:
         aligned = (level, student_features[level], teacher_features[level], batch)
-        _, ours, theirs, mask, padded = distiller.align(*aligned)
-        found[level] = _compare(ours, theirs, mask if padded else None, options)
+        _, ours, theirs, mask = distiller.align(*aligned)
+        found[level] = _compare(ours, theirs, mask, options)
     return found
 
 

@@ -40,10 +40,7 @@ def maps_of(
     level: str = "p3",
 ) -> LevelMaps:
     """The maps of a level, as :meth:`PyramidDistiller.align` makes them."""
-    padded = mask is not None
-    if mask is None:
-        mask = torch.ones(len(student), *student.shape[-2:], dtype=torch.bool)
-    return LevelMaps(level, student, teacher, mask, padded)
+    return LevelMaps(level, student, teacher, mask)
 
 
 def batch_of(

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 
 from ssim_kd.config import add_distill_config, student_config, write_stock_config
-from ssim_kd.modeling import FeatureDistiller
+from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers
 from tests.helpers import distilled_config, full_config, stock_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +66,12 @@ def attributes_read(source: str) -> Iterator[str]:
 
 
 READ = {name for file in SOURCES for name in attributes_read(file.read_text(encoding="utf-8"))}
+#: By the methods, which declare their keys.
+READ |= {
+    key if "." in key else f"DISTILL.{key}"
+    for _, method in DISTILLER_REGISTRY
+    for key in method.all_keys().values()
+}
 
 
 def test_the_keys_are_found() -> None:
@@ -169,7 +175,7 @@ def distiller_of():
         cfg.merge_from_list([f"MODEL.DISTILL.{x}" if i % 2 == 0 else x for i, x in enumerate(opts)])
         ours = {"p3": ShapeSpec(channels=4, stride=8)}
         theirs = {"p3": ShapeSpec(channels=6, stride=8)}
-        distiller = FeatureDistiller(cfg)
+        (distiller,) = build_distillers(cfg)
         distiller.bind_shapes(ours, theirs)
         return distiller
 

@@ -88,7 +88,13 @@ def load_yaml(
     own = _merge_file(cfg, config_file) if config_file else set()
     max_iter = cfg.SOLVER.MAX_ITER
     opts, by_hand = list(args.opts), {str(key) for key in args.opts[::2]}
+    method = cfg.MODEL.DISTILL.NAME or cfg.MODEL.DISTILL.LOSS
     _merge_options(cfg, opts)
+    if method and "MODEL.DISTILL.NAME" in by_hand and cfg.MODEL.DISTILL.NAME != method:
+        # Those in the file belong to its method.
+        for key in ("LOSS_WEIGHT", "IN_FEATURES", "ADAPTER"):
+            if f"MODEL.DISTILL.{key}" not in by_hand:
+                cfg.MODEL.DISTILL[key] = None
     # From here on all is computed from what the overrides have set; and they win over it.
     data_file, teacher = getattr(args, "data", ""), getattr(args, "teacher", "")
     if data_file and "DATASETS.DATA_FILE" not in by_hand:
@@ -201,7 +207,7 @@ def ignored_keys(cfg: CfgNode) -> list[str]:
     named = {
         "TEACHER.CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
         "TERMS": distill.TERMS,
-        "NAME": distill.NAME if distill.NAME != "FeatureDistiller" else "",
+        "NAME": distill.NAME,
     }
     found = [f"MODEL.DISTILL.{key} {value}" for key, value in named.items() if value]
     if distill.ENABLED or not found or cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":

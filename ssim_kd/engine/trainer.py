@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from ..config import write_stock_config
 from ..data import (
@@ -23,7 +25,7 @@ from ..data import (
     check_datasets,
     register_datasets,
 )
-from ..modeling import teacher_source
+from ..modeling import DistilledDetector, resolved_config, teacher_source
 from .config_loading import AddConfig, load_yaml
 from .evaluation import (
     build_evaluator,
@@ -58,8 +60,10 @@ class DistillTrainer(Training, DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         with named("SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH"):
             cfg = scale_workers(cfg, comm.get_world_size())
-        self.cfg = cfg
         model = self.build_model(cfg)
+        if isinstance(model, DistilledDetector):
+            cfg = resolved_config(cfg, list(model.distillers.values()))
+        self.cfg = cfg
         with named("SOLVER (the optimizer)"):
             optimizer = self.build_optimizer(cfg, model)
         with named("DATASETS, DATALOADER or INPUT (the training loader)"):
@@ -211,8 +215,12 @@ class YamlRecipe:
         write_stock_config(self.cfg, path)
 
     def training(self) -> DistillTrainer:
-        """Build all parts."""
-        return self._trainer(self.cfg)
+        """Build all parts; config.yaml gets what is the method's own."""
+        training = self._trainer(self.cfg)
+        if training.cfg != self.cfg and comm.is_main_process():
+            with PathManager.open(os.path.join(self.folder, "config.yaml"), "w") as file:
+                file.write(training.cfg.dump())
+        return training
 
     def check_evaluation(self, training: DistillTrainer) -> None:
         """See :meth:`DistillTrainer.check_evaluation`."""

@@ -21,7 +21,7 @@ from .boxes import (
 )
 from .lp import LpLoss, lp_loss
 from .masking import channel_moments, masked_mean, masked_sum, valid_cells
-from .reference import ReferenceSize, norm_scales, reference_size
+from .reference import ReferenceSize, norm_scales, reference_size, size_scales
 from .scaling import minmax_scale
 from .ssim import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 
@@ -50,6 +50,7 @@ __all__ = [
     "pyramid_ssim_loss",
     "reference_size",
     "roi_crops",
+    "size_scales",
     "spatial_attention",
     "ssim_loss",
     "ssim_map",

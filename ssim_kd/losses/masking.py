@@ -112,12 +112,12 @@ def cell_weights(x: Tensor, mask: Tensor | None, crop: int = 0) -> Tensor | None
     return counted.to(dtype) / (c * cells.clamp(min=1) * samples.clamp(min=1)).to(dtype)
 
 
-def channel_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def channel_moments(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over the valid cells of the batch.
 
     Args:
         values: (N, C, H, W), floating point.
-        mask: (N, H, W) bool, True where a cell is valid.
+        mask: (N, H, W) bool, True where a cell is valid; None: all cells are.
 
     Returns:
         two (1, C, 1, 1). The deviation has n - 1 in its denominator, and is 0 with a zero gradient
@@ -129,6 +129,8 @@ def channel_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         >>> mean.item(), round(std.item() ** 2, 4)
         (2.0, 2.0)
     """
+    if mask is None:
+        mask = torch.ones_like(values[:, 0], dtype=torch.bool)
     cells = mask[:, None].to(values.dtype)
     count = cells.sum()
     # `where` first: 0 * inf would be NaN.

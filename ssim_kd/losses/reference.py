@@ -54,26 +54,31 @@ def reference_size(key: str, values: Sequence[int]) -> ReferenceSize | None:
     return ReferenceSize(*values)
 
 
-def norm_scales(
-    reference: ReferenceSize | None, maps: torch.Tensor, mask: torch.Tensor, stride: int
+def size_scales(
+    reference: ReferenceSize | None, maps: torch.Tensor, mask: torch.Tensor | None, stride: int
 ) -> tuple[float, float, torch.Tensor | float]:
-    """What l2 norms are multiplied by, so that they are as great as at the reference.
+    """What sums are multiplied by, so that they are as great as at the reference.
 
     Args:
-        reference: None for the norms as they are.
+        reference: None for the sums as they are.
         maps: the teacher's, (N, C, H, W).
-        mask: bool, which of the N H W cells count.
+        mask: bool, which of the N H W cells count; None: all.
         stride: of the maps in pixels.
 
     Returns:
-        factors of norms over images, over channels and over cells: each the square root of the
+        factors of sums over images, over channels and over the cells of an image: each the
         reference's number over the maps'.
     """
     if reference is None:
         return 1.0, 1.0, 1.0
-    n, channels = maps.shape[:2]
-    return (
-        math.sqrt(reference.images / n),
-        math.sqrt(reference.channels / channels),
-        (reference.cells(stride) * n / mask.sum()).sqrt(),
-    )
+    n, channels, height, width = maps.shape
+    cells = height * width if mask is None else mask.sum() / n
+    return reference.images / n, reference.channels / channels, reference.cells(stride) / cells
+
+
+def norm_scales(
+    reference: ReferenceSize | None, maps: torch.Tensor, mask: torch.Tensor | None, stride: int
+) -> tuple[float, float, torch.Tensor | float]:
+    """As :func:`size_scales` for l2 norms: the roots of the factors of sums."""
+    images, channels, cells = size_scales(reference, maps, mask, stride)
+    return images**0.5, channels**0.5, cells**0.5

@@ -1,20 +1,21 @@
 """The meta-architecture and its parts."""
 
+from ..ops.options import check_number, check_numbers
 from .adapters import build_adapters
 from .distillers import (
     DISTILLER_REGISTRY,
     DenseHeadDistiller,
     DistillBatch,
     Distiller,
-    FeatureDistiller,
     LevelMaps,
     LpDistiller,
-    PartsDistiller,
     PyramidDistiller,
     RCNNHeadDistiller,
+    RoIHeadDistiller,
     SSIMDistiller,
     build_distillers,
-    check_number,
+    part_keys,
+    resolved_config,
 )
 from .loaded_teacher import LoadedTeacher
 from .meta_arch import DistilledDetector, unwrap
@@ -33,14 +34,13 @@ __all__ = [
     "DistillBatch",
     "DistilledDetector",
     "Distiller",
-    "FeatureDistiller",
     "FrozenTeacher",
     "LevelMaps",
     "LoadedTeacher",
     "LpDistiller",
-    "PartsDistiller",
     "PyramidDistiller",
     "RCNNHeadDistiller",
+    "RoIHeadDistiller",
     "SSIMDistiller",
     "Tap",
     "TeacherSource",
@@ -48,8 +48,11 @@ __all__ = [
     "build_adapters",
     "build_distillers",
     "check_number",
+    "check_numbers",
     "find_teacher",
     "load_detector",
+    "part_keys",
+    "resolved_config",
     "tappable_levels",
     "teacher_config",
     "teacher_source",

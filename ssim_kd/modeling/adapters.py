@@ -5,6 +5,8 @@ from detectron2.layers import ShapeSpec
 from fvcore.nn import weight_init
 from torch import nn
 
+from ..ops.options import check_choice
+
 ADAPTERS = ("auto", "always", "none")
 
 
@@ -24,14 +26,13 @@ def build_adapters(
     Raises:
         ValueError: an unknown mode, or channels that differ under "none".
     """
-    if mode not in ADAPTERS:
-        raise ValueError(f"MODEL.DISTILL.ADAPTER is {mode!r}; expected one of {ADAPTERS}.")
+    check_choice("adapter", mode, ADAPTERS)
     adapters = nn.ModuleDict()
     for level, shape in student.items():
         channels, target = shape.channels, teacher[level].channels
         if mode == "none" and channels != target:
             raise ValueError(
-                f"MODEL.DISTILL.ADAPTER is 'none', but at level {level} the student has "
+                f"adapter is 'none', but at level {level} the student has "
                 f"{channels} channels and the teacher {target}: set it to 'auto'."
             )
         if mode == "always" or (mode == "auto" and channels != target):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import student_config
-from .distillers import DistillBatch, Distiller, build_distillers
+from .distillers import DistillBatch, Distiller, bind_distillers, build_distillers
 from .inherit import check_inherited, copy_inherited, inherited_keys
 from .loaded_teacher import LoadedTeacher
 from .plain_names import keep_plain_names, plainly
@@ -119,8 +119,7 @@ class DistilledDetector(nn.Module):
         # Adapters may not shift the random numbers that the student trains with: then a run without
         # distillation is comparable draw by draw.
         with torch.random.fork_rng(devices=[]):
-            for distiller in distillers:
-                distiller.bind(self.student, teacher)
+            bind_distillers(distillers, self.student, teacher)
         if self._inherits:
             check_inherited(self.student, teacher.model, self._inherits)
         self._student_tap = Tap(self.student, [n for d in distillers for n in d.student_taps])

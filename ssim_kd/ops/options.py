@@ -6,7 +6,10 @@ Shapes: N images, C channels, H x W cells.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +25,49 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a number in [``low``, ``high``]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and low <= value <= high):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}]; got {value!r}")
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> Any:
+    """A number as it is, if it is finite and within its bounds.
+
+    Args:
+        name: of the argument or key, for the message.
+        value: an int or float, no bool.
+        least, above, most, below: >=, >, <=, <.
+        whole: whether it has to be an int.
+
+    Returns:
+        ``value``; a float unless ``whole``.
+
+    Raises:
+        ValueError: it is another; the message begins with ``name``.
+    """
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
+    if not (
+        number
+        and math.isfinite(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    ):
+        kind = "whole" if whole else "finite"
+        within = " and ".join(f"{sign} {x:g}" for sign, x in bounds if x is not None)
+        raise ValueError(f"{name} is {value!r}; expected a {kind} number {within}.")
+    return value if whole else float(value)
+
+
+def check_numbers(name: str, values: Sequence[Any], *, least: int) -> list[int]:
+    """Whole numbers >= ``least`` as a list; errors as of :func:`check_number`."""
+    return [check_number(name, value, least=least, whole=True) for value in values]
 
 
 @dataclass(frozen=True)
@@ -54,13 +95,13 @@ class SSIMOptions:
         size = self.window_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
             raise ValueError(f"window_size must be a positive odd integer; got {size!r}")
-        check_number("sigma", self.sigma, 1e-3, 1e6)
+        check_number("sigma", self.sigma, least=1e-3, most=1e6)
         # The bounds keep C1, C2 and their product, of the order of data_range^4, within float32.
-        check_number("data_range", self.data_range, 1e-6, 1e6)
+        check_number("data_range", self.data_range, least=1e-6, most=1e6)
         for name in ("k1", "k2"):
-            check_number(name, getattr(self, name), 0.0, 10.0)
+            check_number(name, getattr(self, name), least=0, most=10)
         for name in ("alpha", "beta", "gamma"):
-            check_number(name, getattr(self, name), 0.0, 100.0)
+            check_number(name, getattr(self, name), least=0, most=100)
         check_choice("padding", self.padding, PADDINGS)
         check_choice("scaling", self.scaling, (None, *SCOPES))
         check_choice("scaling_grad", self.scaling_grad, (True, False))

@@ -100,8 +100,8 @@ def _term(run: Run, term: Sequence[Any]) -> str:
     """A distiller's loss and weight: "SSIM, weight 4"."""
     own = dict(zip(term[1::2], term[2::2], strict=False))
     name = str(term[0])
-    if name == "FeatureDistiller":
-        name = str(own.get("LOSS", run.get("MODEL.DISTILL.LOSS", default=name)))
+    if name in ("", "FeatureDistiller"):  # of older runs
+        name = str(own.get("LOSS") or run.get("MODEL.DISTILL.LOSS") or "ssim")
         name = "SSIM" if name == "ssim" else name
     weight = own.get("LOSS_WEIGHT", run.get("MODEL.DISTILL.LOSS_WEIGHT"))
     return name.removesuffix("Distiller") + (f", weight {weight:g}" if weight is not None else "")

@@ -46,6 +46,8 @@ def other_values(folder: Path) -> dict[str, Any]:
         "MODEL.DISTILL.TEACHER.CONFIG_FILE": "teacher.yaml",
         "MODEL.DISTILL.TEACHER.EXPECTED_AP": 0.0,
         "MODEL.DISTILL.TERMS": [["SSIMDistiller"], ["LpDistiller", "LOSS_WEIGHT", 2.0]],
+        "MODEL.DISTILL.LOSS_WEIGHT": 2.0,
+        "MODEL.DISTILL.IN_FEATURES": ["p3"],
     }
 
     def other(value: Any) -> Any:
@@ -53,7 +55,7 @@ def other_values(folder: Path) -> dict[str, Any]:
             return not value
         if isinstance(value, int | float):
             return value + 1
-        if isinstance(value, str):
+        if isinstance(value, str) or value is None:
             return f"{value}x"
         return [other(part) for part in value] or [1]
 

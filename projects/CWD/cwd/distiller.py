@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 
 from ssim_kd.losses import masked_log_softmax
 from ssim_kd.modeling import (
@@ -16,28 +16,34 @@ from ssim_kd.modeling import (
 
 
 def channel_kl(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float, mask: torch.Tensor
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) over the cells, the mean over the channels.
 
     Args:
         student, teacher: (N, C, H, W).
         temperature: tau > 0.
-        mask: (N, H, W) bool, the cells that count.
+        mask: (N, H, W) bool, the cells that count; None: all.
 
     Returns:
         scalar, the mean over the samples, >= 0.
     """
     log_s, log_t = (masked_log_softmax(x / temperature, mask) for x in (student, teacher))
-    # In the padding both are 0.
-    share = log_t.exp().masked_fill(~mask[:, None], 0.0)
-    divergence = (share * (log_t - log_s)).sum(dim=(2, 3))
+    # Both are 0 in the padding, and so is their difference.
+    divergence = (log_t.exp() * (log_t - log_s)).sum(dim=(2, 3))
     return temperature**2 * divergence.mean()
 
 
 @DISTILLER_REGISTRY.register()
 class CWDDistiller(PyramidDistiller):
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) of each channel over its cells."""
+
+    keys = {"temperature": "CWD.TEMPERATURE"}
+    defaults = {"weight": 10.0, "levels": ("p2", "p3", "p4", "p5", "p6")}
+    dense_defaults = {"weight": 5.0, "levels": ("p3", "p4", "p5", "p6")}
 
     @configurable
     def __init__(self, *, name: str = "cwd", temperature: float = 1.0, **kwargs: Any) -> None:
@@ -48,19 +54,11 @@ class CWDDistiller(PyramidDistiller):
             kwargs: of :class:`PyramidDistiller`.
 
         Raises:
-            ValueError: a temperature that is no number > 0.
+            ValueError: a temperature that is not a number > 0.
         """
         super().__init__(name=name, **kwargs)
-        key = "MODEL.DISTILL.CWD.TEMPERATURE"
-        self.temperature = check_number(key, temperature, above=0)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the temperature."""
-        return {**super().from_config(cfg), "temperature": cfg.MODEL.DISTILL.CWD.TEMPERATURE}
+        self.temperature = check_number("temperature", temperature, above=0)
 
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
         """The loss of one level."""
-        # The sums over the cells need float32.
-        with torch.autocast(maps.student.device.type, enabled=False):
-            return channel_kl(maps.student, maps.teacher, self.temperature, maps.mask)
+        return channel_kl(maps.student, maps.teacher, self.temperature, maps.mask)

@@ -11,5 +11,6 @@ def add_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.CROSSKD = CN()
     # CrossKDDistiller: after how many 3x3 convolutions of each tower the student's features enter
     # the teacher's tower, 1 to the number of convolutions. 0: they never do, and the student's own
-    # predictions are compared, which is BCKD.
-    cfg.MODEL.DISTILL.CROSSKD.DEPTH = 3
+    # predictions are compared, which is BCKD. RetinaNet has one less than the towers (3 of 4), FCOS
+    # half of them.
+    cfg.MODEL.DISTILL.CROSSKD.DEPTH = None

@@ -4,13 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS
 from torch import nn
 
 from ssim_kd.losses import channel_moments
-from ssim_kd.modeling import DISTILLER_REGISTRY, DenseHeadDistiller, DistillBatch, FrozenTeacher
+from ssim_kd.modeling import (
+    DISTILLER_REGISTRY,
+    DenseHeadDistiller,
+    DistillBatch,
+    FrozenTeacher,
+    check_number,
+)
 from ssim_kd.modeling.adapters import adapt, build_adapters
 from ssim_kd.modeling.distillers.dense_heads import (
     anchor_normalizer,
@@ -41,19 +47,19 @@ def activation_after(tower: nn.Sequential, depth: int) -> int:
         if convs == depth and isinstance(layer, nn.ReLU):
             return index
     raise ValueError(
-        f"MODEL.DISTILL.CROSSKD.DEPTH is {depth}; expected 1 to {convs}, the number of "
-        "convolutions in the towers of student and teacher, or 0 (BCKD)."
+        f"depth is {depth}; expected 1 to {convs}, the number of convolutions in the towers of "
+        "student and teacher, or 0 (BCKD)."
     )
 
 
 def match_statistics(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, eps: float = 1e-6
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, eps: float = 1e-6
 ) -> torch.Tensor:
     """The student's map with the mean and the standard deviation of the teacher's channels.
 
     Args:
         student, teacher: (N, C, H, W), float32.
-        mask: (N, H, W) bool, the cells whose moments are taken.
+        mask: (N, H, W) bool, the cells whose moments are taken; None: all.
         eps: added to the student's standard deviation.
 
     Returns:
@@ -96,18 +102,23 @@ class CrossKDDistiller(DenseHeadDistiller):
     Depth 0 compares the student's own predictions, BCKD: boxes are weighted by the highest
     difference of a class probability, over all anchors.
 
-        CrossKDDistiller(depth=3)                                    # RetinaNet
-        CrossKDDistiller(depth=2, cls_weight=0.4, box_weight=0.75)   # FCOS
-        CrossKDDistiller(depth=0, box_weight=4.0)                    # BCKD
+    By default the depth is one convolution less than the towers have (FCOS: half of them), and the
+    weights of the two parts are 1 and 1 (FCOS: 0.4 and 0.75; BCKD: 1 and 4), as published.
+
+        CrossKDDistiller()          # CrossKD
+        CrossKDDistiller(depth=0)   # BCKD
     """
+
+    keys = {"depth": "CROSSKD.DEPTH", "adapter": "ADAPTER", "mask_padding": "MASK_PADDING"}
+    defaults = {"adapter": "auto"}
 
     @configurable
     def __init__(
         self,
         *,
         name: str = "",
-        depth: int = 3,
-        adapter: str = "auto",
+        depth: int | None = None,
+        adapter: str | None = None,
         mask_padding: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -115,31 +126,31 @@ class CrossKDDistiller(DenseHeadDistiller):
         Args:
             name: see :class:`Distiller`; "crosskd", or "bckd" at depth 0, by default.
             depth: convolutions of the student's towers before the teacher's, >= 0.
-            adapter: of the tower's features, see :func:`build_adapters`.
+            adapter: of the tower's features, see :func:`build_adapters`; None for "auto".
             mask_padding: whether cells in the padding are left out.
             kwargs: of :class:`DenseHeadDistiller`.
 
         Raises:
             ValueError: a value out of its range.
         """
-        super().__init__(name=name or ("crosskd" if depth else "bckd"), **kwargs)
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-            raise ValueError(
-                f"MODEL.DISTILL.CROSSKD.DEPTH is {depth!r}; expected a whole number >= 0."
-            )
-        self.depth, self.adapter, self.mask_padding = depth, adapter, mask_padding
+        super().__init__(name=name or ("bckd" if depth == 0 else "crosskd"), **kwargs)
+        if depth is not None:
+            check_number("depth", depth, least=0, whole=True)
+        self.depth: Any = depth
+        self.adapter: Any = adapter
+        self.mask_padding = mask_padding
         self.adapters = nn.ModuleDict()
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`DenseHeadDistiller` takes, the depth, ADAPTER and MASK_PADDING."""
-        distill = cfg.MODEL.DISTILL
-        return {
-            **super().from_config(cfg),
-            "depth": distill.CROSSKD.DEPTH,
-            "adapter": distill.ADAPTER,
-            "mask_padding": distill.MASK_PADDING,
-        }
+    def own_values(self, student: nn.Module | None) -> dict[str, Any]:
+        """See :meth:`Distiller.own_values`; the depth is that of the student's towers."""
+        fcos = isinstance(student, FCOS)
+        towers: Any = getattr(getattr(student, "head", None), "cls_subnet", ())
+        convs = sum(isinstance(layer, nn.Conv2d) for layer in towers)
+        weights = {"cls": 0.4, "box": 0.75} if fcos else {"cls": 1.0, "box": 1.0}
+        if self.depth == 0:
+            weights = {"cls": 1.0, "box": 4.0}
+        depth = max(convs // 2 if fcos else convs - 1, 1)
+        return {**super().own_values(student), "depth": depth, "part_weights": weights}
 
     def bind(self, student: Any, teacher: FrozenTeacher) -> None:
         """Check heads and towers, and build the adapters.
@@ -173,10 +184,10 @@ class CrossKDDistiller(DenseHeadDistiller):
         )
         self.adapters = build_adapters(self.adapter, ours, theirs)
 
-    def forward(
+    def parts(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See :meth:`Distiller.forward`."""
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Distiller.parts`."""
         detector: Any = batch.teacher
         with torch.autocast(batch.device.type, enabled=False):
             if self.depth:
@@ -228,7 +239,7 @@ class CrossKDDistiller(DenseHeadDistiller):
 
     def _losses(
         self, ours: Outputs, theirs: Outputs, batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> dict[str, torch.Tensor]:
         detector: Any = batch.student
         # The teacher's layers predict for the teacher's anchors.
         predictor = batch.teacher if self.depth else detector
@@ -254,8 +265,8 @@ class CrossKDDistiller(DenseHeadDistiller):
         pair = decode(predictor, s), decode(batch.teacher, t)
         if self.is_fcos:
             normalizer = normalizer * _mean_centerness(detector, anchors, boxes, positive)
-            return self._sum(cls, weighted_iou(*pair, weights) / normalizer)
-        return self._sum(cls, weighted_giou(*pair, weights) / normalizer)
+        box = (weighted_iou if self.is_fcos else weighted_giou)(*pair, weights)
+        return {"cls": cls, "box": box / normalizer}
 
 
 def _mean_centerness(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import nn
 
 from ssim_kd.modeling import (
@@ -26,37 +26,20 @@ class CrossKDRCNNDistiller(RCNNHeadDistiller):
     :func:`top_class_delta_l1` of the box deltas.
     """
 
+    keys = {"adapter": "ADAPTER"}
+    defaults = {"part_weights": {"cls": 0.5, "box": 1.0}, "temperature": 3.0, "adapter": "auto"}
+
     @configurable
-    def __init__(
-        self,
-        *,
-        name: str = "crosskd",
-        temperature: float = 3.0,
-        cls_weight: float = 0.5,
-        box_weight: float = 1.0,
-        adapter: str = "auto",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, name: str = "crosskd", adapter: str | None = None, **kwargs: Any) -> None:
         """
         Args:
             name: see :class:`Distiller`.
-            temperature, cls_weight, box_weight: see :class:`RCNNHeadDistiller`; by default those of
-                the paper.
-            adapter: of the student's maps, see :func:`build_adapters`.
-            kwargs: of :class:`Distiller`.
+            adapter: of the student's maps, see :func:`build_adapters`; None for "auto".
+            kwargs: of :class:`RCNNHeadDistiller`, whose None are the values of the paper.
         """
-        super().__init__(
-            **{"name": name, "temperature": temperature, **kwargs},
-            cls_weight=cls_weight,
-            box_weight=box_weight,
-        )
-        self.adapter = adapter
+        super().__init__(name=name, **kwargs)
+        self.adapter: Any = adapter
         self.adapters = nn.ModuleDict()
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`RCNNHeadDistiller` takes, and ADAPTER."""
-        return {**super().from_config(cfg), "adapter": cfg.MODEL.DISTILL.ADAPTER}
 
     def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
         """Check the heads and build the adapters.

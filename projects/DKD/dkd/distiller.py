@@ -4,18 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
-from torch import nn
+from detectron2.config import configurable
 from torch.nn import functional as F
 
-from ssim_kd.modeling import (
-    DISTILLER_REGISTRY,
-    DistillBatch,
-    Distiller,
-    FrozenTeacher,
-    check_number,
-)
-from ssim_kd.modeling.distillers.roi_heads import check_roi_heads, teacher_predictions
+from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, RoIHeadDistiller, check_number
+from ssim_kd.modeling.distillers.roi_heads import teacher_predictions
 
 
 def decoupled_kl(
@@ -51,14 +44,14 @@ def decoupled_kl(
 
 
 @DISTILLER_REGISTRY.register()
-class DKDDistiller(Distiller):
+class DKDDistiller(RoIHeadDistiller):
     """alpha TCKD + beta NCKD of the class logits, on the proposals that the student trains with.
 
     Both box heads read their own maps; the background is a class. See :func:`decoupled_kl`.
     """
 
-    student_taps = ("roi_heads", "roi_heads.box_pooler", "roi_heads.box_predictor")
-    needs_teacher_heads = True
+    keys = {"alpha": "DKD.ALPHA", "beta": "DKD.BETA", "temperature": "DKD.TEMPERATURE"}
+    student_taps = ("roi_heads", *RoIHeadDistiller.student_taps)
 
     @configurable
     def __init__(
@@ -80,35 +73,20 @@ class DKDDistiller(Distiller):
         Raises:
             ValueError: a value out of its range.
         """
-        super().__init__(name=name, **kwargs)
-        self.scalar_weights = {
-            "target": check_number("MODEL.DISTILL.DKD.ALPHA", alpha, least=0),
-            "others": check_number("MODEL.DISTILL.DKD.BETA", beta, least=0),
+        weights = {
+            "target": check_number("alpha", alpha, least=0),
+            "others": check_number("beta", beta, least=0),
         }
-        self.temperature = check_number("MODEL.DISTILL.DKD.TEMPERATURE", temperature, above=0)
+        super().__init__(name=name, part_weights=weights, **kwargs)
+        self.temperature = check_number("temperature", temperature, above=0)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`Distiller` takes, and the keys of DKD."""
-        node = cfg.MODEL.DISTILL.DKD
-        return {
-            **super().from_config(cfg),
-            **{"alpha": node.ALPHA, "beta": node.BETA, "temperature": node.TEMPERATURE},
-        }
-
-    def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
-        """See :func:`check_roi_heads`."""
-        check_roi_heads(student, teacher, method=type(self).__name__)
-        self.teacher_taps = list(teacher.model.roi_heads.box_in_features)
-
-    def forward(
+    def parts(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See :meth:`Distiller.forward`."""
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Distiller.parts`."""
         proposals, _ = student["roi_heads"][0].output
-        logits, _ = student["roi_heads.box_predictor"][0].output
+        logits, _ = self.student_predictions(student, batch)
         soft, _ = teacher_predictions(student, teacher, batch)
         target = torch.cat([x.gt_classes for x in proposals])
         tckd, nckd = decoupled_kl(logits, soft, target, self.temperature)
-        total = self.scalar_weights["target"] * tckd + self.scalar_weights["others"] * nckd
-        return total, {"target": tckd.detach(), "others": nckd.detach()}
+        return {"target": tckd, "others": nckd}

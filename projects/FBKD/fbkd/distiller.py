@@ -1,10 +1,10 @@
 """The distiller of FBKD (Zhang & Ma, ICLR 2021, openreview.net/forum?id=uKhGRvM8QNH)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import nn
 from torch.linalg import vector_norm
@@ -21,19 +21,20 @@ from ssim_kd.modeling import (
     DISTILLER_REGISTRY,
     DistillBatch,
     LevelMaps,
-    PartsDistiller,
-    build_adapters,
+    PyramidDistiller,
     check_number,
+    check_numbers,
+    part_keys,
 )
 
 from .non_local import NonLocal
 
-#: Weights of the paper for two-stage detectors.
-WEIGHTS = {"feature": 7e-5, "channel": 4e-3, "spatial": 4e-3, "nonlocal": 7e-5}
+#: Of the non-local blocks by level.
+POOL_STRIDES, INNER_CHANNELS = (8, 4, 2, 2, 2), (64, 64, 128, 128, 128)
 
 
 @DISTILLER_REGISTRY.register()
-class FBKDDistiller(PartsDistiller):
+class FBKDDistiller(PyramidDistiller):
     """Attention-guided and non-local distillation: four norms a level, over the whole batch.
 
     With M = (G_s(S) + G_s(T)) / 2 (:func:`spatial_attention`), A, A' 1x1 and D 3x3 convolutions, B
@@ -45,6 +46,31 @@ class FBKDDistiller(PartsDistiller):
         nonlocal    || NL_T(T) - A'(NL_S(S)) ||
     """
 
+    keys = {
+        "temperature": "FBKD.TEMPERATURE",
+        "channel_attention": "FBKD.CHANNEL_ATTENTION",
+        "pool_strides": "FBKD.POOL_STRIDES",
+        "inner_channels": "FBKD.INNER_CHANNELS",
+        "reference": "FBKD.REFERENCE",
+        **part_keys("FBKD", "feature", "channel", "spatial", "nonlocal"),
+    }
+    defaults = {
+        "levels": ("p2", "p3", "p4", "p5", "p6"),
+        "temperature": 0.5,
+        "channel_attention": False,
+        "part_weights": {"feature": 7e-5, "channel": 4e-3, "spatial": 4e-3, "nonlocal": 7e-5},
+    }
+    dense_defaults = {
+        "levels": ("p3", "p4", "p5", "p6", "p7"),
+        "temperature": 0.1,
+        "channel_attention": True,
+        "part_weights": {
+            "feature": 4.2e-4,
+            "channel": 2.4e-2,
+            "spatial": 2.4e-2,
+            "nonlocal": 4.2e-4,
+        },
+    }
     adapts = False
 
     @configurable
@@ -52,77 +78,52 @@ class FBKDDistiller(PartsDistiller):
         self,
         *,
         name: str = "fbkd",
-        temperature: float = 0.5,
-        channel_attention: bool = False,
-        part_weights: Mapping[str, float] = WEIGHTS,
-        pool_strides: Sequence[int] = (8, 4, 2, 2, 2),
-        inner_channels: Sequence[int] = (64, 64, 128, 128, 128),
+        temperature: float | None = None,
+        channel_attention: bool | None = None,
+        pool_strides: Sequence[int] = (),
+        inner_channels: Sequence[int] = (),
         reference: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
         """
         Args:
             name: see :class:`Distiller`.
-            temperature: of the attention, > 0.
+            temperature: of the attention, > 0; None for the method's own.
             channel_attention: whether M is multiplied by (G_c(A(S)) + G_c(T)) / 2, G_c as
-                :func:`channel_attention`.
-            part_weights: of "feature", "channel", "spatial" and "nonlocal".
-            pool_strides, inner_channels: of the blocks NL, one number a level.
+                :func:`channel_attention`; None for the method's own.
+            pool_strides, inner_channels: of the blocks NL, one number a level; () for the first of
+                8, 4, 2, 2, 2 and of 64, 64, 128, 128, 128.
             reference: see :func:`reference_size`; () for the norms as they are.
-            kwargs: of :class:`PyramidDistiller`.
+            kwargs: of :class:`PyramidDistiller`; part_weights of "feature", "channel", "spatial"
+                and "nonlocal".
 
         Raises:
             ValueError: a value out of its range.
         """
-        key = "MODEL.DISTILL.FBKD"
-        super().__init__(name=name, key=key, part_weights={**WEIGHTS, **part_weights}, **kwargs)
-        self.temperature = check_number(f"{key}.TEMPERATURE", temperature, above=0)
-        self.channel_attention = channel_attention
-        self.pool_strides = _whole(f"{key}.POOL_STRIDES", pool_strides)
-        self.inner_channels = _whole(f"{key}.INNER_CHANNELS", inner_channels)
-        self.reference = reference_size(f"{key}.REFERENCE", reference)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of FBKD."""
-        fbkd = cfg.MODEL.DISTILL.FBKD
-        weights = {
-            "feature": fbkd.FEATURE_WEIGHT,
-            "channel": fbkd.CHANNEL_WEIGHT,
-            "spatial": fbkd.SPATIAL_WEIGHT,
-            "nonlocal": fbkd.NONLOCAL_WEIGHT,
-        }
-        return {
-            **super().from_config(cfg),
-            "temperature": fbkd.TEMPERATURE,
-            "channel_attention": fbkd.CHANNEL_ATTENTION,
-            "part_weights": weights,
-            "pool_strides": fbkd.POOL_STRIDES,
-            "inner_channels": fbkd.INNER_CHANNELS,
-            "reference": fbkd.REFERENCE,
-        }
+        super().__init__(name=name, **kwargs)
+        self.temperature: Any = temperature
+        if temperature is not None:
+            check_number("temperature", temperature, above=0)
+        self.channel_attention: Any = channel_attention
+        self.pool_strides = check_numbers("pool_strides", pool_strides, least=1)
+        self.inner_channels = check_numbers("inner_channels", inner_channels, least=1)
+        self.reference = reference_size("reference", reference)
 
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
         """Make the modules of each level.
 
         Raises:
-            ValueError: POOL_STRIDES or INNER_CHANNELS of another length than the levels.
+            ValueError: pool_strides or inner_channels of another length than the levels.
         """
-        for key in ("pool_strides", "inner_channels"):
-            values = getattr(self, key)
-            if len(values) != len(self.levels):
-                raise ValueError(
-                    f"MODEL.DISTILL.FBKD.{key.upper()} has {len(values)} numbers ({values}) for "
-                    f"the {len(self.levels)} levels {self.levels}; expected one a level."
-                )
-        self.feature_maps = build_adapters("always", student, teacher)
+        strides = self.one_a_level("pool_strides", POOL_STRIDES, self.pool_strides)
+        inner_channels = self.one_a_level("inner_channels", INNER_CHANNELS, self.inner_channels)
+        self.feature_maps = nn.ModuleDict()
         self.channel_maps, self.spatial_maps = nn.ModuleDict(), nn.ModuleDict()
         self.student_nonlocal, self.teacher_nonlocal = nn.ModuleDict(), nn.ModuleDict()
         self.nonlocal_maps = nn.ModuleDict()
-        for level, inner, stride in zip(
-            self.levels, self.inner_channels, self.pool_strides, strict=True
-        ):
-            ours, theirs = student[level].channels, teacher[level].channels
+        for level, inner, stride in zip(self.levels, inner_channels, strides, strict=True):
+            ours, theirs = int(student[level].channels), int(teacher[level].channels)
+            self.feature_maps[level] = nn.Conv2d(ours, theirs, 1)
             self.channel_maps[level] = nn.Linear(ours, theirs)
             self.spatial_maps[level] = nn.Conv2d(1, 1, 3, padding=1)
             self.student_nonlocal[level] = NonLocal(ours, inner, stride)
@@ -130,14 +131,9 @@ class FBKDDistiller(PartsDistiller):
             # Of cells, of which it is a 1x1 convolution.
             self.nonlocal_maps[level] = nn.Linear(ours, theirs)
 
-    def level_parts(self, maps: LevelMaps, batch: DistillBatch) -> dict[str, torch.Tensor]:
-        """See :class:`FBKDDistiller`; all in float32."""
-        with torch.autocast(maps.student.device.type, enabled=False):
-            return self._parts(maps._replace(student=maps.student.float()), maps.teacher.float())
-
-    def _parts(self, maps: LevelMaps, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-        level, student = maps.level, maps.student
-        mask = maps.mask if maps.padded else None
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> dict[str, torch.Tensor]:
+        """See :class:`FBKDDistiller`."""
+        level, student, teacher, mask = maps
         adapted = self.feature_maps[level](student)
         attention = self._attention(student, adapted, teacher, mask)
         difference = (teacher - adapted) * attention.sqrt()
@@ -148,9 +144,7 @@ class FBKDDistiller(PartsDistiller):
         relation = self.teacher_nonlocal[level](teacher, mask) - self.nonlocal_maps[level](
             self.student_nonlocal[level](student, mask)
         )
-        images, channels, cells = norm_scales(
-            self.reference, teacher, maps.mask, self.strides[level]
-        )
+        images, channels, cells = norm_scales(self.reference, teacher, mask, self.strides[level])
         return {
             "feature": vector_norm(valid_cells(difference, mask)) * images * channels * cells,
             "channel": vector_norm(channel) * images * channels,
@@ -175,10 +169,3 @@ class FBKDDistiller(PartsDistiller):
             pair = channel_attention(ours, **options) + channel_attention(teacher, **options)
             found = found * pair / 2
         return found
-
-
-def _whole(key: str, values: Sequence[int]) -> list[int]:
-    found = list(values)
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in found):
-        raise ValueError(f"{key} is {found}; expected whole numbers > 0, one a level.")
-    return found

@@ -1,4 +1,4 @@
-"""The config keys of FGD. The weights are those of Faster R-CNN."""
+"""The config keys of FGD."""
 
 from detectron2.config import CfgNode as CN
 
@@ -9,11 +9,12 @@ def add_config(cfg: CN) -> None:
     # Temperature of the attention maps. > 0.
     fgd.TEMPERATURE = 0.5
     # Weights of the feature loss in ground-truth boxes (alpha of the paper) and beyond (beta), of
-    # the difference of the attention maps (gamma), and of the global relation (lambda). >= 0.
-    fgd.FG_WEIGHT = 5e-5
-    fgd.BG_WEIGHT = 2.5e-5
-    fgd.ATTENTION_WEIGHT = 5e-5
-    fgd.GLOBAL_WEIGHT = 5e-7
+    # the difference of the attention maps (gamma), and of the global relation (lambda). >= 0. R-CNN
+    # has 5e-5, 2.5e-5, 5e-5 and 5e-7; dense detectors have 1e-3, 5e-4, 5e-4 and 5e-6.
+    fgd.FG_WEIGHT = None
+    fgd.BG_WEIGHT = None
+    fgd.ATTENTION_WEIGHT = None
+    fgd.GLOBAL_WEIGHT = None
     # The batch that the weights belong to: [images, height, width, channels], the images' size in
     # pixels. Sums are brought to its number of cells and channels. [] is the sums as they are.
     fgd.REFERENCE = []

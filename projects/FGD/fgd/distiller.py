@@ -1,10 +1,10 @@
 """The distiller of FGD (Yang et al., CVPR 2022, arXiv 2111.11837)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import nn
 
@@ -15,18 +15,17 @@ from ssim_kd.losses import (
     masked_softmax,
     masked_sum,
     reference_size,
+    size_scales,
     spatial_attention,
 )
 from ssim_kd.modeling import (
     DISTILLER_REGISTRY,
     DistillBatch,
     LevelMaps,
-    PartsDistiller,
+    PyramidDistiller,
     check_number,
+    part_keys,
 )
-
-#: Weights of the paper for Faster R-CNN.
-WEIGHTS = {"fg": 5e-5, "bg": 2.5e-5, "attention": 5e-5, "global": 5e-7}
 
 
 class GlobalContext(nn.Module):
@@ -67,7 +66,7 @@ class GlobalContext(nn.Module):
 
 
 @DISTILLER_REGISTRY.register()
-class FGDDistiller(PartsDistiller):
+class FGDDistiller(PyramidDistiller):
     """Foreground and background by themselves, weighted by the teacher's attention, and relations.
 
     With A_s, A_c the spatial and channel attention, sums over all elements, N images:
@@ -77,13 +76,26 @@ class FGDDistiller(PartsDistiller):
         global      sum (GC_T(T) - GC_S(S))^2 / N, with a :class:`GlobalContext` for each model
     """
 
+    keys = {
+        "temperature": "FGD.TEMPERATURE",
+        "reference": "FGD.REFERENCE",
+        **part_keys("FGD", "fg", "bg", "attention", "global"),
+    }
+    defaults = {
+        "levels": ("p2", "p3", "p4", "p5"),
+        "part_weights": {"fg": 5e-5, "bg": 2.5e-5, "attention": 5e-5, "global": 5e-7},
+    }
+    dense_defaults = {
+        "levels": ("p3", "p4", "p5", "p6", "p7"),
+        "part_weights": {"fg": 1e-3, "bg": 5e-4, "attention": 5e-4, "global": 5e-6},
+    }
+
     @configurable
     def __init__(
         self,
         *,
         name: str = "fgd",
         temperature: float = 0.5,
-        part_weights: Mapping[str, float] = WEIGHTS,
         reference: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
@@ -91,34 +103,16 @@ class FGDDistiller(PartsDistiller):
         Args:
             name: see :class:`Distiller`.
             temperature: of the attention, > 0.
-            part_weights: of "fg", "bg", "attention" and "global".
             reference: see :func:`reference_size`; () for the sums as they are.
-            kwargs: of :class:`PyramidDistiller`.
+            kwargs: of :class:`PyramidDistiller`; part_weights of "fg", "bg", "attention" and
+                "global".
 
         Raises:
             ValueError: a value out of its range.
         """
-        key = "MODEL.DISTILL.FGD"
-        super().__init__(name=name, key=key, part_weights={**WEIGHTS, **part_weights}, **kwargs)
-        self.temperature = check_number(f"{key}.TEMPERATURE", temperature, above=0)
-        self.reference = reference_size(f"{key}.REFERENCE", reference)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of FGD."""
-        fgd = cfg.MODEL.DISTILL.FGD
-        weights = {
-            "fg": fgd.FG_WEIGHT,
-            "bg": fgd.BG_WEIGHT,
-            "attention": fgd.ATTENTION_WEIGHT,
-            "global": fgd.GLOBAL_WEIGHT,
-        }
-        return {
-            **super().from_config(cfg),
-            "temperature": fgd.TEMPERATURE,
-            "part_weights": weights,
-            "reference": fgd.REFERENCE,
-        }
+        super().__init__(name=name, **kwargs)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.reference = reference_size("reference", reference)
 
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
         """Make the context blocks of each level."""
@@ -128,26 +122,20 @@ class FGDDistiller(PartsDistiller):
             self.student_context[level] = GlobalContext(shape.channels)
             self.teacher_context[level] = GlobalContext(shape.channels)
 
-    def level_parts(self, maps: LevelMaps, batch: DistillBatch) -> dict[str, torch.Tensor]:
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> dict[str, torch.Tensor]:
         """See :class:`FGDDistiller`.
 
         Raises:
             ValueError: training images without ground truth.
         """
-        boxes = [x.gt_boxes.tensor for x in batch.ground_truth(type(self).__name__)]
-        # Sums over the cells, and softmax: float32.
-        with torch.autocast(maps.student.device.type, enabled=False):
-            return self._parts(maps, boxes)
-
-    def _parts(self, maps: LevelMaps, boxes: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        student, teacher = maps.student.float(), maps.teacher.float()
-        mask = maps.mask if maps.padded else None
+        level, student, teacher, mask = maps
+        boxes = batch.boxes(type(self).__name__)
         options: dict[str, Any] = {"temperature": self.temperature, "mask": mask}
         spatial_s, spatial_t = (spatial_attention(x, **options) for x in (student, teacher))
         channel_s, channel_t = (channel_attention(x, **options) for x in (student, teacher))
 
         height, width = student.shape[-2:]
-        foreground = foreground_weights(boxes, height, width, self.strides[maps.level], mask=mask)
+        foreground = foreground_weights(boxes, height, width, self.strides[level], mask=mask)
         background = background_weights(foreground, mask)
         # In the padding the attention is 0; the difference need not be finite there.
         difference = student - teacher
@@ -155,10 +143,9 @@ class FGDDistiller(PartsDistiller):
             difference = difference.masked_fill(~mask[:, None], 0.0)
         error = (difference.square() * channel_t).sum(dim=1) * spatial_t[:, 0]
 
-        relation = self.student_context[maps.level](student, mask) - self.teacher_context[
-            maps.level
-        ](teacher, mask)
-        channels, cells = self._scales(maps)
+        ours, theirs = self.student_context[level], self.teacher_context[level]
+        relation = ours(student, mask) - theirs(teacher, mask)
+        _, channels, cells = size_scales(self.reference, teacher, mask, self.strides[level])
         n = len(student)
         return {
             "fg": channels * (foreground * error).sum() / n,
@@ -170,11 +157,3 @@ class FGDDistiller(PartsDistiller):
             / n,
             "global": channels * cells * masked_sum(relation.square(), mask) / n,
         }
-
-    def _scales(self, maps: LevelMaps) -> tuple[float, torch.Tensor | float]:
-        """What sums over channels, and over the cells of an image, are multiplied by."""
-        if self.reference is None:
-            return 1.0, 1.0
-        channels = self.reference.channels / maps.student.shape[1]
-        cells = self.reference.cells(self.strides[maps.level])
-        return channels, cells / (maps.mask.sum() / len(maps.mask))

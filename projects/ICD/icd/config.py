@@ -1,4 +1,4 @@
-"""The config keys of ICD. Values are those of RetinaNet."""
+"""The config keys of ICD."""
 
 from detectron2.config import CfgNode as CN
 
@@ -7,19 +7,21 @@ def add_config(cfg: CN) -> None:
     """Add ``MODEL.DISTILL.ICD``, in place."""
     icd = cfg.MODEL.DISTILL.ICD = CN()
     # Weight of the distillation, which trains the student, and of the two parts of the auxiliary
-    # task, which train the decoder: is a box real, and how far off are its sides. >= 0.
-    icd.VALUE_WEIGHT = 8.0
-    icd.REAL_WEIGHT = 1.0
-    icd.SIDES_WEIGHT = 1.0
+    # task, which train the decoder: is a box real, and how far off are its sides. >= 0. R-CNN has
+    # 3, 1 and 1; dense detectors have 8, 1 and 1.
+    icd.VALUE_WEIGHT = None
+    icd.REAL_WEIGHT = None
+    icd.SIDES_WEIGHT = None
     # Width of the decoder, its number of heads and the width of its hidden layer. HEADS divides
     # DIM, and so does 4.
     icd.DIM = 256
     icd.HEADS = 8
     icd.HIDDEN_DIM = 1024
     # Fake boxes for each real one, >= 0; fewer where an image would have more than MAX_BOXES boxes.
-    # An image without real boxes has one fake box.
+    # An image without real boxes has one fake box. R-CNN has at most 100 boxes, dense detectors
+    # have 300.
     icd.FAKE_RATIO = 5.0
-    icd.MAX_BOXES = 300
+    icd.MAX_BOXES = None
     # Mean and deviation of the width and height of a fake box, as shares of the image's.
     icd.FAKE_SIZE = [0.2, 0.2]
     # How far the centre of a box is moved at most, in widths and heights of the box. From 0 to 0.5.

@@ -1,10 +1,10 @@
 """The distiller of ICD (Kang et al., NeurIPS 2021, arXiv 2110.12724)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
@@ -17,6 +17,7 @@ from ssim_kd.modeling import (
     LevelMaps,
     PyramidDistiller,
     check_number,
+    part_keys,
 )
 
 from .modules import (
@@ -29,10 +30,6 @@ from .modules import (
     sine_encoding,
     xavier,
 )
-
-#: Weights of RetinaNet; Faster R-CNN has a "value" of 3.
-WEIGHTS = {"value": 8.0, "real": 1.0, "sides": 1.0}
-_KEY = "MODEL.DISTILL.ICD"
 
 
 @DISTILLER_REGISTRY.register()
@@ -53,6 +50,27 @@ class ICDDistiller(PyramidDistiller):
     reaches the detectors' weights otherwise.
     """
 
+    keys = {
+        **{
+            name: f"ICD.{name.upper()}"
+            for name in (
+                *("dim", "heads", "hidden_dim", "fake_ratio", "max_boxes", "fake_size"),
+                *("jitter", "detach_iters", "lr", "weight_decay", "clip_norm"),
+            )
+        },
+        **part_keys("ICD", "value", "real", "sides"),
+    }
+    # The attention has an entry for each box, head and cell, and p2 has many cells.
+    defaults = {
+        "levels": ("p2", "p3", "p4", "p5", "p6"),
+        "part_weights": {"value": 3.0, "real": 1.0, "sides": 1.0},
+        "max_boxes": 100,
+    }
+    dense_defaults = {
+        "levels": ("p3", "p4", "p5", "p6", "p7"),
+        "part_weights": {"value": 8.0, "real": 1.0, "sides": 1.0},
+        "max_boxes": 300,
+    }
     adapts = False
 
     @configurable
@@ -61,12 +79,11 @@ class ICDDistiller(PyramidDistiller):
         *,
         name: str = "icd",
         num_classes: int = 0,
-        part_weights: Mapping[str, float] = WEIGHTS,
         dim: int = 256,
         heads: int = 8,
         hidden_dim: int = 1024,
         fake_ratio: float = 5.0,
-        max_boxes: int = 300,
+        max_boxes: int | None = None,
         fake_size: Sequence[float] = (0.2, 0.2),
         jitter: float = 0.3,
         detach_iters: int = 1000,
@@ -79,12 +96,12 @@ class ICDDistiller(PyramidDistiller):
         Args:
             name: see :class:`Distiller`.
             num_classes: of the ground truth; 0: as many as the student has.
-            part_weights: of "value", "real" and "sides".
             dim, heads, hidden_dim: of the decoder.
-            fake_ratio, max_boxes, fake_size, jitter: see :func:`draw_queries`.
+            fake_ratio, max_boxes, fake_size, jitter: see :func:`draw_queries`; max_boxes None for
+                the method's own.
             detach_iters: iterations in which the student does not learn of it.
             lr, weight_decay, clip_norm: of the AdamW of its own modules.
-            kwargs: of :class:`PyramidDistiller`.
+            kwargs: of :class:`PyramidDistiller`; part_weights of "value", "real" and "sides".
 
         Raises:
             ValueError: a value out of its range.
@@ -92,48 +109,30 @@ class ICDDistiller(PyramidDistiller):
         super().__init__(name=name, **kwargs)
         if self.level_weights:
             raise ValueError(
-                f"MODEL.DISTILL.LEVEL_WEIGHTS is {self.level_weights}; expected [] with ICD, which "
-                "takes all levels as one."
+                f"level_weights is {self.level_weights}; expected [] with ICD, which takes all "
+                "levels as one."
             )
-        self.scalar_weights = {
-            part: check_number(f"{_KEY}.{part.upper()}_WEIGHT", weight, least=0)
-            for part, weight in {**WEIGHTS, **part_weights}.items()
-        }
-        for key, value, least in (
-            ("DIM", dim, 4),
-            ("HEADS", heads, 1),
-            ("HIDDEN_DIM", hidden_dim, 1),
-            ("MAX_BOXES", max_boxes, 1),
-            ("DETACH_ITERS", detach_iters, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{_KEY}.{key} is {value!r}; expected a whole number >= {least}.")
+        self.dim = check_number("dim", dim, least=4, whole=True)
+        self.heads = check_number("heads", heads, least=1, whole=True)
         if dim % heads or dim % 4:
-            raise ValueError(f"{_KEY}.DIM is {dim}; expected a multiple of 4 and HEADS ({heads}).")
+            raise ValueError(f"dim is {dim}; expected a multiple of 4 and of `heads` ({heads}).")
+        self.hidden_dim = check_number("hidden_dim", hidden_dim, least=1, whole=True)
         if len(fake_size) != 2:
-            raise ValueError(f"{_KEY}.FAKE_SIZE is {fake_size}; expected a mean and a deviation.")
-        mean, deviation = (check_number(f"{_KEY}.FAKE_SIZE", v, least=0) for v in fake_size)
-        if not 0 <= check_number(f"{_KEY}.JITTER", jitter, least=0) <= 0.5:
-            raise ValueError(f"{_KEY}.JITTER is {jitter}; expected a number from 0 to 0.5.")
+            raise ValueError(f"fake_size is {fake_size}; expected a mean and a deviation.")
+        mean, deviation = (check_number("fake_size", v, least=0) for v in fake_size)
         self.num_classes = num_classes
-        self.dim, self.heads, self.hidden_dim = dim, heads, hidden_dim
+        self.max_boxes: Any = max_boxes
+        if max_boxes is not None:
+            check_number("max_boxes", max_boxes, least=1, whole=True)
         self.drawing: dict[str, Any] = {
-            "fake_ratio": check_number(f"{_KEY}.FAKE_RATIO", fake_ratio, least=0),
-            "max_boxes": max_boxes,
+            "fake_ratio": check_number("fake_ratio", fake_ratio, least=0),
             "fake_size": (mean, deviation),
-            "jitter": jitter,
+            "jitter": check_number("jitter", jitter, least=0, most=0.5),
         }
-        self.detach_iters = detach_iters
-        self.lr = check_number(f"{_KEY}.LR", lr, least=0)
-        self.weight_decay = check_number(f"{_KEY}.WEIGHT_DECAY", weight_decay, least=0)
-        self.clip_norm = check_number(f"{_KEY}.CLIP_NORM", clip_norm, above=0)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of ICD."""
-        options = {key.lower(): value for key, value in cfg.MODEL.DISTILL.ICD.items()}
-        weights = {part: options.pop(f"{part}_weight") for part in WEIGHTS}
-        return {**super().from_config(cfg), "part_weights": weights, **options}
+        self.detach_iters = check_number("detach_iters", detach_iters, least=0, whole=True)
+        self.lr = check_number("lr", lr, least=0)
+        self.weight_decay = check_number("weight_decay", weight_decay, least=0)
+        self.clip_norm = check_number("clip_norm", clip_norm, above=0)
 
     def bind(self, student: Any, teacher: FrozenTeacher) -> None:
         """See :meth:`PyramidDistiller.bind`; finds the number of classes.
@@ -150,12 +149,6 @@ class ICDDistiller(PyramidDistiller):
             )
         super().bind(student, teacher)
 
-    def bind_shapes(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
-        """See :meth:`PyramidDistiller.bind_shapes`."""
-        weights = self.scalar_weights
-        super().bind_shapes(student, teacher)
-        self.scalar_weights = weights
-
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
         """Make encoder, decoder, predictor and the student's projection.
 
@@ -168,7 +161,7 @@ class ICDDistiller(PyramidDistiller):
             if len(set(found.values())) > 1:
                 raise ValueError(
                     f"ICDDistiller takes all levels as one, but those of the {whose} have other "
-                    f"channels: {found}. Name levels of an FPN in MODEL.DISTILL.IN_FEATURES."
+                    f"channels: {found}. Name levels of an FPN in `levels`."
                 )
             channels[whose] = next(iter(found.values()))
         self.encoder = QueryEncoder(self.num_classes, self.dim)
@@ -190,51 +183,45 @@ class ICDDistiller(PyramidDistiller):
             }
         ]
 
-    def forward(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        Args:
-            student, teacher: maps (N, C, H, W) by level.
-            batch: sizes and ground truth of the images.
-
-        Returns:
-            the weighted sum of the three parts, and each unweighted: "value", "real", "sides".
+    def pyramid_loss(
+        self, maps: Sequence[LevelMaps], batch: DistillBatch
+    ) -> dict[str, torch.Tensor]:
+        """The three unweighted parts of the loss: "value", "real" and "sides".
 
         Raises:
             ValueError: training images without ground truth.
         """
-        instances = batch.ground_truth(type(self).__name__)
         queries = draw_queries(
-            [x.gt_boxes.tensor for x in instances],
-            [x.gt_classes for x in instances],
+            batch.boxes(type(self).__name__),
+            [x.gt_classes for x in batch.instances or ()],
             batch.image_sizes,
             num_classes=self.num_classes,
+            max_boxes=self.max_boxes,
             generator=batch.generator(self.name),
             **self.drawing,
         )
-        maps = [self.align(k, student[k], teacher[k], batch) for k in self.levels]
         if batch.iteration < self.detach_iters:
             maps = [level._replace(student=level.student.detach()) for level in maps]
-        # Softmax over all cells, and moments of a head: float32.
-        with torch.autocast(batch.device.type, enabled=False):
-            parts = self.parts(maps, queries)
-        total = torch.stack([self.scalar_weights[k] * v for k, v in parts.items()]).sum()
-        return total, {k: v.detach() for k, v in parts.items()}
+        return self.losses(maps, queries)
 
-    def parts(self, maps: Sequence[LevelMaps], queries: Queries) -> dict[str, torch.Tensor]:
-        """The three unweighted parts of the loss."""
+    def losses(self, maps: Sequence[LevelMaps], queries: Queries) -> dict[str, torch.Tensor]:
+        """The three unweighted parts of the loss for given boxes."""
         ours, theirs = (
-            torch.cat([x.float().flatten(2) for x in side], dim=2).transpose(1, 2)
+            torch.cat([x.flatten(2) for x in side], dim=2).transpose(1, 2)
             for side in ([x.student for x in maps], [x.teacher for x in maps])
         )
-        positions = torch.cat([cell_positions(x.mask).flatten(1, 2) for x in maps], dim=1)
-        padded = any(x.padded for x in maps)
+        masks = [
+            torch.ones_like(x.teacher[:, 0], dtype=torch.bool) if x.mask is None else x.mask
+            for x in maps
+        ]
+        positions = torch.cat([cell_positions(mask).flatten(1, 2) for mask in masks], dim=1)
         decoded, attention, values = self.decoder(
             self.encoder(queries),
             theirs,
             sine_encoding(positions, self.dim // 2),
-            torch.cat([x.mask.flatten(1) for x in maps], dim=1) if padded else None,
+            torch.cat([mask.flatten(1) for mask in masks], dim=1)
+            if any(x.padded for x in maps)
+            else None,
         )
         weights = torch.einsum("nhqs,nq->nhs", attention.detach(), queries.real.float())
         student_values = self.student_value(ours).unflatten(-1, (self.heads, -1))

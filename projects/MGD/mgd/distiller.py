@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import nn
 
@@ -25,19 +25,28 @@ class MGDDistiller(PyramidDistiller):
     M is 0 in a random share of the cells, the same for all channels; G is conv3x3-ReLU-conv3x3.
     """
 
+    keys = {"mask_ratio": "MGD.MASK_RATIO", "reference": "MGD.REFERENCE"}
+    defaults = {"weight": 5e-7, "levels": ("p2", "p3", "p4", "p5"), "mask_ratio": 0.45}
+    dense_defaults = {
+        "weight": 2e-5,
+        "levels": ("p3", "p4", "p5", "p6", "p7"),
+        "mask_ratio": 0.65,
+    }
+    float32 = False  # The convolutions run in the training's precision.
+
     @configurable
     def __init__(
         self,
         *,
         name: str = "mgd",
-        mask_ratio: float = 0.65,
+        mask_ratio: float | None = None,
         reference: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
         """
         Args:
             name: see :class:`Distiller`.
-            mask_ratio: share of the cells that are set to 0, in [0, 1).
+            mask_ratio: share of the cells that are set to 0, in [0, 1); None for the method's own.
             reference: see :func:`reference_size`; () for the sum as it is.
             kwargs: of :class:`PyramidDistiller`.
 
@@ -45,19 +54,10 @@ class MGDDistiller(PyramidDistiller):
             ValueError: a value out of its range.
         """
         super().__init__(name=name, **kwargs)
-        key = "MODEL.DISTILL.MGD"
-        self.mask_ratio = check_number(f"{key}.MASK_RATIO", mask_ratio, least=0, below=1)
-        self.reference = reference_size(f"{key}.REFERENCE", reference)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of MGD."""
-        mgd = cfg.MODEL.DISTILL.MGD
-        return {
-            **super().from_config(cfg),
-            "mask_ratio": mgd.MASK_RATIO,
-            "reference": mgd.REFERENCE,
-        }
+        self.mask_ratio: Any = mask_ratio
+        if mask_ratio is not None:
+            check_number("mask_ratio", mask_ratio, least=0, below=1)
+        self.reference = reference_size("reference", reference)
 
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
         """Make G of each level."""
@@ -72,13 +72,11 @@ class MGDDistiller(PyramidDistiller):
         """The loss of one level."""
         holes = self.random_mask(maps, batch)
         generated = self.generators[maps.level](maps.student * holes)
-        with torch.autocast(generated.device.type, enabled=False):
-            error = (generated.float() - maps.teacher.float()).square()
-            mask = maps.mask if maps.padded else None
-            if self.reference is None:
-                return masked_sum(error, mask) / len(error)
-            cells = self.reference.cells(self.strides[maps.level])
-            return self.reference.channels * cells * masked_mean(error, mask)
+        error = (generated.float() - maps.teacher.float()).square()
+        if self.reference is None:
+            return masked_sum(error, maps.mask) / len(error)
+        cells = self.reference.cells(self.strides[maps.level])
+        return self.reference.channels * cells * masked_mean(error, maps.mask)
 
     def random_mask(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
         """Draw M, (N, 1, H, W) of 0 and 1."""

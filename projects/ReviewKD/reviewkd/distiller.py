@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from fvcore.nn import weight_init
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from ssim_kd.modeling import (
     DistillBatch,
     LevelMaps,
     PyramidDistiller,
+    check_number,
 )
 
 #: Sides of the maps to which both are pooled, beside their full size.
@@ -42,11 +44,10 @@ class Fusion(nn.Module):
             return CellBatchNorm(channels) if norm == "BN" else get_norm(norm, channels)
 
         self.reduce = Conv2d(channels, inner, 1, bias=False, norm=normed(inner))
-        self.attention = Conv2d(2 * inner, 2, 1, bias=False) if fuses else None
+        self.attention = nn.Conv2d(2 * inner, 2, 1) if fuses else None
         self.expand = Conv2d(inner, out, 3, padding=1, bias=False, norm=normed(out))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
+        for convolution in (self.reduce, self.expand):
+            weight_init.c2_xavier_fill(convolution)
 
     def forward(
         self, x: torch.Tensor, above: torch.Tensor | None = None
@@ -83,23 +84,22 @@ def hierarchical_loss(
         scalar, the mean over the samples.
     """
     # In half precision the mean over many cells loses its digits.
-    with torch.autocast(student.device.type, enabled=False):
-        difference = student.float() - teacher.float()
-        total, factor, weights = masked_mean(difference.square(), mask), 1.0, 1.0
-        if mask is None:
-            cells = torch.ones_like(difference[:, :1])
-        else:
-            cells = mask[:, None].float()
-            difference = torch.where(mask[:, None], difference, 0.0)
-        for side in POOLED_SIDES:
-            if side >= student.shape[-2]:
-                continue
-            factor /= 2
-            weights += factor
-            share = F.adaptive_avg_pool2d(cells, side)
-            pooled = F.adaptive_avg_pool2d(difference, side) / share.clamp(min=1e-12)
-            total = total + factor * masked_mean(pooled.square(), share[:, 0] > 0)
-        return total / weights
+    difference = student.float() - teacher.float()
+    total, factor, weights = masked_mean(difference.square(), mask), 1.0, 1.0
+    if mask is None:
+        cells = torch.ones_like(difference[:, :1])
+    else:
+        cells = mask[:, None].float()
+        difference = torch.where(mask[:, None], difference, 0.0)
+    for side in POOLED_SIDES:
+        if side >= student.shape[-2]:
+            continue
+        factor /= 2
+        weights += factor
+        share = F.adaptive_avg_pool2d(cells, side)
+        pooled = F.adaptive_avg_pool2d(difference, side) / share.clamp(min=1e-12)
+        total = total + factor * masked_mean(pooled.square(), share[:, 0] > 0)
+    return total / weights
 
 
 @DISTILLER_REGISTRY.register()
@@ -110,7 +110,9 @@ class ReviewKDDistiller(PyramidDistiller):
     :func:`hierarchical_loss` compares the result with the teacher's map.
     """
 
+    keys = {"channels": "REVIEWKD.CHANNELS", "norm": "REVIEWKD.NORM"}
     adapts = False  # Fusion brings the student's channels to the teacher's.
+    float32 = False  # The convolutions run in the training's precision.
 
     @configurable
     def __init__(
@@ -127,17 +129,8 @@ class ReviewKDDistiller(PyramidDistiller):
             ValueError: a value out of its range.
         """
         super().__init__(name=name, **kwargs)
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(
-                f"MODEL.DISTILL.REVIEWKD.CHANNELS is {channels!r}; expected a whole number > 0."
-            )
-        self.channels, self.norm = channels, norm
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of ReviewKD."""
-        node = cfg.MODEL.DISTILL.REVIEWKD
-        return {**super().from_config(cfg), "channels": node.CHANNELS, "norm": node.NORM}
+        self.channels = check_number("channels", channels, least=1, whole=True)
+        self.norm = norm
 
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:
         """One fusion a level, the coarsest without attention.
@@ -160,20 +153,17 @@ class ReviewKDDistiller(PyramidDistiller):
             )
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"MODEL.DISTILL.REVIEWKD.NORM is {self.norm!r} for {self.channels} channels "
-                f"(MODEL.DISTILL.REVIEWKD.CHANNELS) and the teacher's "
+                f"norm is {self.norm!r} for {self.channels} `channels` and the teacher's "
                 f"{[shape.channels for shape in teacher.values()]}; expected a norm of Detectron2 "
                 f"that fits them: {error}"
             ) from error
 
     def pyramid_loss(
         self, maps: Sequence[LevelMaps], batch: DistillBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """See :meth:`PyramidDistiller.pyramid_loss`."""
         by_level, found, above = {m.level: m for m in maps}, {}, None
         for level in self.order:
             fused, above = self.fusions[level](by_level[level].student, above)
-            mask = by_level[level].mask if by_level[level].padded else None
-            found[level] = hierarchical_loss(fused, by_level[level].teacher, mask)
-        losses = torch.stack([found[level] for level in self.levels])
-        return (losses * losses.new_tensor(self.level_weights)).sum(), losses.detach()
+            found[level] = hierarchical_loss(fused, *by_level[level][2:])
+        return {level: found[level] for level in self.levels}

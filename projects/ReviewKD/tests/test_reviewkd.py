@@ -133,7 +133,8 @@ def test_reviewkd_equals_loops() -> None:
                 for j in range(width):
                     row, column = i * above.shape[2] // height, j * above.shape[3] // width
                     y[:, :, i, j] = above[:, :, row, column]
-            z = 1 / (1 + np.exp(-conv(np.concatenate([x, y], axis=1), w["attention.weight"])))
+            z = conv(np.concatenate([x, y], axis=1), w["attention.weight"])
+            z = 1 / (1 + np.exp(-z - w["attention.bias"][:, None, None]))
             x = x * z[:, :1] + y * z[:, 1:]
         else:
             assert fusion.attention is None
@@ -214,21 +215,6 @@ def test_reviewkd_survives_flat_boxes_and_other_classes() -> None:
     batch[0]["instances"].gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 8.0, 30.0]]))
     loss = train_losses(model, batch)["loss_distill"]
     assert torch.isfinite(loss) and set(model.distillers["reviewkd"].fusions) == {"p3", "p4"}
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"channels": 0}, "REVIEWKD.CHANNELS is 0"),
-        ({"channels": 2.5}, "REVIEWKD.CHANNELS is 2.5"),
-        ({"norm": "BatchNorm"}, "REVIEWKD.NORM is 'BatchNorm'"),
-        ({"norm": "GN"}, "REVIEWKD.NORM is 'GN' for 8 channels"),
-    ],
-)
-def test_reviewkd_with_a_wrong_value(options, named) -> None:
-    with pytest.raises(ValueError) as caught:
-        bound(**{"inner": options.pop("channels", 8), **options})
-    assert named in str(caught.value)
 
 
 def test_reviewkd_beside_dkd(tmp_path) -> None:

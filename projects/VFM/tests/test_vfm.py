@@ -225,7 +225,7 @@ def test_vfm_beside_ssim_by_a_config(weights, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "named"), [("p9", ("IN_FEATURES", "'p9'", "p4")), ("", ("IN_FEATURES", "one level"))]
+    ("level", "named"), [("p9", ("levels", "'p9'", "p4")), ("", ("levels", "one level"))]
 )
 def test_vfm_with_a_wrong_level(level, named, weights) -> None:
     with pytest.raises(ValueError) as caught:

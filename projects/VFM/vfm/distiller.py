@@ -36,6 +36,8 @@ class VFMDistiller(PyramidDistiller):
         loaded_vit: with its weights, from the first step on; not a module, no parameters.
     """
 
+    defaults = {"levels": ("p4",)}
+
     @configurable
     def __init__(self, *, vit: FrozenTeacher, name: str = "vfm", **kwargs: Any) -> None:
         """
@@ -49,10 +51,9 @@ class VFMDistiller(PyramidDistiller):
         """
         # The projection is the adapter; ViTs have strides of their own.
         super().__init__(name=name, **{**kwargs, "adapter": "always", "resize": "bilinear"})
-        if len(self.levels) != 1:
+        if self.levels is not None and len(self.levels) != 1:
             raise ValueError(
-                f"MODEL.DISTILL.IN_FEATURES is {self.levels}; VFMDistiller expects one level, "
-                "e.g. ['p4']."
+                f"levels is {self.levels}; VFMDistiller expects one level, e.g. ['p4']."
             )
         self.vit = vit
         self.loaded_vit: LoadedTeacher | None = None
@@ -81,8 +82,7 @@ class VFMDistiller(PyramidDistiller):
         levels = tappable_levels(student)
         if level not in levels:
             raise ValueError(
-                f"MODEL.DISTILL.IN_FEATURES names {level!r}, which the student lacks; it has "
-                f"{list(levels)}."
+                f"levels names {level!r}, which the student lacks; it has {list(levels)}."
             )
         self._image_format = getattr(student, "input_format", None) or "BGR"
         self.vit.check([TOKENS], self._image_format)
@@ -101,10 +101,8 @@ class VFMDistiller(PyramidDistiller):
 
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
         """The mean over the images of the mean of 1 - cosine over the cells."""
-        # In half precision the norms lose their digits.
-        with torch.autocast(maps.student.device.type, enabled=False):
-            cosine = F.cosine_similarity(maps.student.float(), maps.teacher.float(), dim=1)
-            return masked_mean(1 - cosine[:, None], maps.mask if maps.padded else None)
+        cosine = F.cosine_similarity(maps.student, maps.teacher, dim=1)
+        return masked_mean(1 - cosine[:, None], maps.mask)
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "VFMDistiller":
         super()._apply(fn, *args, **kwargs)

@@ -1,26 +1,27 @@
 """Distillers: the terms of the distillation loss."""
 
-from .base import DISTILLER_REGISTRY, DistillBatch, Distiller, build_distillers
-from .checks import check_number
+from .base import DISTILLER_REGISTRY, Distiller, part_keys
+from .batch import DistillBatch
+from .build import bind_distillers, build_distillers, resolved_config
 from .dense_heads import DenseHeadDistiller
 from .lp import LpDistiller
-from .parts import PartsDistiller
 from .pyramid import LevelMaps, PyramidDistiller
-from .roi_heads import RCNNHeadDistiller
-from .ssim import FeatureDistiller, SSIMDistiller
+from .roi_heads import RCNNHeadDistiller, RoIHeadDistiller
+from .ssim import SSIMDistiller
 
 __all__ = [
     "DISTILLER_REGISTRY",
     "DenseHeadDistiller",
     "DistillBatch",
     "Distiller",
-    "FeatureDistiller",
     "LevelMaps",
     "LpDistiller",
-    "PartsDistiller",
     "PyramidDistiller",
     "RCNNHeadDistiller",
+    "RoIHeadDistiller",
     "SSIMDistiller",
+    "bind_distillers",
     "build_distillers",
-    "check_number",
+    "part_keys",
+    "resolved_config",
 ]

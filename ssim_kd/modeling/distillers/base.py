@@ -1,20 +1,19 @@
 """Distillers: what makes a loss of the outputs of student and teacher. One is one term."""
 
-import zlib
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Instances
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.registry import Registry
 from fvcore.common.param_scheduler import ConstantParamScheduler, ParamScheduler
 from torch import nn
 
-from ...config_files import near_keys
+from ...ops.options import check_number
 from ..teacher import FrozenTeacher
-from .checks import check_weight
+from .batch import DistillBatch
 from .schedule import build_schedule
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
@@ -24,150 +23,131 @@ a :class:`Distiller`.
 """
 
 
-class DistillBatch:
-    """A training batch as distillers see it.
-
-    Attributes:
-        image_sizes: (height, width) of each image in pixels, without padding.
-        images: as the student is given them, (3, H, W) in [0, 255], on the device.
-        device: where the features are.
-        iteration: of the training, from 0.
-        max_iter: number of iterations of the training.
-        teacher: the frozen detector, heads included, or None if no distiller asked for heads. Its
-            heads are float32.
-        student: the student.
-    """
-
-    def __init__(
-        self,
-        image_sizes: Sequence[tuple[int, int]],
-        instances: Sequence[Instances] | None = None,
-        *,
-        images: Sequence[torch.Tensor] = (),
-        device: torch.device | str = "cpu",
-        iteration: int = 0,
-        max_iter: int = 1,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-    ) -> None:
-        self.image_sizes = list(image_sizes)
-        self.images = list(images)
-        self.device = torch.device(device)
-        self.iteration, self.max_iter = iteration, max_iter
-        self.teacher, self.student = teacher, student
-        self._instances = instances
-
-    @classmethod
-    def from_inputs(
-        cls, batched_inputs: Sequence[Mapping[str, Any]], **kwargs: Any
-    ) -> "DistillBatch":
-        """Read sizes and ground truth off the inputs of a Detectron2 model."""
-        sizes = [(int(x["image"].shape[-2]), int(x["image"].shape[-1])) for x in batched_inputs]
-        labelled = all("instances" in x for x in batched_inputs)
-        return cls(sizes, [x["instances"] for x in batched_inputs] if labelled else None, **kwargs)
-
-    @cached_property
-    def instances(self) -> list[Instances] | None:
-        """The ground truth of each image, on the device; None where the data has none."""
-        if self._instances is None:
-            return None
-        return [x.to(self.device) for x in self._instances]
-
-    def ground_truth(self, method: str) -> list[Instances]:
-        """:attr:`instances`, for a method that needs them.
-
-        Raises:
-            ValueError: the data has none.
-        """
-        if self.instances is None:
-            raise ValueError(
-                f"{method} needs the ground truth, but the training images have no 'instances'. "
-                "Use a mapper that keeps them, or a method that needs none."
-            )
-        return self.instances
-
-    def generator(self, *names: str) -> torch.Generator:
-        """What a method draws its random numbers with, on the device of the features.
-
-        It depends on the seed of the process, the iteration and the names alone: a resumed training
-        draws the same, and the random numbers that the student trains with stay as they are.
-
-        Args:
-            names: what tells the generators of a step apart.
-        """
-        text = " ".join([str(torch.initial_seed()), str(self.iteration), *names])
-        return torch.Generator(self.device).manual_seed(zlib.crc32(text.encode()))
-
-    def is_padded(self, height: int, width: int, stride: int) -> bool:
-        """Whether any cell of a map lies wholly in the padding of its image."""
-        return any(-(-h // stride) < height or -(-w // stride) < width for h, w in self.image_sizes)
-
-    def valid_mask(self, height: int, width: int, stride: int) -> torch.Tensor:
-        """Which cells of a map see any pixel of their image.
-
-        Args:
-            height, width: size of the map in cells.
-            stride: of the map, in input pixels.
-
-        Returns:
-            (N, H, W) bool, False for the cells that lie wholly in the padding.
-        """
-        if not self.is_padded(height, width, stride):
-            size = (len(self.image_sizes), height, width)
-            return torch.ones(size, dtype=torch.bool, device=self.device)
-        sizes = -(-self._sizes_on_device // stride)
-        rows = torch.arange(height, device=self.device) < sizes[:, :1]
-        columns = torch.arange(width, device=self.device) < sizes[:, 1:]
-        return rows[:, :, None] & columns[:, None, :]
-
-    @cached_property
-    def _sizes_on_device(self) -> torch.Tensor:
-        """(N, 2) int64. Copied once a batch, from pinned memory so that the host need not wait."""
-        sizes = torch.tensor(self.image_sizes)
-        if self.device.type == "cuda":
-            sizes = sizes.pin_memory()
-        return sizes.to(self.device, non_blocking=True)
+def part_keys(node: str, *parts: str) -> dict[str, str]:
+    """Entries of :attr:`Distiller.keys` for ``part_weights``: the key of "fg" is FG_WEIGHT."""
+    return {f"part_weights.{part}": f"{node}.{part.upper()}_WEIGHT" for part in parts}
 
 
 class Distiller(nn.Module):
     """One term of the distillation loss.
 
     A method derives from this class, or from :class:`PyramidDistiller` if it compares maps level
-    by level. :class:`DistilledDetector` calls :meth:`bind` once, then :meth:`forward` in every
-    training step. Modules that are attributes of the distiller are trained, synchronised by DDP and
-    kept in the checkpoints of the training, and are no part of the student.
+    by level. :class:`DistilledDetector` calls :meth:`resolve` and :meth:`bind` once, then
+    :meth:`forward` in every training step. Modules that are attributes of the distiller are
+    trained, synchronised by DDP and kept in the checkpoints of the training. They are not part of
+    the student.
 
     Attributes:
+        keys: the config key, below ``MODEL.DISTILL``, of each argument that has one:
+            ``{"eps": "PKD.EPS"}``. Those of the base classes are added.
+        defaults: the method's own value of each argument that may be None.
+        dense_defaults: those that differ for dense detectors (RetinaNet, FCOS).
         student_taps, teacher_taps: levels or submodule paths whose outputs it is given, see
             :class:`Tap`. Set them in ``bind`` at the latest.
         needs_teacher_heads: whether it calls the teacher's heads (``batch.teacher``).
         scalar_weights: weight within the loss of each scalar that it returns, 1 if absent.
+        weight: lambda as a function of iteration / max_iter.
+        own: the arguments that were None, with the method's own values.
     """
 
+    keys: Mapping[str, str] = {"weight": "LOSS_WEIGHT"}
+    defaults: Mapping[str, Any] = {"weight": 1.0}
+    dense_defaults: Mapping[str, Any] = {}
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
     needs_teacher_heads: bool = False
-    scalar_weights: Mapping[str, float] = {}
+    weight: ParamScheduler
 
-    def __init__(self, *, name: str, weight: float | ParamScheduler = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        weight: float | ParamScheduler | None = None,
+        schedule: Callable[[float], ParamScheduler] = ConstantParamScheduler,
+        part_weights: Mapping[str, float | None] | None = None,
+    ) -> None:
         """
         Args:
             name: under which its scalars are logged: ``distill/{name}_{scalar}``.
-            weight: lambda, >= 0; a ``ParamScheduler`` is a function of iteration / max_iter.
+            weight: lambda, >= 0; a ``ParamScheduler`` is a function of iteration / max_iter; None
+                is the method's own.
+            schedule: makes a function of iteration / max_iter out of a number.
+            part_weights: of the parts of the loss, >= 0; the method's own of those that are absent
+                or None.
 
         Raises:
             ValueError: a weight that is negative or not finite.
         """
         super().__init__()
         self.name = name
+        self.schedule = schedule
+        self.base_weight = weight
+        if weight is not None:
+            self._set_weight(weight)
+        self.part_weights: dict[str, Any] = dict(part_weights or {})
+        for part, value in self.part_weights.items():
+            if value is not None:
+                check_number(f"part_weights.{part}", value, least=0)
+        self.scalar_weights: dict[str, float] = {}
+        self.own: dict[str, Any] = {}
+        self.key_names: Mapping[str, str] = {}
+
+    def _set_weight(self, weight: float | ParamScheduler) -> None:
+        self.base_weight = weight
         if not isinstance(weight, ParamScheduler):
-            weight = ConstantParamScheduler(check_weight("MODEL.DISTILL.LOSS_WEIGHT", weight))
+            weight = self.schedule(check_number("weight", weight, least=0))
         self.weight = weight
 
     @classmethod
+    def all_keys(cls) -> dict[str, str]:
+        """:attr:`keys`, with those of the base classes."""
+        return _merged(cls, "keys")
+
+    @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The arguments that every method takes from ``MODEL.DISTILL``."""
-        return {"weight": build_schedule(cfg)}
+        """The arguments of the config: each by its key of :attr:`keys`, and the schedule."""
+        found: dict[str, Any] = {"schedule": functools.partial(build_schedule, cfg)}
+        for argument, key in cls.all_keys().items():
+            value: Any = cfg.MODEL.DISTILL
+            for part in key.split("."):
+                value = value[part]
+            name, _, entry = argument.partition(".")
+            if entry:
+                found.setdefault(name, {})[entry] = value
+            else:
+                found[name] = value
+        return found
+
+    def own_values(self, student: nn.Module | None) -> dict[str, Any]:
+        """The method's own values of the arguments that may be None.
+
+        Args:
+            student: by whose kind they may differ; None: those of R-CNN.
+        """
+        found = _merged(type(self), "defaults")
+        if isinstance(student, DenseDetector):
+            found |= _merged(type(self), "dense_defaults")
+        return found
+
+    def resolve(self, student: nn.Module | None = None) -> None:
+        """Give the arguments that are None the method's own values; a second call does nothing.
+
+        Args:
+            student: see :meth:`own_values`.
+        """
+        for name, value in self.own_values(student).items():
+            if name == "weight":
+                if self.base_weight is None:
+                    self._set_weight(value)
+                    self.own[name] = value
+            elif isinstance(value, Mapping):
+                given = {k: v for k, v in getattr(self, name).items() if v is not None}
+                self.own |= {f"{name}.{k}": v for k, v in value.items() if k not in given}
+                setattr(self, name, {**value, **given})
+            elif getattr(self, name) is None:
+                setattr(self, name, value)
+                self.own[name] = value
+        self.scalar_weights = dict(self.part_weights)
 
     def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
         """Check that the method can serve this pair, and build what depends on it.
@@ -192,7 +172,20 @@ class Distiller(nn.Module):
         Returns:
             the loss, a scalar without ``weight``; and detached scalars to log.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define forward.")
+        return self.weigh(self.parts(student, teacher, batch))
+
+    def parts(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
+    ) -> dict[str, torch.Tensor]:
+        """The unweighted parts of the loss, scalars, by their names; arguments as forward's."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither forward nor parts.")
+
+    def weigh(
+        self, parts: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sum of the parts by :attr:`scalar_weights`, and the parts, detached."""
+        total = sum(self.scalar_weights.get(name, 1.0) * part for name, part in parts.items())
+        return torch.as_tensor(total), {name: part.detach() for name, part in parts.items()}
 
     def param_groups(self, base_lr: float) -> list[dict[str, Any]]:
         """Optimizer groups of its own modules.
@@ -210,72 +203,9 @@ class Distiller(nn.Module):
         return []
 
 
-def build_distillers(cfg: CfgNode) -> list[Distiller]:
-    """The terms of ``MODEL.DISTILL.TERMS``, or the single one of ``MODEL.DISTILL.NAME``.
-
-    Raises:
-        ValueError: an unknown distiller or key, or a value out of its range.
-    """
-    terms = [list(term) for term in cfg.MODEL.DISTILL.TERMS] or [[cfg.MODEL.DISTILL.NAME]]
-    distillers: list[Distiller] = []
-    for term in terms:
-        distiller = _build_distiller(cfg, term)
-        names = [d.name for d in distillers]
-        if distiller.name in names:
-            number = 1 + sum(
-                n == distiller.name or n.startswith(f"{distiller.name}_") for n in names
-            )
-            distiller.name = f"{distiller.name}_{number}"
-        distillers.append(distiller)
-    return distillers
-
-
-def _build_distiller(cfg: CfgNode, term: list[Any]) -> Distiller:
-    key = "MODEL.DISTILL.TERMS" if cfg.MODEL.DISTILL.TERMS else "MODEL.DISTILL.NAME"
-    name, overrides = (term[0], term[1:]) if term else ("", [])
-    if name not in DISTILLER_REGISTRY:
-        raise ValueError(f"{key}: {name!r} is no distiller; {_expected(name, _registered())}")
-    if overrides:
-        cfg = cfg.clone()
-        cfg.defrost()
-        _override(cfg, term)
-    return DISTILLER_REGISTRY.get(name)(cfg)
-
-
-def _registered() -> list[str]:
-    return sorted(name for name, _ in DISTILLER_REGISTRY)
-
-
-def _override(cfg: CfgNode, term: list[Any]) -> None:
-    """Apply ["Name", KEY, VALUE, ...] to ``MODEL.DISTILL``."""
-    keys, values = term[1::2], term[2::2]
-    if len(keys) != len(values):
-        raise ValueError(f"MODEL.DISTILL.TERMS: {term} is no name with KEY, VALUE pairs behind it.")
-    for key, value in zip(keys, values, strict=True):
-        node, known = cfg.MODEL.DISTILL, True
-        for part in str(key).split("."):
-            known = isinstance(node, CfgNode) and part in node
-            if not known:
-                break
-            node = node[part]
-        if not known or isinstance(node, CfgNode) or key in ("TERMS", "NAME", "ENABLED"):
-            raise ValueError(
-                f"MODEL.DISTILL.TERMS: {key!r} in {term} is no key of a distiller; "
-                f"{_expected(str(key), _leaves(cfg.MODEL.DISTILL))}"
-            )
-        try:
-            cfg.merge_from_list([f"MODEL.DISTILL.{key}", value])
-        except (ValueError, AssertionError) as error:
-            raise ValueError(f"MODEL.DISTILL.TERMS: {key} in {term}: {error}") from error
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key, value in node.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
+def _merged(cls: type, attribute: str) -> dict[str, Any]:
+    """A mapping of a class with those of its bases."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        found |= base.__dict__.get(attribute, {})
     return found
-
-
-def _expected(name: object, known: list[str]) -> str:
-    near = near_keys(str(name), known, most=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {known}."

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..teacher import FrozenTeacher
-from .base import DISTILLER_REGISTRY, DistillBatch
-from .heads import HeadDistiller, check_equal_classes
+from .base import DISTILLER_REGISTRY, Distiller
+from .batch import DistillBatch
+from .roi_heads import HEAD_KEYS, check_equal_classes, head_weights
 
 
 class DensePredictions(NamedTuple):
@@ -108,9 +109,8 @@ def anchor_targets(
     Raises:
         ValueError: the batch has no ground truth.
     """
-    if batch.instances is None:
-        raise ValueError("The training images have no instances, which the method needs.")
-    labels, boxes = detector.label_anchors(anchors, batch.instances)
+    instances = batch.ground_truth("The loss of a dense head")
+    labels, boxes = detector.label_anchors(anchors, instances)
     return torch.stack(list(labels)), list(boxes)
 
 
@@ -158,7 +158,7 @@ def weighted_giou(
 
 
 @DISTILLER_REGISTRY.register()
-class DenseHeadDistiller(HeadDistiller):
+class DenseHeadDistiller(Distiller):
     """Dense head against dense head, anchor by anchor.
 
     :func:`quality_bce` of the class logits over the anchors that are not ignored, and
@@ -166,40 +166,49 @@ class DenseHeadDistiller(HeadDistiller):
     divided by :func:`anchor_normalizer`.
     """
 
+    keys = HEAD_KEYS
+    defaults = {"part_weights": {"cls": 1.0, "box": 1.0}}
     student_taps: Sequence[str] = ("head",)
+    needs_teacher_heads = True
 
     @configurable
     def __init__(
         self,
         *,
         name: str = "dense_head",
-        cls_weight: float = 1.0,
-        box_weight: float = 1.0,
+        cls_weight: float | None = None,
+        box_weight: float | None = None,
+        part_weights: Mapping[str, float | None] | None = None,
         **kwargs: Any,
     ) -> None:
         """
         Args:
             name: see :class:`Distiller`.
-            cls_weight, box_weight: of the two parts, >= 0.
+            cls_weight, box_weight: the same as part_weights {"cls": ..., "box": ...}.
+            part_weights: see :class:`Distiller`.
             kwargs: of :class:`Distiller`.
+
+        Raises:
+            ValueError: a value out of its range.
         """
-        super().__init__(name=name, cls_weight=cls_weight, box_weight=box_weight, **kwargs)
+        weights = head_weights(part_weights, cls=cls_weight, box=box_weight)
+        super().__init__(name=name, part_weights=weights, **kwargs)
 
     def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
         """See :func:`check_dense_heads`."""
         check_dense_heads(student, teacher, method=type(self).__name__)
         self.teacher_taps = list(teacher.model.head_in_features)
 
-    def forward(
+    def parts(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See :meth:`Distiller.forward`."""
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Distiller.parts`."""
         ours = dense_predictions(batch.student, student["head"][0].output)
         theirs = dense_predictions(batch.teacher, teacher_dense_outputs(batch.teacher, teacher))
         labels = anchor_labels(batch.student, ours.anchors, batch)
         counts = labels >= 0
         normalizer = anchor_normalizer(batch.student, counts & (labels < ours.logits.shape[2]))
-        cls = quality_bce(ours.logits, theirs.logits).sum(dim=2)[counts].sum() / normalizer
+        cls = quality_bce(ours.logits, theirs.logits).sum(dim=2)[counts].sum()
         weights = theirs.logits.sigmoid().amax(dim=2) * counts
-        boxes = decode(batch.student, ours), decode(batch.teacher, theirs)
-        return self._sum(cls, weighted_giou(*boxes, weights) / normalizer)
+        box = weighted_giou(decode(batch.student, ours), decode(batch.teacher, theirs), weights)
+        return {"cls": cls / normalizer, "box": box / normalizer}

@@ -3,34 +3,37 @@
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 
 from ...losses import lp_loss
-from .base import DISTILLER_REGISTRY, DistillBatch
+from ...ops.options import SCOPES, check_choice
+from .base import DISTILLER_REGISTRY
+from .batch import DistillBatch
 from .pyramid import LevelMaps, PyramidDistiller
 
-SCALINGS = ("channel", "sample", "batch", "none")
+SCALINGS = (*SCOPES, "none")
 
 
 def scaling_options(scaling: str, scaling_grad: bool) -> dict[str, Any]:
-    """The options of a loss for ``MODEL.DISTILL.SCALING`` and ``SCALING_GRAD``.
+    """The options of a loss for a scaling.
 
     Raises:
         ValueError: an unknown scaling.
     """
-    if scaling not in SCALINGS:
-        raise ValueError(f"MODEL.DISTILL.SCALING is {scaling!r}; expected one of {SCALINGS}.")
+    check_choice("scaling", scaling, SCALINGS)
     return {"scaling": None if scaling == "none" else scaling, "scaling_grad": scaling_grad}
 
 
-@DISTILLER_REGISTRY.register()
 class LpDistiller(PyramidDistiller):
     """The mean of |S - T| (l1) or (S - T)^2 (l2) of the scaled maps; see :func:`lp_loss`.
 
     LpDistiller(loss="l2", weight=4.0)
     """
 
-    @configurable
+    keys = {"scaling": "SCALING", "scaling_grad": "SCALING_GRAD"}
+    defaults = {"weight": 4.0}
+    float32 = False  # lp_loss takes each precision.
+
     def __init__(
         self,
         *,
@@ -52,25 +55,30 @@ class LpDistiller(PyramidDistiller):
             ValueError: an unknown loss or scaling.
         """
         super().__init__(name=name or loss, **kwargs)
-        if loss not in ("l1", "l2"):
-            raise ValueError(
-                f"MODEL.DISTILL.LOSS is {loss!r}; LpDistiller expects one of ('l1', 'l2')."
-            )
+        check_choice("loss", loss, ("l1", "l2"))
         self.power = int(loss[1])
         self.options = scaling_options(scaling, scaling_grad)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of the losses."""
-        distill = cfg.MODEL.DISTILL
-        return {
-            **super().from_config(cfg),
-            "loss": distill.LOSS,
-            "scaling": distill.SCALING,
-            "scaling_grad": distill.SCALING_GRAD,
-        }
-
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> torch.Tensor:
         """l1 or l2 of the scaled maps of one level."""
-        mask = maps.mask if maps.padded else None
-        return lp_loss(maps.student, maps.teacher, p=self.power, mask=mask, **self.options)
+        return lp_loss(maps.student, maps.teacher, p=self.power, mask=maps.mask, **self.options)
+
+
+@DISTILLER_REGISTRY.register()
+class L1Distiller(LpDistiller):
+    """:class:`LpDistiller` with the loss "l1"."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        """Arguments as there, but for ``loss``."""
+        super().__init__(loss="l1", **kwargs)
+
+
+@DISTILLER_REGISTRY.register()
+class L2Distiller(LpDistiller):
+    """:class:`LpDistiller` with the loss "l2"."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        """Arguments as there, but for ``loss``."""
+        super().__init__(loss="l2", **kwargs)

@@ -8,16 +8,48 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import nn
 from torch.nn import functional as F
 
+from ...ops.options import check_number
 from ..teacher import FrozenTeacher
-from .base import DISTILLER_REGISTRY, DistillBatch
-from .checks import check_number
-from .heads import HeadDistiller, check_equal_classes
+from .base import DISTILLER_REGISTRY, Distiller, part_keys
+from .batch import DistillBatch
+
+#: The keys of the two parts of a head's loss.
+HEAD_KEYS = part_keys("HEAD", "cls", "box")
+
+
+def head_weights(
+    part_weights: Mapping[str, float | None] | None, **given: float | None
+) -> dict[str, float | None]:
+    """The ``part_weights`` of a head's loss, of which some are given by arguments of their own.
+
+    Raises:
+        ValueError: a weight that is negative or not finite.
+    """
+    own = {part: weight for part, weight in given.items() if weight is not None}
+    for part, weight in own.items():
+        check_number(f"{part}_weight", weight, least=0)
+    return {**(part_weights or {}), **own}
+
+
+def check_equal_classes(student: Any, teacher: Any, *, method: str) -> int:
+    """The number of classes that both predict.
+
+    Raises:
+        ValueError: they differ: logits of unlike classes mean nothing to each other.
+    """
+    if student.num_classes != teacher.num_classes:
+        raise ValueError(
+            f"{method} compares class predictions, but the student has {student.num_classes} "
+            f"classes and the teacher {teacher.num_classes}; expected equal ones. Use a teacher "
+            "that was trained on the same classes, or a method that compares features."
+        )
+    return int(student.num_classes)
 
 
 def check_roi_heads(student: Any, teacher: FrozenTeacher, *, method: str) -> None:
@@ -128,57 +160,16 @@ def top_class_delta_l1(
     return (probability * difference).sum() / (4 * probability.sum()).clamp(min=1e-6)
 
 
-@DISTILLER_REGISTRY.register()
-class RCNNHeadDistiller(HeadDistiller):
-    """Box head against box head, on the proposals that the student trains with.
-
-    :func:`softmax_kd` of the class logits and :func:`top_class_delta_l1` of the box deltas. The
-    teacher's box head reads the teacher's maps.
-    """
+class RoIHeadDistiller(Distiller):
+    """A method that compares box heads on the proposals that the student trains with."""
 
     student_taps: Sequence[str] = ("roi_heads.box_pooler", "roi_heads.box_predictor")
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        name: str = "rcnn_head",
-        temperature: float = 1.0,
-        cls_weight: float = 1.0,
-        box_weight: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            name: see :class:`Distiller`.
-            temperature: T of the softmax, > 0.
-            cls_weight, box_weight: of the two parts, >= 0.
-            kwargs: of :class:`Distiller`.
-
-        Raises:
-            ValueError: a value out of its range.
-        """
-        super().__init__(name=name, cls_weight=cls_weight, box_weight=box_weight, **kwargs)
-        self.temperature = check_number("MODEL.DISTILL.HEAD.TEMPERATURE", temperature, above=0)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The weights and the temperature."""
-        return {**super().from_config(cfg), "temperature": cfg.MODEL.DISTILL.HEAD.TEMPERATURE}
+    needs_teacher_heads = True
 
     def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
         """See :func:`check_roi_heads`."""
         check_roi_heads(student, teacher, method=type(self).__name__)
         self.teacher_taps = list(teacher.model.roi_heads.box_in_features)
-
-    def forward(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See :meth:`Distiller.forward`."""
-        logits, deltas = self.student_predictions(student, batch)
-        soft_logits, soft_deltas = teacher_predictions(student, teacher, batch)
-        cls = softmax_kd(logits, soft_logits, self.temperature)
-        return self._sum(cls, top_class_delta_l1(deltas, soft_deltas, soft_logits))
 
     def student_predictions(
         self, student: Mapping[str, Any], batch: DistillBatch
@@ -186,3 +177,54 @@ class RCNNHeadDistiller(HeadDistiller):
         """The class logits and box deltas that are brought to the teacher's: the student's own."""
         logits, deltas = student["roi_heads.box_predictor"][0].output
         return logits, deltas
+
+
+@DISTILLER_REGISTRY.register()
+class RCNNHeadDistiller(RoIHeadDistiller):
+    """Box head against box head, on the proposals that the student trains with.
+
+    :func:`softmax_kd` of the class logits and :func:`top_class_delta_l1` of the box deltas. The
+    teacher's box head reads the teacher's maps.
+    """
+
+    keys = {**HEAD_KEYS, "temperature": "HEAD.TEMPERATURE"}
+    defaults = {"part_weights": {"cls": 1.0, "box": 1.0}, "temperature": 1.0}
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str = "rcnn_head",
+        temperature: float | None = None,
+        cls_weight: float | None = None,
+        box_weight: float | None = None,
+        part_weights: Mapping[str, float | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            name: see :class:`Distiller`.
+            temperature: T of the softmax, > 0; None for the method's own.
+            cls_weight, box_weight: the same as part_weights {"cls": ..., "box": ...}.
+            part_weights: see :class:`Distiller`.
+            kwargs: of :class:`Distiller`.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        weights = head_weights(part_weights, cls=cls_weight, box=box_weight)
+        super().__init__(name=name, part_weights=weights, **kwargs)
+        self.temperature: Any = temperature
+        if temperature is not None:
+            check_number("temperature", temperature, above=0)
+
+    def parts(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Distiller.parts`."""
+        logits, deltas = self.student_predictions(student, batch)
+        soft_logits, soft_deltas = teacher_predictions(student, teacher, batch)
+        return {
+            "cls": softmax_kd(logits, soft_logits, self.temperature),
+            "box": top_class_delta_l1(deltas, soft_deltas, soft_logits),
+        }

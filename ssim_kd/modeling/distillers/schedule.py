@@ -11,29 +11,28 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 
-from .checks import check_weight
+from ...ops.options import check_number
 
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
-def build_schedule(cfg: CfgNode) -> ParamScheduler:
-    """The weight ``MODEL.DISTILL.LOSS_WEIGHT`` as ``MODEL.DISTILL.SCHEDULE`` changes it.
+def build_schedule(cfg: CfgNode, weight: float) -> ParamScheduler:
+    """A weight as ``MODEL.DISTILL.SCHEDULE`` changes it.
 
-    It is a function of iteration / MAX_ITER alone, so that a resumed training needs no state.
+    It depends only on iteration / MAX_ITER, so that a resumed training needs no state.
 
     Raises:
         ValueError: a value out of its range.
     """
     node = cfg.MODEL.DISTILL.SCHEDULE
     total = int(cfg.SOLVER.MAX_ITER)
-    weight = check_weight("MODEL.DISTILL.LOSS_WEIGHT", cfg.MODEL.DISTILL.LOSS_WEIGHT)
-    end = check_weight("MODEL.DISTILL.SCHEDULE.END_FACTOR", node.END_FACTOR)
-    gamma = check_weight("MODEL.DISTILL.SCHEDULE.GAMMA", node.GAMMA)
+    end = check_number("MODEL.DISTILL.SCHEDULE.END_FACTOR", node.END_FACTOR, least=0)
+    gamma = check_number("MODEL.DISTILL.SCHEDULE.GAMMA", node.GAMMA, least=0)
     if node.NAME not in SCHEDULES:
         raise ValueError(
             f"MODEL.DISTILL.SCHEDULE.NAME is {node.NAME!r}; expected one of {SCHEDULES}."
         )
-    # A warm-up has to end, for its last value is that of the schedule behind it.
+    # A warm-up has to end, for its last value is that of the schedule after it.
     for key, last in (("WARMUP_ITERS", total - 1), ("STOP_ITER", total)):
         if not 0 <= node[key] <= last:
             raise ValueError(

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 
 from ...losses import check_ssim_options, pyramid_ssim_loss
-from .base import DISTILLER_REGISTRY, DistillBatch
-from .lp import LpDistiller, scaling_options
+from ...ops.options import SSIMOptions
+from .base import DISTILLER_REGISTRY
+from .batch import DistillBatch
+from .lp import scaling_options
 from .pyramid import LevelMaps, PyramidDistiller
 
 logger = logging.getLogger(__name__)
@@ -22,12 +24,19 @@ class SSIMDistiller(PyramidDistiller):
     SSIMDistiller(levels=["p2", "p3", "p4", "p5"], weight=4.0)
     """
 
+    keys = {"scaling": "SCALING", "scaling_grad": "SCALING_GRAD"} | {
+        f"ssim_options.{name}": f"SSIM.{name.upper()}"
+        for name in SSIMOptions.__dataclass_fields__
+        if not name.startswith("scaling")
+    }
+    defaults = {"weight": 4.0}
+    float32 = False  # ssim_loss takes each precision.
+
     @configurable
     def __init__(
         self,
         *,
         name: str = "ssim",
-        weight: Any = 4.0,
         scaling: str = "channel",
         scaling_grad: bool = True,
         ssim_options: dict[str, Any] | None = None,
@@ -35,7 +44,7 @@ class SSIMDistiller(PyramidDistiller):
     ) -> None:
         """
         Args:
-            name, weight: see :class:`Distiller`.
+            name: see :class:`Distiller`.
             scaling: "channel", "sample", "batch" or "none"; see :func:`minmax_scale`.
             scaling_grad: whether the gradient flows through the extrema.
             ssim_options: further options of :func:`ssim_loss`.
@@ -44,25 +53,14 @@ class SSIMDistiller(PyramidDistiller):
         Raises:
             ValueError: an unknown scaling, or an SSIM option out of its range.
         """
-        super().__init__(name=name, weight=weight, **kwargs)
+        super().__init__(name=name, **kwargs)
         self.options = scaling_options(scaling, scaling_grad) | (ssim_options or {})
         try:
             checked = check_ssim_options(**self.options)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"MODEL.DISTILL.SSIM: {error}") from error
+        except RuntimeError as error:  # an implementation that this machine lacks
+            raise ValueError(str(error)) from error
         self._window_size = checked.window_size
         self._logged: set[str] = set()
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What :class:`PyramidDistiller` takes, and the keys of SSIM."""
-        distill = cfg.MODEL.DISTILL
-        return {
-            **super().from_config(cfg),
-            "scaling": distill.SCALING,
-            "scaling_grad": distill.SCALING_GRAD,
-            "ssim_options": {key.lower(): value for key, value in distill.SSIM.items()},
-        }
 
     def pyramid_loss(
         self, maps: Sequence[LevelMaps], batch: DistillBatch
@@ -72,7 +70,7 @@ class SSIMDistiller(PyramidDistiller):
         return pyramid_ssim_loss(
             [level.student for level in maps],
             [level.teacher for level in maps],
-            masks=[level.mask if level.padded else None for level in maps],
+            masks=[level.mask for level in maps],
             level_weights=self.level_weights,
             **self.options,
         )
@@ -89,16 +87,3 @@ class SSIMDistiller(PyramidDistiller):
                     "full, and every cell counts. Logged once.",
                     *(level.level, height, width, self._window_size),
                 )
-
-
-@DISTILLER_REGISTRY.register()
-def FeatureDistiller(cfg: CfgNode) -> PyramidDistiller:
-    """The paper's comparison: the distiller of ``MODEL.DISTILL.LOSS``, "ssim", "l1" or "l2".
-
-    Raises:
-        ValueError: another loss.
-    """
-    loss = cfg.MODEL.DISTILL.LOSS
-    if loss not in ("ssim", "l1", "l2"):
-        raise ValueError(f"MODEL.DISTILL.LOSS is {loss!r}; expected one of ('ssim', 'l1', 'l2').")
-    return SSIMDistiller(cfg) if loss == "ssim" else LpDistiller(cfg)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssim_kd.modeling import LpDistiller
 from tests.modeling.distillers.maps import PADDED, features, make, masks
 
 
@@ -27,13 +26,3 @@ def test_lp_distiller_does_not_depend_on_the_padding(loss) -> None:
     for level, mask in masks(PADDED).items():
         theirs[level] = torch.where(mask[:, None], theirs[level], 1e3)
     assert torch.equal(distiller(ours, theirs, PADDED)[0], expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "key", "value"),
-    [({"loss": "ssim"}, "LOSS", "'ssim'"), ({"scaling": "image"}, "SCALING", "'image'")],
-)
-def test_lp_distiller_with_a_bad_option_names_key_and_value(options, key, value) -> None:
-    with pytest.raises(ValueError) as caught:
-        LpDistiller(**options)
-    assert f"MODEL.DISTILL.{key}" in str(caught.value) and value in str(caught.value)

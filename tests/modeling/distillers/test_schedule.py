@@ -14,10 +14,9 @@ MAX_ITER = 1000
 
 
 def config(**keys) -> CfgNode:
-    """LOSS_WEIGHT 8 over 1000 iterations."""
+    """Of a schedule over 1000 iterations."""
     cfg = full_config()
     cfg.SOLVER.MAX_ITER = MAX_ITER
-    cfg.MODEL.DISTILL.LOSS_WEIGHT = keys.pop("LOSS_WEIGHT", 8.0)
     for key, value in keys.items():
         assert key in cfg.MODEL.DISTILL.SCHEDULE
         cfg.MODEL.DISTILL.SCHEDULE[key] = value
@@ -54,11 +53,10 @@ STEP = {"NAME": "step", "STEPS": [600, 900], "GAMMA": 0.25}
         ({"STOP_ITER": 0}, {0: 8, 999: 8}),
         ({"STOP_ITER": MAX_ITER}, {0: 8, 999: 8}),
         ({"WARMUP_ITERS": 999}, {0: 0, 333: 8 / 3, 999: 8}),
-        ({"LOSS_WEIGHT": 0.0}, {0: 0, 999: 0}),
     ],
 )
 def test_build_schedule_by_hand(keys, expected) -> None:
-    schedule = build_schedule(config(**keys))
+    schedule = build_schedule(config(**keys), 8.0)
     found = {iteration: schedule(iteration / MAX_ITER) for iteration in expected}
     assert found == pytest.approx(expected, abs=1e-9)
 
@@ -67,7 +65,7 @@ def test_build_schedule_by_hand(keys, expected) -> None:
 def test_build_schedule_changes_at_the_very_iteration(total) -> None:
     cfg = config(NAME="step", STEPS=[total // 2], STOP_ITER=total - 1)
     cfg.SOLVER.MAX_ITER = total
-    schedule = build_schedule(cfg)
+    schedule = build_schedule(cfg, 8.0)
     half = total // 2
     iterations = (half - 1, half, total - 2, total - 1)
     found = [schedule(iteration / total) for iteration in iterations]
@@ -77,8 +75,6 @@ def test_build_schedule_changes_at_the_very_iteration(total) -> None:
 @pytest.mark.parametrize(
     ("keys", "key", "value"),
     [
-        ({"LOSS_WEIGHT": -1.0}, "LOSS_WEIGHT", "-1.0"),
-        ({"LOSS_WEIGHT": math.nan}, "LOSS_WEIGHT", "nan"),
         ({"NAME": "exponential"}, "SCHEDULE.NAME", "'exponential'"),
         ({"END_FACTOR": -0.5}, "SCHEDULE.END_FACTOR", "-0.5"),
         ({"END_FACTOR": math.inf}, "SCHEDULE.END_FACTOR", "inf"),
@@ -97,5 +93,5 @@ def test_build_schedule_changes_at_the_very_iteration(total) -> None:
 )
 def test_build_schedule_of_a_bad_value_names_key_and_value(keys, key, value) -> None:
     with pytest.raises(ValueError) as caught:
-        build_schedule(config(**keys))
+        build_schedule(config(**keys), 8.0)
     assert f"MODEL.DISTILL.{key} is {value}" in str(caught.value)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from ssim_kd.modeling import FeatureDistiller, LpDistiller, SSIMDistiller
 from ssim_kd.modeling.distillers import ssim as module
-from tests.helpers import full_config
 from tests.modeling.distillers.maps import FULL, features, leaves, make
 
 
@@ -29,38 +26,6 @@ def test_levels_smaller_than_the_window_are_logged_once(caplog) -> None:
         distiller(features(seed=seed), features(seed=seed + 1), FULL)
     (message,) = [r.getMessage() for r in caplog.records if "WINDOW_SIZE" in r.getMessage()]
     assert "p4" in message and "6 x 8" in message
-
-
-@pytest.mark.parametrize(
-    ("options", "key", "value"),
-    [
-        ({"scaling": "image"}, "SCALING", "'image'"),
-        ({"ssim_options": {"window_size": 10}}, "SSIM", "10"),
-        ({"weight": -1.0}, "LOSS_WEIGHT", "-1.0"),
-    ],
-)
-def test_ssim_distiller_with_a_bad_option_names_key_and_value(options, key, value) -> None:
-    with pytest.raises(ValueError) as caught:
-        SSIMDistiller(**options)
-    assert f"MODEL.DISTILL.{key}" in str(caught.value) and value in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"), [("ssim", SSIMDistiller), ("l1", LpDistiller), ("l2", LpDistiller)]
-)
-def test_feature_distiller_is_the_one_of_the_loss(loss, expected) -> None:
-    cfg = full_config()
-    cfg.MODEL.DISTILL.LOSS = loss
-    found = FeatureDistiller(cfg)
-    assert type(found) is expected and found.name == loss
-
-
-def test_feature_distiller_of_an_unknown_loss_names_key_and_value() -> None:
-    cfg = full_config()
-    cfg.MODEL.DISTILL.LOSS = "l3"
-    with pytest.raises(ValueError) as caught:
-        FeatureDistiller(cfg)
-    assert "MODEL.DISTILL.LOSS" in str(caught.value) and "'l3'" in str(caught.value)
 
 
 def test_ssim_distiller_takes_masks_of_padded_levels_alone(monkeypatch) -> None:
