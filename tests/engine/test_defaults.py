@@ -51,18 +51,18 @@ def test_load_config_unknown_key_of_a_section_with_a_key_that_others_have(world,
 
 @pytest.mark.parametrize("value", ["nan", ".nan", "-inf", "NaN"])
 def test_load_config_number_that_is_not_finite(value: str, world: World, tmp_path) -> None:
-    key = "MODEL.DISTILL.LOSS_WEIGHT"
+    key = "MODEL.DISTILL.SSIM.SIGMA"
     with pytest.raises(ValueError, match=rf"{key} is {value}; expected a finite number"):
         world.cfg(tmp_path, key, value)
 
 
 def test_load_config_whole_number_for_a_float(world: World, tmp_path) -> None:
-    cfg = world.cfg(tmp_path, "MODEL.DISTILL.LOSS_WEIGHT", "2", "SOLVER.MAX_ITER", "7")
-    assert cfg.MODEL.DISTILL.LOSS_WEIGHT == 2.0
+    cfg = world.cfg(tmp_path, "MODEL.DISTILL.SSIM.SIGMA", "2", "SOLVER.MAX_ITER", "7")
+    assert cfg.MODEL.DISTILL.SSIM.SIGMA == 2.0
     assert cfg.SOLVER.MAX_ITER == 7
     config = tmp_path / "whole.yaml"
-    config.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTILL: {{LOSS_WEIGHT: 2}}}}\n")
-    with pytest.raises(ValueError, match=r"LOSS_WEIGHT \(where a float is expected, 2 is written"):
+    config.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTILL: {{SSIM: {{SIGMA: 2}}}}}}\n")
+    with pytest.raises(ValueError, match=r"SSIM.SIGMA \(where a float is expected, 2 is written"):
         world.cfg(tmp_path, config=config)
 
 

@@ -143,7 +143,7 @@ def test_training_is_tracked_over_a_stop_and_a_resume(
     experiment = mlflow.tracking.MlflowClient().get_experiment(run.info.experiment_id)
     assert experiment.name == "digits" and run.info.status == "FINISHED"
     assert run.data.params["SOLVER.CHECKPOINT_PERIOD"] == "3"
-    assert run.data.params["MODEL.DISTILL.LOSS"] == "ssim"
+    assert run.data.params["MODEL.DISTILL.NAME"] == "SSIMDistiller"
     assert any(path.startswith("images/distill~p3+step+2") for path in pictures)
     assert any(path.startswith("images/distill~p3+step+5") for path in pictures)
 
@@ -151,9 +151,9 @@ def test_training_is_tracked_over_a_stop_and_a_resume(
     (config,) = (
         {item.key: item.value_json for item in record.run.config.update}
         for record in in_wandb(folder)
-        if record.HasField("run") and "MODEL.DISTILL.LOSS" in str(record.run.config)
+        if record.HasField("run") and "MODEL.DISTILL.NAME" in str(record.run.config)
     )
-    assert config["MODEL.DISTILL.LOSS"] == '"ssim"' and config["SOLVER.MAX_ITER"] == "6"
+    assert config["MODEL.DISTILL.NAME"] == '"SSIMDistiller"' and config["SOLVER.MAX_ITER"] == "6"
     assert {record.run.project for record in in_wandb(folder) if record.HasField("run")} == {
         "digits"
     }
