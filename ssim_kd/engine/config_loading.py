@@ -90,7 +90,7 @@ def load_yaml(
     opts, by_hand = list(args.opts), {str(key) for key in args.opts[::2]}
     method = cfg.MODEL.DISTILL.NAME or cfg.MODEL.DISTILL.LOSS
     _merge_options(cfg, opts)
-    if method and "MODEL.DISTILL.NAME" in by_hand and cfg.MODEL.DISTILL.NAME != method:
+    if method and "MODEL.DISTILL.NAME" in by_hand and method != cfg.MODEL.DISTILL.NAME:
         # Those in the file belong to its method.
         for key in ("LOSS_WEIGHT", "IN_FEATURES", "ADAPTER"):
             if f"MODEL.DISTILL.{key}" not in by_hand:

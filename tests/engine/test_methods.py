@@ -63,3 +63,17 @@ def test_train_with_methods_two_processes_have_equal_weights(world: World, tmp_p
     assert first == second
     # Every module of a method has a gradient.
     assert {name.split(".")[0] for name in first["adapters"]} == {"icd", "drkd", "mgd"}
+
+
+def test_train_by_a_name_alone_writes_what_is_the_methods_own(world: World, tmp_path) -> None:
+    own = tmp_path / "own.yaml"
+    # Weight and levels of a file belong to the method that it names.
+    values = 'NAME: "SSIMDistiller", LOSS_WEIGHT: 8.0, IN_FEATURES: ["p3"]'
+    own.write_text(f"_BASE_: {world.config}\nMODEL: {{DISTILL: {{{values}}}}}\n")
+    opts = ("MODEL.DISTILL.NAME", "MGDDistiller", "SOLVER.MAX_ITER", 1)
+    world.main(tmp_path / "run", *OPTIONS[:4], *opts, config=own)
+    logged = metrics(tmp_path / "run")[-1]
+    assert logged["distill/mgd_p5_weighted"] == pytest.approx(5e-7 * logged["distill/mgd_p5"])
+    distill = world.cfg(tmp_path, config=tmp_path / "run" / "config.yaml").MODEL.DISTILL
+    assert (distill.LOSS_WEIGHT, distill.MGD.MASK_RATIO) == (5e-7, 0.45)
+    assert (distill.IN_FEATURES, distill.ADAPTER) == (["p2", "p3", "p4", "p5"], "auto")

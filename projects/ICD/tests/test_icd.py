@@ -329,7 +329,11 @@ def test_two_halves_of_a_batch_are_the_whole_in_what_reaches_the_student() -> No
     for i in (0, 1):
         half = slice(i, i + 1)
         of_image = [
-            x._replace(student=x.student[half], teacher=x.teacher[half], mask=None if x.mask is None else x.mask[half])
+            x._replace(
+                student=x.student[half],
+                teacher=x.teacher[half],
+                mask=None if x.mask is None else x.mask[half],
+            )
             for x in maps
         ]
         halves.append(distiller.losses(of_image, Queries(*(x[half] for x in queries))))
