@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
-from detectron2.utils.file_io import PathManager
+
+from .writing import write_atomically
 
 
 def add_distill_config(cfg: CN) -> None:
@@ -62,12 +63,12 @@ def write_stock_config(cfg: CN, path: str) -> None:
         return kept
 
     text = keep(student_config(cfg), stock, ours).dump()
-    with PathManager.open(path, "w") as file:
-        if "MODEL.TIMM" in further:
-            file.write(_TIMM_COMMENT)
-        elif further:
-            file.write(_KEYS_COMMENT.format(keys=", ".join(further)))
-        file.write(text)
+    comment = ""
+    if "MODEL.TIMM" in further:
+        comment = _TIMM_COMMENT
+    elif further:
+        comment = _KEYS_COMMENT.format(keys=", ".join(further))
+    write_atomically(path, lambda file: file.write((comment + text).encode()))
 
 
 _TIMM_COMMENT = """\

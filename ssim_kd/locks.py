@@ -35,7 +35,8 @@ def lock(path: str | os.PathLike[str], *, wait: bool) -> Iterator[None]:
         OSError: the file cannot be opened, or the file system has no locks (``errno`` is ENOSYS,
             ENOTSUP or ENOLCK).
     """
-    with open(path, "a+") as file:
+    # Not through a link in a folder that was received: it would be cleared.
+    with open(path, "a+", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o666)) as file:
         try:
             _take(file, _FLAGS.EXCLUSIVE | _FLAGS.NON_BLOCKING)
         except BlockingIOError:

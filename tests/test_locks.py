@@ -96,3 +96,12 @@ def test_lock_not_available(number: int, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(OSError) as raised, lock(tmp_path / ".lock", wait=True):
         pass
     assert raised.value.errno == number
+
+
+def test_lock_does_not_follow_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), lock(tmp_path / ".lock", wait=False):
+        pass
+    assert victim.read_text() == "mine"

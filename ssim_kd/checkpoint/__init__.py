@@ -9,7 +9,7 @@ from .files import (
     read_weights,
     sha256_of,
 )
-from .folder import BEST
+from .folder import BEST, checkpoints_in
 from .strict import load_strictly
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ResumeError",
     "StudentCheckpointer",
     "Weights",
+    "checkpoints_in",
     "load_strictly",
     "local_file",
     "read_checkpoint",

@@ -4,17 +4,16 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from ..config_files import is_lazy
 from .config_loading import AddConfig
 from .launch import launch_processes, once, start_up, with_one_line_errors
 from .lazy import LazyRecipe
-from .output_lock import output_lock
+from .output_lock import make_output_dir, output_lock
 from .preflight import check_start, check_teacher, same_weights
 from .report import log_version
 from .settings import Settings
@@ -35,11 +34,13 @@ class Recipe(Protocol):
     Attributes:
         keys: see :class:`Settings`.
         folder: of logs and checkpoints.
+        teacher_names: what names the teacher in the config: files, folders.
         text: the config, which all processes have to share.
     """
 
     keys: Mapping[str, str]
     folder: str
+    teacher_names: Sequence[str]
     text: str
 
     def set_up(self) -> None:
@@ -138,7 +139,7 @@ def _prepare(
     """All that comes before the first step; returns what is then left to do."""
     _check_same_on_all(recipe.text, args)
     if args.eval_only or args.eval_teacher:
-        make_folder(recipe)
+        make_output_dir(recipe.folder, key=recipe.keys["output_dir"])
         return recipe.evaluation()  # type: ignore[no-any-return]
     return prepare_training(stack, recipe, resume=args.resume).train
 
@@ -155,7 +156,11 @@ def prepare_training(stack: contextlib.ExitStack, recipe: Recipe, *, resume: boo
         ValueError, OSError: what is wrong, on every process.
     """
     settings = recipe.settings()
-    make_folder(recipe)
+    make_output_dir(
+        recipe.folder,
+        teacher=recipe.teacher_names,
+        key=recipe.keys.get("output_dir", "output_dir"),
+    )
     # Before anything is written there.
     stack.enter_context(output_lock(recipe.folder))
     recipe.set_up()
@@ -172,26 +177,6 @@ def prepare_training(stack: contextlib.ExitStack, recipe: Recipe, *, resume: boo
             check_teacher(settings, recipe.evaluate_teacher())
     once(training.start_trackers)
     return training
-
-
-def make_folder(recipe: Recipe) -> None:
-    """Make the folder of a run.
-
-    Raises:
-        ValueError: it cannot be made.
-    """
-    folder, key = recipe.folder, recipe.keys.get("output_dir", "output_dir")
-    if not folder:  # an evaluation without a log
-        return
-    try:
-        PathManager.mkdirs(folder)
-    except OSError as error:
-        raise ValueError(
-            f"{key} is {folder!r}, which cannot be made ({error.strerror or error}); expected a "
-            "folder that can be written to."
-        ) from error
-    if "://" not in folder and not os.path.isdir(folder):
-        raise ValueError(f"{key} is {folder!r}, which is a file; expected a folder.")
 
 
 def _check_same_on_all(text: str, args: argparse.Namespace) -> None:

@@ -169,6 +169,7 @@ class ModuleRecipe:
         self._loader, self._distillers = loader, list(distillers) or [SSIMDistiller()]
         self._optimizer, self._scheduler, self._evaluate = optimizer, scheduler, evaluate
         self.folder, self.text = settings.output_dir, ""
+        self.teacher_names = [str(teacher)] if isinstance(teacher, str | Path) else []
 
     def settings(self) -> Settings:
         """The plain values."""

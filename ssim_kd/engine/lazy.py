@@ -103,6 +103,8 @@ class LazyRecipe:
         self._args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
         self.device, self.folder = self.cfg.train.device, self.cfg.train.output_dir
         self.text = str(OmegaConf.to_container(self.cfg))
+        names = [OmegaConf.select(self.cfg, f"model.teacher.{k}") for k in ("name", "weights")]
+        self.teacher_names = [name for name in names if isinstance(name, str)]
         teacher = self.cfg.model.get("teacher")
         if _calls(teacher, FrozenTeacher.load_from) and not teacher.get("image_format"):
             # It is given what the loader reads.

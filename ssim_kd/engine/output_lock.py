@@ -1,18 +1,77 @@
-"""One run in an output folder at a time."""
+"""The output folder of a run: its own, with one run in it at a time."""
 
 import contextlib
 import errno
+import fnmatch
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from ..locks import LockHeldError, lock
+from ..writing import is_remote
 
 logger = logging.getLogger(__name__)
 
 _NOT_AVAILABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+# Files and folders of a run. What reads them follows links; what writes them must not.
+_WRITTEN = (
+    *(".lock", "config.yaml", "student.yaml", "log.txt*", "metrics.json", "run.json"),
+    *("tracked_runs.json", "report.html", "not_finite_*.json", "events.out.*", "inference*"),
+)
+
+
+def make_output_dir(folder: str, *, teacher: Sequence[str] = (), key: str = "OUTPUT_DIR") -> None:
+    """Make the folder of a run. Links in it that the run would write through are removed.
+
+    Args:
+        folder: local or remote; "" for an evaluation without a log.
+        teacher: what names the teacher of a training: its config, folder or weights.
+        key: of the config, for messages.
+
+    Raises:
+        ValueError: it cannot be made, or it is the teacher's own, whose config and weights the
+            training would overwrite.
+    """
+    if not folder:
+        return
+    for name in teacher:
+        path = os.path.expanduser(name)
+        file = _is_written(os.path.basename(path), "model_*.pth") and os.path.isfile(path)
+        own = path if os.path.isdir(path) else os.path.dirname(path) or "." if file else ""
+        if own and os.path.realpath(own) == os.path.realpath(folder):
+            raise ValueError(
+                f"{key} is {folder!r}, the folder of the teacher {name!r}, whose files the "
+                "training would overwrite; expected another folder."
+            )
+    try:
+        PathManager.mkdirs(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{key} is {folder!r}, which cannot be made ({error.strerror or error}); expected "
+            "a folder that can be written to."
+        ) from error
+    if is_remote(folder):
+        return
+    if not os.path.isdir(folder):
+        raise ValueError(f"{key} is {folder!r}, which is a file; expected a folder.")
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and _is_written(entry.name):
+            target = os.readlink(entry.path)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run
+                os.unlink(entry.path)
+                logger.warning(
+                    "Removed the symbolic link %s to %s, which the run would write through.",
+                    *(entry.path, target),
+                )
+
+
+def _is_written(name: str, *further: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in (*_WRITTEN, *further))
 
 
 @contextlib.contextmanager
@@ -28,7 +87,7 @@ def output_lock(folder: str) -> Iterator[None]:
     """
     error = None
     with contextlib.ExitStack() as stack:
-        if comm.is_main_process() and "://" not in folder:
+        if comm.is_main_process() and not is_remote(folder):
             path = os.path.join(folder, ".lock")
             try:
                 stack.enter_context(lock(path, wait=False))

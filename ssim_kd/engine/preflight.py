@@ -8,11 +8,9 @@ of a training need, which may lie hours ahead.
 import contextlib
 import filecmp
 import functools
-import glob
 import importlib.util
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..checkpoint import local_file, read_file
+from ..checkpoint import checkpoints_in, local_file, read_file
 from ..data import Needs
 from ..data.mapper import check_image_files
 from ..modeling import teacher_source
@@ -180,8 +178,7 @@ def check_start(settings: Settings, *, resume: bool) -> None:
         ValueError: it is missing, cannot be fetched or cannot be read.
     """
     # Of any kind: which one is whole is the checkpointer's to tell.
-    folder = glob.escape(settings.output_dir)
-    resumes = resume and glob.glob(os.path.join(folder, "model_*.pth"))
+    resumes = resume and checkpoints_in(settings.output_dir)
     if settings.weights and not resumes:
         read_file(_without_options(settings.weights), key=settings.key("weights"))
 

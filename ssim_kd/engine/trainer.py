@@ -171,6 +171,9 @@ class YamlRecipe:
         self._args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
         self._trainer = trainer
         self.device, self.folder = self.cfg.MODEL.DEVICE, self.cfg.OUTPUT_DIR
+        distill = self.cfg.MODEL.DISTILL
+        teacher = (distill.TEACHER.CONFIG_FILE, distill.TEACHER.WEIGHTS)
+        self.teacher_names = teacher if distill.ENABLED else ()
         self.text = self.cfg.dump()
 
     def settings(self) -> Settings:
