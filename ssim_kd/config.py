@@ -5,6 +5,7 @@ from collections.abc import Callable
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .sharing import without_queries
 from .writing import write_atomically
 
 
@@ -68,7 +69,7 @@ def write_stock_config(cfg: CN, path: str) -> None:
         comment = _TIMM_COMMENT
     elif further:
         comment = _KEYS_COMMENT.format(keys=", ".join(further))
-    write_atomically(path, lambda file: file.write((comment + text).encode()))
+    write_atomically(path, lambda file: file.write((comment + without_queries(text)).encode()))
 
 
 _TIMM_COMMENT = """\

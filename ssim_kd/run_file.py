@@ -2,16 +2,14 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .sharing import without_queries
 from .writing import is_remote, write_atomically
 
 RUN_FILE = "run.json"
-# The query of a URL may hold a signature or a token.
-_QUERY = re.compile(r"(\w+://[^\s\"'?]+)\?[^\s\"']*")
 
 
 def write_run_file(folder: str, facts: Mapping[str, Any]) -> None:
@@ -28,7 +26,7 @@ def write_run_file(folder: str, facts: Mapping[str, Any]) -> None:
         before = {} if is_remote(folder) else read_run_file(Path(folder))
     except ValueError:
         before = {}
-    text = _QUERY.sub(r"\1", json.dumps({**before, **facts}, indent=1, ensure_ascii=False))
+    text = without_queries(json.dumps({**before, **facts}, indent=1, ensure_ascii=False))
     path = os.path.join(folder, RUN_FILE)
     write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
 

@@ -66,7 +66,7 @@ def read_with_bases(path: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
     keys = set() if any(_is_in(path, folder) for folder in _SHIPPED) else set(dotted(own))
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        found, set_there = read_with_bases(_base_path(str(base), path), (*above, path))
+        found, set_there = read_with_bases(_base_path(str(base or ""), path), (*above, path))
         merged = _merged(found, merged, title)
         keys |= set_there
     return _merged(own, merged, title), keys

@@ -1,5 +1,6 @@
 """Evaluation: of the student as it will be deployed, and of the teacher by itself."""
 
+import argparse
 import inspect
 import logging
 import math
@@ -24,6 +25,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -31,6 +33,7 @@ from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
 from ..modeling import TeacherSource, classes, load_detector, teacher_source
+from ..sharing import without_queries
 from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,17 @@ _KINDS = (
 
 
 def set_up_training(cfg: Any, args: Any, output_dir: str) -> None:
-    """Detectron2's default_setup of a config of either language, and the log of ssim_kd."""
-    default_setup(cfg, args)
+    """Detectron2's default_setup of a config of either language, and the log of ssim_kd.
+
+    config.yaml and log.txt get no keys of signed URLs.
+    """
+    shown = argparse.Namespace(**without_queries(vars(args)))
+    if shown.config_file:
+        with PathManager.open(args.config_file, "r") as file:
+            text = file.read()
+        if without_queries(text) != text:
+            shown.config_file = ""  # which the log would show
+    default_setup(without_queries(cfg), shown)
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="ssim_kd")
 
 
@@ -64,8 +76,8 @@ def set_up_evaluation(output_dir: str, args: Any, config: str, *, seed: int) -> 
     for name in ("fvcore", "detectron2", "ssim_kd"):
         setup_logger(output_dir or None, distributed_rank=rank, name=name)
     logger.info("Environment info:\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", args)
-    logger.info("Running with full config:\n%s", config)
+    logger.info("Command line arguments: %s", without_queries(str(args)))
+    logger.info("Running with full config:\n%s", without_queries(config))
     seed_all_rng(None if seed < 0 else seed + rank)
 
 

@@ -38,6 +38,7 @@ from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..data import EvaluationLoader, Needs, build_train_loader, check_datasets, train_records
 from ..modeling import FrozenTeacher, load_detector
 from ..modeling.teacher_config import source_of
+from ..sharing import without_queries
 from .coco_evaluation import ScoredCOCOEvaluator
 from .config_loading import load_lazy
 from .evaluation import set_up_evaluation, set_up_training
@@ -180,7 +181,7 @@ class LazyRecipe:
             # Moved up: what names others by their place would name none.
             OmegaConf.resolve(cfg)
             cfg.model = cfg.model.student
-        LazyConfig.save(cfg, path)
+        LazyConfig.save(without_queries(cfg), path)
 
     def training(self) -> Training:
         """Build all parts."""

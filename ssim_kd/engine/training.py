@@ -26,6 +26,7 @@ from torch import nn
 from ..checkpoint import ResumeError, StudentCheckpointer
 from ..data import TrainLoader
 from ..modeling import DistilledDetector, LoadedTeacher, unwrap
+from ..sharing import without_queries
 from .hooks import (
     BestCheckpoint,
     PreciseBN,
@@ -105,7 +106,9 @@ class Training(TrainerBase):
         self._evaluate, self._evaluate_last = evaluate, evaluate_last
         self._statistics_loader, self._pictures = statistics_loader, pictures
         self._trackers = trackers
-        self._config = self._started_with = as_text(config or {}, left_out=_LEFT_OUT)
+        self._config = self._started_with = as_text(
+            without_queries(config or {}), left_out=_LEFT_OUT
+        )
         self._stop = StopOnSignal(settings.grace_period, key=settings.key("grace_period"))
         self._best = BestCheckpoint()
         self._last_eval_results: Mapping[str, Any] = {}

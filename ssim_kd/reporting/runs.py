@@ -10,6 +10,7 @@ import yaml
 
 from ..metrics_file import METRICS_FILE, Series, read_metrics
 from ..run_file import RUN_FILE, read_run_file
+from ..sharing import without_queries
 
 #: Where Detectron2's COCOEvaluator leaves the detections, below the folder of a run.
 PREDICTIONS = "inference/coco_instances_results.json"
@@ -151,7 +152,7 @@ def read_config(folder: Path) -> Run:
     run = Run(folder)
     path = folder / "config.yaml"
     try:
-        run.config_text = path.read_text(encoding="utf-8", errors="replace")
+        run.config_text = without_queries(path.read_text(encoding="utf-8", errors="replace"))
         found = read_yaml(run.config_text)
         if not isinstance(found, dict):
             raise ValueError("it holds no keys")

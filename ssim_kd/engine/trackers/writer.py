@@ -18,6 +18,8 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
+from ...sharing import without_queries
+from ...writing import write_atomically
 from ..writers import Accessory
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class TrackerWriter(EventWriter):
         check_package(self.name)
         self.folder, self.project = folder, project
         self.run_name = run_name or os.path.basename(os.path.abspath(folder))
-        self.params = params or {}
+        self.params = without_queries(params or {})
         self._window_size = window_size
         self._accessory = Accessory(f"The tracker {self.name!r}")
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -105,8 +107,7 @@ class TrackerWriter(EventWriter):
                 f"TRACKING.WRITERS names {self.name!r}, which cannot be used{which}: "
                 f"{type(error).__name__}: {error} Expected {self.expected}; or leave it out."
             ) from error
-        with PathManager.open(path, "w") as file:
-            json.dump(runs, file)
+        write_atomically(path, lambda file: file.write(json.dumps(runs).encode()))
         # Ignore an exception that was already being handled when training began.
         self._handled = sys.exc_info()[1]
         self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
