@@ -152,7 +152,7 @@ def argument_parser(
         metavar="NAME",
         help="distil from this teacher: the folder of a run, a name of the model zoo (.yaml or "
         ".py), a config file with weights next to it, or a checkpoint; the same as "
-        "MODEL.DISTILL.TEACHER.CONFIG_FILE",
+        "MODEL.DISTILL.TEACHER.NAME",
     )
     add(
         "--data",

@@ -170,13 +170,16 @@ def _add_model_keys(cfg: CN) -> None:
 
     teacher = distill.TEACHER = CN()
     # The teacher: the folder of a run, a name of the model zoo (.yaml or .py), a .yaml or .py
-    # (LazyConfig) file, or a checkpoint with its config.yaml beside it; or an RT-DETR of
+    # (LazyConfig) file, or a checkpoint with its config.yaml next to it; or an RT-DETR of
     # transformers: "hf://owner/name", or its folder. Relative to the working directory or to the
-    # folder of --config-file.
+    # folder of --config-file. A .py is a program: it is run if it comes with Detectron2 or
+    # ssim_kd, or if the command line or code names it, but not for a config.
+    teacher.NAME = ""
+    # The former name of NAME.
     teacher.CONFIG_FILE = ""
     # The teacher's weights: a .pth or .pkl file, a URL that Detectron2 knows, or a name of the
-    # model zoo. "" takes those that belong to CONFIG_FILE: the zoo's, or a file beside
-    # it: model_final.pth, else model_best.pth, else model_final.pkl.
+    # model zoo. "" takes those that belong to NAME: the zoo's, or a file next to
+    # it: model_best.pth, else model_final.pth, else model_final.pkl.
     teacher.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; of a LazyConfig:
     # ["key=value", ...].

@@ -4,6 +4,7 @@ import copy
 import difflib
 import functools
 import os
+import sys
 from collections.abc import Sequence
 
 import yaml
@@ -13,7 +14,7 @@ from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
-from .yaml_files import dotted, read_with_bases, shipped
+from .yaml_files import dotted, is_shipped, read_with_bases, shipped
 
 
 def find_config_file(name: str) -> str:
@@ -80,6 +81,29 @@ def load_lazy_file(path: str) -> DictConfig:
 @functools.cache
 def _run_lazy_file(path: str, written: int) -> DictConfig:
     return LazyConfig.load(path)
+
+
+# Programs that a person has named, on the command line or in code.
+_named: set[str] = set()
+
+
+def allow_program(path: str) -> None:
+    """Let configs name a .py file, which is run for them: a person has named it as well."""
+    _named.add(os.path.realpath(path))
+
+
+def may_run(path: str, name: str = "") -> bool:
+    """Whether a .py that a config names may be run.
+
+    Args:
+        path: of the file.
+        name: as the config has it.
+
+    Returns:
+        True if ssim_kd or Detectron2 ships it, the command line has that name, or code gave it to
+        :func:`allow_program`.
+    """
+    return is_shipped(path) or name in sys.argv or os.path.realpath(path) in _named
 
 
 def did_you_mean(cfg: CN, message: str) -> str:

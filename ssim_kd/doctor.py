@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from ssim_kd.data import check_datasets, register_datasets
 from ssim_kd.engine import load_config
 from ssim_kd.losses import ssim_loss
-from ssim_kd.modeling import teacher_source
+from ssim_kd.modeling import teacher_name, teacher_source
 from ssim_kd.projects import add_project_configs
 
 #: (whether all is well, what was found, what to do)
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
         return 1
     _report(lambda: check_disk(cfg.OUTPUT_DIR))
     ready &= _report(lambda: check_data(cfg), needed=True)
-    if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+    if teacher_name(cfg):
         ready &= _report(lambda: check_teacher(cfg), needed=True)
     return int(not ready)
 

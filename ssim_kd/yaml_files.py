@@ -62,8 +62,9 @@ def read_with_bases(path: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
             f"({' -> '.join((*above, path))}); expected a chain of _BASE_ that ends."
         )
     own = _read(path, title)
+    _rename(own)
     bases = own.pop(BASE_KEY, [])
-    keys = set() if any(_is_in(path, folder) for folder in _SHIPPED) else set(dotted(own))
+    keys = set() if is_shipped(path) else set(dotted(own))
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         found, set_there = read_with_bases(_base_path(str(base or ""), path), (*above, path))
@@ -79,6 +80,15 @@ def dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+def _rename(own: dict[str, Any]) -> None:
+    """Give keys of a file their names of now; a base may have these."""
+    node: Any = own
+    for section in ("MODEL", "DISTILL", "TEACHER"):
+        node = node.get(section) if isinstance(node, dict) else None
+    if isinstance(node, dict) and "CONFIG_FILE" in node and not node.get("NAME"):
+        node["NAME"] = node.pop("CONFIG_FILE")
 
 
 def _read(path: str, title: str) -> dict[str, Any]:
@@ -173,6 +183,11 @@ def _merged(over: dict[str, Any], base: dict[str, Any], title: str) -> dict[str,
         else:
             found[key] = value
     return found
+
+
+def is_shipped(path: str) -> bool:
+    """Whether a config file came with ssim_kd or Detectron2's model zoo."""
+    return any(_is_in(path, folder) for folder in _SHIPPED)
 
 
 def _is_in(path: str, folder: str) -> bool:

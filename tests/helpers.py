@@ -102,7 +102,7 @@ def distilled_config(
     distill = cfg.MODEL.DISTILL
     distill.STUDENT_META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
     cfg.MODEL.META_ARCHITECTURE = "DistilledDetector"
-    distill.TEACHER.CONFIG_FILE = KINDS[teacher]
+    distill.TEACHER.NAME = KINDS[teacher]
     distill.TEACHER.WEIGHTS = str(weights)
     distill.TEACHER.OPTS = [*small_opts(fpn=TEACHER_FPN), *teacher_opts]
     cfg.merge_from_list(list(opts))

@@ -65,7 +65,7 @@ def test_plain_and_distilled_differ_in_the_distillation_alone(out: Path) -> None
     distilled = demo.config_of(DISTILLED, args, out).clone()
     weights = out / "teacher" / "model_final.pth"
     assert Path(distilled.MODEL.DISTILL.TEACHER.WEIGHTS) == weights
-    assert Path(distilled.MODEL.DISTILL.TEACHER.CONFIG_FILE).name == TEACHER.config
+    assert Path(distilled.MODEL.DISTILL.TEACHER.NAME).name == TEACHER.config
     for cfg in (plain, distilled):
         cfg.defrost()
         cfg.OUTPUT_DIR = ""

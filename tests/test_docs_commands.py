@@ -155,7 +155,7 @@ def check_config(args: argparse.Namespace) -> None:
     known = vars(argument_parser().parse_args([]))
     given = argparse.Namespace(**{**known, **{k: v for k, v in vars(args).items() if k in known}})
     cfg = load_config(given, add_project_configs)
-    if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+    if cfg.MODEL.DISTILL.TEACHER.NAME:
         assert teacher_source(cfg).weights
     assert cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
     weights = cfg.MODEL.WEIGHTS

@@ -32,7 +32,7 @@ def test_main_of_a_config(tmp_path: Path, capsys) -> None:
     assert "6 images" in text and "faster_rcnn_R_101_FPN_3x" in text and "[fail]" not in text
 
     assert main(["doctor", *config, "--teacher", str(tmp_path / "nowhere"), *out]) == 1
-    assert "MODEL.DISTILL.TEACHER.CONFIG_FILE" in capsys.readouterr().out
+    assert "MODEL.DISTILL.TEACHER.NAME" in capsys.readouterr().out
     content = json.loads((tmp_path / "train.json").read_text())
     content["annotations"][0]["bbox"] = [0, 0, -5, 5]
     (tmp_path / "train.json").write_text(json.dumps(content))

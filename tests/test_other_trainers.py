@@ -138,7 +138,7 @@ def test_evaluation_and_predictor_load_no_teacher(world, tmp_path) -> None:
     # Neither the weights nor the config of the teacher are on this machine.
     for opts in (
         ("MODEL.DISTILL.TEACHER.WEIGHTS", "/nowhere/teacher.pth"),
-        ("MODEL.DISTILL.TEACHER.CONFIG_FILE", "/nowhere/teacher.yaml"),
+        ("MODEL.DISTILL.TEACHER.NAME", "/nowhere/teacher.yaml"),
     ):
         there = user_config(world, tmp_path, "MODEL.WEIGHTS", str(student), *opts)
         image = make_batch(((96, 128),))[0]["image"].permute(1, 2, 0).numpy()

@@ -6,7 +6,7 @@
 
 times the student, the teacher that its config names, and what ssim-kd export wrote into
 `--exported`, in turns, on images of DATASETS.TEST, one at a time. The time is that of the model:
-resizing the image and post-processing masks are not in it. MODEL.DISTILL.TEACHER.CONFIG_FILE ""
+resizing the image and post-processing masks are not in it. MODEL.DISTILL.TEACHER.NAME ""
 leaves the teacher out. Without a GPU, times are those of the
 CPU with torch's number of threads (OMP_NUM_THREADS).
 """
@@ -30,6 +30,7 @@ from ssim_kd.data import register_datasets
 from ssim_kd.engine import load_config
 from ssim_kd.engine.evaluation import student_for_evaluation, teacher_for_evaluation
 from ssim_kd.export import FILES, ExportedDetector, first_images, raw_detections
+from ssim_kd.modeling import teacher_name
 from ssim_kd.projects import add_project_configs
 from tools.benchmarking import Clock, environment, summary
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     register_datasets(cfg)
     student_cfg, student = student_for_evaluation(cfg, resume=False)
     models: dict[str, nn.Module] = {"student": student}
-    if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+    if teacher_name(cfg):
         models["teacher"] = teacher_for_evaluation(cfg)[1]
     loader = build_detection_test_loader(student_cfg, cfg.DATASETS.TEST[0])
     images = list(first_images(loader, args.warmup + args.images))

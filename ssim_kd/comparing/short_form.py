@@ -39,7 +39,7 @@ def expand(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             if "teacher" not in content:
                 raise ValueError(f"{path}: arms.{name} learns from a teacher: expected a teacher.")
             arm["opts"] = {
-                "MODEL.DISTILL.TEACHER.CONFIG_FILE": content["teacher"],
+                "MODEL.DISTILL.TEACHER.NAME": content["teacher"],
                 **({"MODEL.DISTILL.NAME": method} if method else {}),
                 **arm.get("opts", {}),
             }

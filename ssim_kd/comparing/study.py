@@ -15,7 +15,9 @@ from detectron2.config import CfgNode
 from ..config_files import find_config_file
 from .short_form import expand
 
-TEACHER = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
+TEACHER = "MODEL.DISTILL.TEACHER.NAME"
+# What it was called before: older studies set it, and records are made with it.
+_FORMER = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
 WEIGHT_KEY = "MODEL.DISTILL.LOSS_WEIGHT"
 TUNED, AUTO = "tuned", "auto"
 ARM_KEYS = {"weight", "opts", "teacher", "config", "start", "script"}
@@ -162,7 +164,7 @@ class Study:
         if not config.is_file():
             config = Path(find_config_file(str(asked["config"])))
         script = str(self.path.parent / asked["script"]) if "script" in asked else ""
-        opts = {**self.content.get("opts", {}), **opts}
+        opts = _renamed({**self.content.get("opts", {}), **opts}, _FORMER, TEACHER)
         needs = {need: asked.get(need, "") for need in ("teacher", "start")}
         for need, name in needs.items():
             if name and name not in models:
@@ -170,7 +172,7 @@ class Study:
                     f"{self.path}: {need} of {key} is {name!r}: expected one of {sorted(models)}."
                 )
         whole = {
-            "config": {**flattened(config), **opts},
+            "config": _renamed({**flattened(config), **opts}, TEACHER, _FORMER),
             "seed": seed,
             "script": Path(script).read_text() if script else "",
             **{need: models[name].fingerprint for need, name in needs.items() if name},
@@ -249,4 +251,9 @@ def flattened(config: Path) -> dict[str, Any]:
             else:
                 yield prefix + key, value
 
-    return dict(keys(CfgNode.load_yaml_with_base(str(config))))
+    found = dict(keys(CfgNode.load_yaml_with_base(str(config))))
+    return _renamed(found, _FORMER, TEACHER)
+
+
+def _renamed(values: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if key == old else key: value for key, value in values.items()}

@@ -19,9 +19,16 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import add_distill_config, share_keys
-from ..config_files import did_you_mean, find_config_file, is_lazy, load_lazy_file, merge_file
+from ..config_files import (
+    allow_program,
+    did_you_mean,
+    find_config_file,
+    is_lazy,
+    load_lazy_file,
+    merge_file,
+)
 from ..data import check_datasets, register_datasets
-from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
+from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller, teacher_name
 from ..yaml_files import near_shipped
 from .data_file import apply_data, apply_lazy_data
 from .preflight import check_config
@@ -29,10 +36,13 @@ from .schedule import apply_schedule, value_of
 
 # Config keys that hold paths, in which "~" is the user's home.
 _PATHS = (
-    *("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DISTILL.TEACHER.CONFIG_FILE"),
+    *("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DISTILL.TEACHER.NAME"),
     *("MODEL.DISTILL.TEACHER.WEIGHTS", "DATASETS.PROPOSAL_FILES_TRAIN"),
     "DATASETS.PROPOSAL_FILES_TEST",
 )
+# The teacher's name, and what this key was called before.
+_FORMER = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
+_TEACHER = {"MODEL.DISTILL.TEACHER.NAME", _FORMER}
 # Keys of which arguments take in what overrides have set.
 _EXTENDED = ("DATASETS.REGISTER_COCO", "MODEL.META_ARCHITECTURE")
 # Overrides of what --teacher puts around the student.
@@ -105,10 +115,15 @@ def load_yaml(
     if teacher:
         apply_teacher(cfg, teacher)
     _merge_options(cfg, opts, but=_EXTENDED)
+    node = cfg.MODEL.DISTILL.TEACHER
+    if _TEACHER & by_hand == {_FORMER}:
+        node.NAME = ""  # of the file
+    node.NAME, node.CONFIG_FILE = teacher_name(cfg), ""
     for key in _PATHS:
         _expand(cfg, key)
-    teacher = cfg.MODEL.DISTILL.TEACHER
-    teacher.CONFIG_FILE = _beside(teacher.CONFIG_FILE, config_file)
+    node.NAME = _beside(node.NAME, config_file)
+    if is_lazy(node.NAME) and (teacher or _TEACHER & by_hand):
+        allow_program(node.NAME)
     evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
     if not evaluate:
         # A user's warm-up stays, unless it belongs to a length of theirs, which is scaled.
@@ -184,10 +199,10 @@ def apply_teacher(cfg: CfgNode, name: str) -> None:
     if cfg.MODEL.META_ARCHITECTURE != "DistilledDetector":
         distill.STUDENT_META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = "DistilledDetector"
-    if name != distill.TEACHER.CONFIG_FILE:
+    if name != teacher_name(cfg):
         # The weights and overrides in the config belong to the other teacher.
         distill.TEACHER.WEIGHTS, distill.TEACHER.OPTS = "", []
-    distill.TEACHER.CONFIG_FILE = name
+    distill.TEACHER.NAME, distill.TEACHER.CONFIG_FILE = name, ""
     distill.ENABLED = True
 
 
@@ -205,7 +220,7 @@ def ignored_keys(cfg: CfgNode) -> list[str]:
     """A line for the log where a config names a teacher or a method, and switches both off."""
     distill = cfg.MODEL.DISTILL
     named = {
-        "TEACHER.CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
+        "TEACHER.NAME": distill.TEACHER.NAME,
         "TERMS": distill.TERMS,
         "NAME": distill.NAME,
     }

@@ -32,7 +32,7 @@ from torch import nn
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
-from ..modeling import TeacherSource, classes, load_detector, teacher_source
+from ..modeling import TeacherSource, classes, load_detector, teacher_name, teacher_source
 from ..sharing import without_queries
 from .coco_evaluation import build_coco_evaluator
 
@@ -181,7 +181,7 @@ def check_teachers_classes(cfg: CfgNode, teacher: TeacherSource) -> None:
     """
     if teacher.read is not None:
         raise ValueError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {teacher.name!r}, a teacher of features only: "
+            f"MODEL.DISTILL.TEACHER.NAME is {teacher.name!r}, a teacher of features only: "
             "evaluate it by its own library. Set MODEL.DISTILL.TEACHER.EXPECTED_AP to 0, and leave "
             "--eval-teacher out."
         )
@@ -193,7 +193,7 @@ def _check_equal_classes(cfg: CfgNode, own: int | None) -> None:
     data = num_classes(cfg)
     if own is not None and data is not None and own != data:
         raise ValueError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is {cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE!r}, a "
+            f"MODEL.DISTILL.TEACHER.NAME is {teacher_name(cfg)!r}, a "
             f"teacher of {own} classes, but the student and its data have {data} "
             f"({num_classes_key(cfg)}): its AP on DATASETS.TEST cannot be computed. It can be "
             "learned from all the same: set MODEL.DISTILL.TEACHER.EXPECTED_AP to 0, and leave "

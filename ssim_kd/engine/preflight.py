@@ -25,7 +25,7 @@ from detectron2.utils import comm
 from ..checkpoint import checkpoints_in, local_file, read_file
 from ..data import Needs
 from ..data.mapper import check_image_files
-from ..modeling import teacher_source
+from ..modeling import teacher_name, teacher_source
 from .evaluation import box_ap, check_teachers_classes
 from .settings import Settings
 from .trackers import check_trackers
@@ -95,10 +95,10 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
     """
     distill = cfg.MODEL.DISTILL
     name = cfg.MODEL.META_ARCHITECTURE
-    if distill.ENABLED and distill.TEACHER.CONFIG_FILE and name != "DistilledDetector":
+    if distill.ENABLED and teacher_name(cfg) and name != "DistilledDetector":
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {name!r}, which has no teacher, but "
-            "MODEL.DISTILL.TEACHER.CONFIG_FILE names one. Expected 'DistilledDetector', and "
+            "MODEL.DISTILL.TEACHER.NAME names one. Expected 'DistilledDetector', and "
             f"{name!r} as MODEL.DISTILL.STUDENT_META_ARCHITECTURE; or MODEL.DISTILL.ENABLED False."
         )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

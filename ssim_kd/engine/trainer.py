@@ -172,7 +172,7 @@ class YamlRecipe:
         self._trainer = trainer
         self.device, self.folder = self.cfg.MODEL.DEVICE, self.cfg.OUTPUT_DIR
         distill = self.cfg.MODEL.DISTILL
-        teacher = (distill.TEACHER.CONFIG_FILE, distill.TEACHER.WEIGHTS)
+        teacher = (distill.TEACHER.NAME, distill.TEACHER.WEIGHTS)
         self.teacher_names = teacher if distill.ENABLED else ()
         self.text = self.cfg.dump()
 

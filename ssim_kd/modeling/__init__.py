@@ -22,7 +22,8 @@ from .meta_arch import DistilledDetector, unwrap
 from .norms import CellBatchNorm
 from .taps import Call, Tap, tappable_levels
 from .teacher import FrozenTeacher
-from .teacher_config import TeacherSource, find_teacher, teacher_config, teacher_source
+from .teacher_config import TeacherSource, teacher_config, teacher_name, teacher_source
+from .teacher_files import find_teacher
 from .teacher_loading import load_detector
 from .timm_backbone import TimmBackbone
 
@@ -55,6 +56,7 @@ __all__ = [
     "resolved_config",
     "tappable_levels",
     "teacher_config",
+    "teacher_name",
     "teacher_source",
     "unwrap",
 ]

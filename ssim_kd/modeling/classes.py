@@ -1,7 +1,7 @@
 """How many classes a built detector predicts: the model is asked, and no config key."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -25,8 +25,9 @@ def num_classes(model: nn.Module) -> int | None:
     detector: Any = unwrap(model)
     detector = detector._modules.get("student", detector)
     for part in (detector, getattr(detector, "roi_heads", None)):
-        if _is_count(getattr(part, "num_classes", None)):
-            return int(part.num_classes)
+        count = getattr(part, "num_classes", None)
+        if _is_count(count):
+            return count
     found = {int(part.num_classes) for part in _parts(detector)}
     return found.pop() if len(found) == 1 else None
 
@@ -48,5 +49,5 @@ def _parts(detector: nn.Module) -> Iterator[Any]:
             yield part
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -19,7 +19,7 @@ from .loaded_teacher import LoadedTeacher
 from .plain_names import keep_plain_names, plainly
 from .taps import Tap, level_maps
 from .teacher import FrozenTeacher
-from .teacher_config import TeacherNotFoundError
+from .teacher_files import TeacherNotFoundError
 
 logger = logging.getLogger(__name__)
 

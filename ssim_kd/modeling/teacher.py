@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import nn
 
+from ..sharing import without_queries
 from .loaded_teacher import LoadedTeacher, TeacherOptions
 from .taps import tappable_levels
 from .teacher_config import TeacherSource, source_of, teacher_source
@@ -193,7 +194,7 @@ def _load(source: TeacherSource, strict_prefix: str) -> tuple[nn.Module, str]:
         "Teacher: %s, %.1fM parameters on its feature path, weights %s (sha256 %s)",
         type(model).__name__,
         sum(p.numel() for p in model.backbone.parameters()) / 1e6,
-        *(weights.path, weights.sha256[:12]),
+        *(without_queries(weights.path), weights.sha256[:12]),
     )
     return model, weights.sha256
 

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: a name of the model zoo, a run, a config file or a checkpoint."""
+"""Where a teacher comes from: its config, and how it is built."""
 
 import logging
 import os
@@ -8,35 +8,18 @@ from functools import partial
 from typing import Any
 
 import yaml
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
-from ..checkpoint import BEST
 from ..config import add_distill_config, add_shared_keys, student_config
-from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, merge_file
-from ..yaml_files import ZOO, near_shipped
+from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, may_run, merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
+from .saved_lazy import check_parts, read_saved_model, targets_of
+from .teacher_files import KEY, RUN_CONFIG, TeacherNotFoundError, find_teacher, is_file
 
 logger = logging.getLogger(__name__)
-
-KEY = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
-EXPECTED = (
-    "expected the folder of a run, a name of the model zoo (e.g. "
-    "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml), a .yaml or .py file, a checkpoint with a "
-    "config.yaml beside it, or an RT-DETR (hf://owner/name, or its folder)."
-)
-#: Weights that the folder of a run holds, the first that is there is taken.
-RUN_WEIGHTS = ("model_final.pth", BEST, "model_final.pkl")
-#: Configs that the folder of a run holds.
-RUN_CONFIGS = ("config.yaml", "config.py")
-
-
-class TeacherNotFoundError(ValueError):
-    """The teacher's config is not on this machine; to evaluate the student it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -61,67 +44,6 @@ class TeacherSource:
     read: Callable[[], nn.Module] | None = None
 
 
-def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
-    """Resolve what a user calls a teacher.
-
-    Args:
-        name: the folder of a run, a name of the model zoo, a .yaml or .py file, or a checkpoint
-            (.pth, .pkl) with the config of its run beside it.
-        weights: a file, a URL or a name of the model zoo; "" for those that belong to ``name``.
-
-    Returns:
-        the config's path, and the weights' path or URL.
-
-    Raises:
-        TeacherNotFoundError: there is no such config.
-        ValueError: there are no weights that belong to it.
-    """
-    if not name:
-        raise TeacherNotFoundError(f"{KEY} is empty; {EXPECTED}")
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        return _config_in(path, name), _weights_of(weights, path, name)
-    if path.endswith((".pth", ".pkl")) and PathManager.isfile(path):
-        return _config_in(os.path.dirname(path), name), _weights_of(weights or path, "", name)
-    if PathManager.isfile(path):
-        return path, _weights_of(weights, os.path.dirname(path), name)
-    try:
-        return str(model_zoo.get_config_file(name)), _weights_of(weights or name, "", name)
-    except RuntimeError:
-        raise TeacherNotFoundError(
-            f"{KEY} is {name!r}: neither a file, a folder nor a name of the model zoo"
-            f"{near_shipped(name, [ZOO])}; {EXPECTED}"
-        ) from None
-
-
-def _config_in(folder: str, name: str) -> str:
-    for file in RUN_CONFIGS:
-        if os.path.isfile(os.path.join(folder, file)):
-            return os.path.join(folder, file)
-    raise TeacherNotFoundError(
-        f"{KEY} is {name!r}, but {folder or '.'} holds no {' or '.join(RUN_CONFIGS)}; {EXPECTED}"
-    )
-
-
-def _weights_of(weights: str, folder: str, name: str) -> str:
-    """The weights that were named, or those in a folder, or the zoo's for a name."""
-    if weights and not weights.endswith((".yaml", ".yml", ".py")):
-        return os.path.expanduser(weights)
-    try:
-        return str(model_zoo.get_checkpoint_url(weights or name))
-    except RuntimeError:
-        pass
-    found = [os.path.join(folder, file) for file in RUN_WEIGHTS] if not weights else []
-    for path in found:
-        if os.path.isfile(path):
-            return path
-    raise ValueError(
-        f"MODEL.DISTILL.TEACHER.WEIGHTS is {weights!r}: the model zoo has no weights for "
-        f"{weights or name!r}" + (f", and none of {found} is there" if found else "") + "; "
-        "expected a .pth or .pkl file, a URL, or a name of the model zoo."
-    )
-
-
 def teacher_source(cfg: CfgNode) -> TeacherSource:
     """The teacher of ``MODEL.DISTILL.TEACHER``.
 
@@ -130,37 +52,50 @@ def teacher_source(cfg: CfgNode) -> TeacherSource:
         ValueError: its weights are not, or its config is not readable.
     """
     node = cfg.MODEL.DISTILL.TEACHER
-    return source_of(node.CONFIG_FILE, node.WEIGHTS, list(node.OPTS), student=cfg)
+    return source_of(teacher_name(cfg), node.WEIGHTS, list(node.OPTS), student=cfg)
+
+
+def teacher_name(cfg: CfgNode) -> str:
+    """``TEACHER.NAME``, or ``TEACHER.CONFIG_FILE``, which is its former name.
+
+    Raises:
+        ValueError: both are set, to different values.
+    """
+    node = cfg.MODEL.DISTILL.TEACHER
+    if node.NAME and node.CONFIG_FILE and node.NAME != node.CONFIG_FILE:
+        raise ValueError(
+            f"{KEY} is {node.NAME!r}, and MODEL.DISTILL.TEACHER.CONFIG_FILE, its former name, "
+            f"{node.CONFIG_FILE!r}; expected one of them. Leave CONFIG_FILE ''."
+        )
+    return str(node.NAME or node.CONFIG_FILE)
 
 
 def source_of(
     name: str, weights: str = "", opts: Sequence[Any] = (), *, student: CfgNode | None = None
 ) -> TeacherSource:
-    """As :func:`teacher_source`, for the values of CONFIG_FILE, WEIGHTS and OPTS.
+    """As :func:`teacher_source`, for the values of NAME, WEIGHTS and OPTS.
 
     Args:
-        student: the student's config. Keys of the user's own that neither the teacher's file nor
-            a default gives have its values.
+        student: the student's config, that the values come from. Custom keys that neither the
+            teacher's file nor a default gives have its values. None: code gives the values, which
+            may name a .py and what a LazyConfig calls.
     """
-    run = any(os.path.isfile(os.path.join(os.path.expanduser(name), f)) for f in RUN_CONFIGS)
-    if is_rtdetr(name) and not run:
+    if is_rtdetr(name) and not is_file(os.path.join(os.path.expanduser(name), RUN_CONFIG)):
         return _rtdetr_source(name, weights, opts)
     path, weights = find_teacher(name, weights)
-    if not is_lazy(path) and is_saved_lazy_config(path):
-        # It names what to call, anything at all: to read it would be to run code of a .yaml.
-        raise ValueError(
-            f"{KEY} (--teacher) is {name!r}: {path} was saved by the training of a LazyConfig and "
-            f"is not read; expected the .py file of that training, and {weights} as "
-            "MODEL.DISTILL.TEACHER.WEIGHTS."
+    if student is not None and is_lazy(path) and not may_run(path, name):
+        raise TeacherNotFoundError(
+            f"{KEY} is {name!r}, a program, which a config may not have run; expected it as "
+            "--teacher or KEY VALUE on the command line, or FrozenTeacher.load_from in a .py."
         )
     try:
-        if is_lazy(path):
-            return _lazy_source(name, path, weights, opts)
+        if is_lazy(path) or is_saved_lazy_config(path):
+            return _lazy_source(name, path, weights, opts, by_code=student is None)
         config = _yaml_config(path, weights, opts, student)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"{KEY} {name!r} asks to run code ({error.problem}), which is refused; expected plain "
-            "values."
+            "values, or the .py file of its training, if you trust it, as --teacher."
         ) from error
     except Exception as error:
         raise ValueError(
@@ -253,14 +188,25 @@ def _fill(node: CfgNode, other: CfgNode, prefix: str = "") -> list[str]:
     return added
 
 
-def _lazy_source(name: str, path: str, weights: str, opts: Sequence[Any]) -> TeacherSource:
-    config = load_lazy_file(path)
+def _lazy_source(
+    name: str, path: str, weights: str, opts: Sequence[Any], *, by_code: bool
+) -> TeacherSource:
+    """Of a .py, which has been run, or of a saved LazyConfig, which names parts of detectors."""
+    config = load_lazy_file(path) if is_lazy(path) else read_saved_model(path)
     if "model" not in config:
         raise ValueError("it has no 'model'")
+    known = list(targets_of(_student_of(config))) if is_lazy(path) else []
     config = LazyConfig.apply_overrides(config, [str(x) for x in opts])
-    # A LazyConfig student that was distilled: its student is the teacher.
-    node = config.model.get("student", config.model)
+    node = _student_of(config)
+    if not (by_code and is_lazy(path)):
+        check_parts(node, known)
     return TeacherSource(name, weights, partial(_build_lazy, node))
+
+
+def _student_of(config: DictConfig) -> DictConfig:
+    # A LazyConfig student that was distilled: its student is the teacher.
+    node: DictConfig = config.model.get("student", config.model)
+    return node
 
 
 def _rtdetr_source(name: str, weights: str, opts: Sequence[Any]) -> TeacherSource:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..checkpoint import Weights, load_strictly, local_file, read_weights, sha256_of
-from .teacher_config import KEY, TeacherSource
+from .teacher_config import TeacherSource
+from .teacher_files import KEY
 
 logger = logging.getLogger(__name__)
 

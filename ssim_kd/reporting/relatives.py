@@ -25,7 +25,7 @@ def find_teacher(run: Run) -> Run:
     """
     if not run.distils:
         raise NotAvailableError("the training had none")
-    name = str(run.get("MODEL.DISTILL.TEACHER.CONFIG_FILE", "model.teacher.name", ""))
+    name = run.teacher_name
     weights = _teachers_weights(run)
     for path in (Path(text).expanduser() for text in (weights, name) if text):
         folder = path if path.is_dir() else path.parent

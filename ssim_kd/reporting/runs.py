@@ -58,6 +58,12 @@ class Run:
         return bool(self.config) and not any(key.startswith("MODEL.") for key in self.config)
 
     @property
+    def teacher_name(self) -> str:
+        """The teacher as the config has it; older ones call the key CONFIG_FILE."""
+        former = self.get("MODEL.DISTILL.TEACHER.CONFIG_FILE", default="")
+        return str(self.get("MODEL.DISTILL.TEACHER.NAME", "model.teacher.name", "") or former)
+
+    @property
     def distils(self) -> bool:
         """Whether the training had a teacher."""
         if self.is_lazy:
@@ -65,7 +71,7 @@ class Run:
         return (
             self.get("MODEL.META_ARCHITECTURE") == "DistilledDetector"
             and bool(self.get("MODEL.DISTILL.ENABLED", default=True))
-            and bool(self.get("MODEL.DISTILL.TEACHER.CONFIG_FILE"))
+            and bool(self.teacher_name)
         )
 
     @property

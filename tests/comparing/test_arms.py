@@ -34,7 +34,7 @@ def arms() -> Iterator[tuple[str, Run]]:
 def test_an_arm_builds(name: str, run: Run) -> None:
     opts = {**run.opts, "MODEL.DEVICE": "meta"}
     if run.teacher:
-        opts["MODEL.DISTILL.TEACHER.CONFIG_FILE"] = str(STUDIES[name].models[run.teacher].config)
+        opts["MODEL.DISTILL.TEACHER.NAME"] = str(STUDIES[name].models[run.teacher].config)
         opts["MODEL.DISTILL.TEACHER.WEIGHTS"] = "unread.pth"
     words = [str(word) for pair in opts.items() for word in pair]
     cfg = load_config(

@@ -64,7 +64,7 @@ def test_the_vit_learns_and_teaches(
     opts += [f"{data}.IMAGE_SIZE", "64", f"{data}.NUM_IMAGES", "(24, 4, 4)", "SEED", "1"]
     opts += [f"{data}.DIGITS_PER_IMAGE", "(1, 2)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "2"]
     opts += ["SOLVER.IMS_PER_BATCH", "1", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", "out"]
-    opts += ["MODEL.DISTILL.TEACHER.CONFIG_FILE", str(STUDIES / "teacher.yaml")]
+    opts += ["MODEL.DISTILL.TEACHER.NAME", str(STUDIES / "teacher.yaml")]
     torch.save({"model": {}}, "unused.pth")
     opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", "unused.pth"]
     args = ["--config-file", str(STUDIES / "student.yaml"), *opts]

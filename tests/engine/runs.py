@@ -44,7 +44,7 @@ MODEL:
     PRE_NMS_TOPK_TEST: 100
     POST_NMS_TOPK_TEST: 50
   DISTILL:
-    TEACHER: {{CONFIG_FILE: {teacher_config}, WEIGHTS: {teacher_weights}}}
+    TEACHER: {{NAME: {teacher_config}, WEIGHTS: {teacher_weights}}}
 DATASETS:
   TRAIN: ("digits_train",)
   TEST: ("digits_val",)

@@ -87,7 +87,7 @@ def test_apply_teacher_names_of_the_zoo(plain) -> None:
         "new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py",
     ):
         cfg, _ = cfg_of("--config-file", plain, "--teacher", name)
-        assert name == cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+        assert name == cfg.MODEL.DISTILL.TEACHER.NAME
 
 
 def data_file(folder: Path, *, categories: int = 3, name: str | None = "parts") -> Path:
@@ -259,9 +259,13 @@ def test_a_teacher_or_method_without_effect_is_told() -> None:
     distill = cfg.MODEL.DISTILL
     cfg.MODEL.META_ARCHITECTURE, distill.ENABLED = "DistilledDetector", False
     assert ignored_keys(cfg) == []  # a plain student
-    distill.NAME, distill.TEACHER.CONFIG_FILE = "MyDistiller", "teacher.yaml"
+    distill.NAME, distill.TEACHER.NAME = "MyDistiller", "teacher.yaml"
     (note,) = ignored_keys(cfg)
-    for text in ("MODEL.DISTILL.ENABLED is False", "NAME MyDistiller", "CONFIG_FILE teacher.yaml"):
+    for text in (
+        "MODEL.DISTILL.ENABLED is False",
+        "DISTILL.NAME MyDistiller",
+        "TEACHER.NAME teacher.yaml",
+    ):
         assert text in note
     distill.ENABLED = True
     assert ignored_keys(cfg) == []
@@ -356,7 +360,7 @@ def test_apply_teacher_that_is_not_there_stops_before_anything_is_built(plain, t
     ):
         arguments = ["--config-file", str(plain), "--teacher", name]
         args = argument_parser().parse_args([*arguments, "OUTPUT_DIR", str(tmp_path / "run")])
-        with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.CONFIG_FILE") as caught:
+        with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.NAME") as caught:
             main(args, add_project_configs)
         assert near in str(caught.value)
         assert not (tmp_path / "run" / "metrics.json").exists()

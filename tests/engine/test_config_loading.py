@@ -43,6 +43,7 @@ def other_values(folder: Path) -> dict[str, Any]:
         "DATASETS.REGISTER_COCO": [["mine", "mine.json", "images"]],
         "SOLVER.EPOCHS": 3.0,
         "TRACKING.WRITERS": [],
+        "MODEL.DISTILL.TEACHER.NAME": "teacher.yaml",
         "MODEL.DISTILL.TEACHER.CONFIG_FILE": "teacher.yaml",
         "MODEL.DISTILL.TEACHER.EXPECTED_AP": 0.0,
         "MODEL.DISTILL.TERMS": [["SSIMDistiller"], ["LpDistiller", "LOSS_WEIGHT", 2.0]],

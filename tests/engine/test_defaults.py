@@ -97,15 +97,15 @@ def test_load_config_code(value, world: World, tmp_path) -> None:
 def test_main_teacher_config_with_code(world: World, tmp_path) -> None:
     config = tmp_path / "evil.yaml"
     config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
-    with pytest.raises(ValueError, match=r"CONFIG_FILE .*constructor for the tag .*os\.system"):
-        world.main(tmp_path / "out", "MODEL.DISTILL.TEACHER.CONFIG_FILE", config)
+    with pytest.raises(ValueError, match=r"NAME .*constructor for the tag .*os\.system"):
+        world.main(tmp_path / "out", "MODEL.DISTILL.TEACHER.NAME", config)
     assert not (tmp_path / "ran").exists()
 
 
 def test_load_config_teacher_beside_the_student(world: World, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.CONFIG_FILE", "teacher.yaml")
-    assert Path(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE) == world.teacher_config
+    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.NAME", "teacher.yaml")
+    assert Path(cfg.MODEL.DISTILL.TEACHER.NAME) == world.teacher_config
 
 
 def test_load_config_no_file(world: World, tmp_path) -> None:
@@ -151,8 +151,8 @@ def test_load_config_no_keys(kind, world: World, tmp_path) -> None:
     expected = expected.replace("{file}", r"broken\.yaml")
     with pytest.raises(ValueError, match=r"--config-file \S* cannot be read: .*" + expected):
         world.cfg(tmp_path, config=config)
-    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.CONFIG_FILE", config)
-    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.CONFIG_FILE .*" + expected):
+    cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.NAME", config)
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.NAME .*" + expected):
         teacher_config(cfg)
 
 
@@ -294,7 +294,7 @@ def test_load_config_home(world: World, tmp_path, monkeypatch) -> None:
     paths = {
         "OUTPUT_DIR": "~/out",
         "MODEL.WEIGHTS": "~/start.pth",
-        "MODEL.DISTILL.TEACHER.CONFIG_FILE": "~/teacher.yaml",
+        "MODEL.DISTILL.TEACHER.NAME": "~/teacher.yaml",
         "MODEL.DISTILL.TEACHER.WEIGHTS": "~/teacher.pth",
         "DATASETS.PROPOSAL_FILES_TRAIN": "('~/p.pkl',)",
     }
@@ -302,7 +302,7 @@ def test_load_config_home(world: World, tmp_path, monkeypatch) -> None:
     cfg = load_config(argument_parser().parse_args(line), add_project_configs)
     home = str(tmp_path)
     assert f"{home}/out" == cfg.OUTPUT_DIR and f"{home}/start.pth" == cfg.MODEL.WEIGHTS
-    assert f"{home}/teacher.yaml" == cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    assert f"{home}/teacher.yaml" == cfg.MODEL.DISTILL.TEACHER.NAME
     assert f"{home}/teacher.pth" == cfg.MODEL.DISTILL.TEACHER.WEIGHTS
     assert (f"{home}/p.pkl",) == cfg.DATASETS.PROPOSAL_FILES_TRAIN
 

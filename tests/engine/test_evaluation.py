@@ -16,7 +16,7 @@ from tests.engine.runs import World, save_random_detector
 NO_TEACHER = (
     "MODEL.DISTILL.TEACHER.WEIGHTS",
     "/nowhere/teacher.pth",
-    "MODEL.DISTILL.TEACHER.CONFIG_FILE",
+    "MODEL.DISTILL.TEACHER.NAME",
     "/nowhere/teacher.yaml",
 )
 

@@ -182,7 +182,7 @@ def test_load_lazy_with_a_wrong_override(configs) -> None:
 
 def test_a_yaml_student_learns_from_a_lazy_teacher(configs, tmp_path_factory, tmp_path) -> None:
     world = World(tmp_path_factory.mktemp("yaml"))
-    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(configs["teacher"]))
+    opts = ("MODEL.DISTILL.TEACHER.NAME", str(configs["teacher"]))
     opts += ("MODEL.DISTILL.TEACHER.WEIGHTS", str(configs["weights"]))
     world.main(tmp_path, *opts, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
     assert {"distill/ssim_p3", "distill/ssim_p6"} <= set(metrics(tmp_path)[-1])

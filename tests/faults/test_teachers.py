@@ -157,7 +157,7 @@ def test_main_teacher_of_another_architecture(
         save_random_detector(world.config, tmp_path / "own.pth")
         overrides += ["MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "own.pth"]
     if kind == "another detector":
-        overrides = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", world.retinanet]
+        overrides = ["MODEL.DISTILL.TEACHER.NAME", world.retinanet]
     with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.(TEACHER|IN_FEATURES)") as raised:
         world.main(tmp_path / "out", *OPTIONS, *overrides)
     assert expected in str(raised.value)

@@ -98,15 +98,15 @@ def test_no_common_level(weights_of) -> None:
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("", "CONFIG_FILE is empty; expected .* a name of the model zoo"),
-        ("no/such.yaml", "CONFIG_FILE is 'no/such.yaml': .* name of the model zoo"),
-        (".", "CONFIG_FILE is '.', but . holds no config.yaml"),
+        ("", "NAME is empty; expected .* a name of the model zoo"),
+        ("no/such.yaml", "NAME is 'no/such.yaml': .* name of the model zoo"),
+        (".", "NAME is '.', but . holds no config.yaml"),
     ],
 )
 def test_no_teachers_config(name, match, weights_of, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     cfg = distilled_config("faster", "faster", weights_of("faster"))
-    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = name
+    cfg.MODEL.DISTILL.TEACHER.NAME = name
     # To evaluate the student, its teacher is not needed.
     model = build(cfg)
     assert len(model.eval()(make_batch())) == 2
@@ -134,10 +134,10 @@ def test_an_unreadable_teachers_config(text, weights_of, tmp_path, monkeypatch) 
     file = tmp_path / "teacher.yaml"
     file.write_text(text)
     cfg = distilled_config("faster", "faster", weights_of("faster"))
-    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(file)
+    cfg.MODEL.DISTILL.TEACHER.NAME = str(file)
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
     with pytest.raises(
-        ValueError, match=f"MODEL.DISTILL.TEACHER.CONFIG_FILE .*{re.escape(repr(str(file)))}"
+        ValueError, match=f"MODEL.DISTILL.TEACHER.NAME .*{re.escape(repr(str(file)))}"
     ):
         build(cfg)
     assert not (tmp_path / "ran").exists()
@@ -168,7 +168,7 @@ def test_a_teacher_without_a_backbone_of_detectron2(weights_of) -> None:
     cfg = distilled_config(
         "faster", "faster", weights_of("faster"), teacher_opts=["MODEL.META_ARCHITECTURE", "Odd"]
     )
-    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.CONFIG_FILE .*'Odd'"):
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.NAME .*'Odd'"):
         build(cfg)
 
 
@@ -209,7 +209,7 @@ def test_a_zoo_name_is_its_url(weights_of, monkeypatch) -> None:
 )
 def test_where_the_weights_are(config, weights, expected) -> None:
     cfg = full_config()
-    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = config
+    cfg.MODEL.DISTILL.TEACHER.NAME = config
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = weights
     found = teacher_config(cfg)
     assert expected == found.MODEL.WEIGHTS
@@ -218,7 +218,7 @@ def test_where_the_weights_are(config, weights, expected) -> None:
 def test_a_config_of_ones_own_needs_weights(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("SEED: 1\n")
     cfg = full_config()
-    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "mine.yaml")
+    cfg.MODEL.DISTILL.TEACHER.NAME = str(tmp_path / "mine.yaml")
     with pytest.raises(
         ValueError, match=r"TEACHER\.WEIGHTS is ''.*'mine\.yaml'|TEACHER\.WEIGHTS is ''"
     ):

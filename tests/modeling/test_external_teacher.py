@@ -241,7 +241,7 @@ def test_missing_transformers_is_named_with_its_extra(monkeypatch) -> None:
 def rtdetr_config(folder: Path) -> CfgNode:
     """A small Faster R-CNN with the RT-DETR of a folder as its teacher."""
     cfg = distilled_config("faster", "faster", "")
-    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(folder)
+    cfg.MODEL.DISTILL.TEACHER.NAME = str(folder)
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
     return cfg
 

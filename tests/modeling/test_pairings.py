@@ -170,7 +170,7 @@ def test_a_student_can_teach_in_its_turn(weights_of, tmp_path) -> None:
     # Its config, with all the keys of its own distillation and of the projects.
     (tmp_path / "config.yaml").write_text(cfg.dump())
     again = distilled_config("retinanet", "faster", tmp_path / "model_final.pth")
-    again.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "config.yaml")
+    again.MODEL.DISTILL.TEACHER.NAME = str(tmp_path / "config.yaml")
     again.MODEL.DISTILL.TEACHER.OPTS = []
     again.MODEL.DISTILL.TEACHER.FOLD_BN = False
     model = build(again)

@@ -248,7 +248,7 @@ def test_one_teacher_serves_several_trainings(weights_of) -> None:
     folder = weights_of("faster")
     cfg = distilled_config("faster", "faster", folder)
     node = cfg.MODEL.DISTILL.TEACHER
-    teacher = FrozenTeacher.load_from(node.CONFIG_FILE, node.WEIGHTS, node.OPTS)
+    teacher = FrozenTeacher.load_from(node.NAME, node.WEIGHTS, node.OPTS)
 
     def model(distiller: Distiller) -> DistilledDetector:
         return DistilledDetector(

@@ -7,16 +7,29 @@ from pathlib import Path
 
 import pytest
 import yaml
-from detectron2 import model_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from torch import nn
 
 from ssim_kd import config
+from ssim_kd.command_line import argument_parser
 from ssim_kd.config import share_keys, write_stock_config
-from ssim_kd.modeling.teacher_config import source_of, teacher_config
-from tests.helpers import build, distilled_config, full_config, save_weights, stock_config
+from ssim_kd.config_files import merge_file
+from ssim_kd.engine.config_loading import load_config
+from ssim_kd.modeling import FrozenTeacher, find_teacher, teacher_config, teacher_name
+from ssim_kd.modeling.teacher_files import TeacherNotFoundError
+from tests.helpers import (
+    build,
+    distilled_config,
+    full_config,
+    make_batch,
+    save_weights,
+    stock_config,
+    train_losses,
+)
 
 
 class Wide(Backbone):
@@ -76,7 +89,7 @@ def student(teacher: Path, *opts: object) -> CfgNode:
     cfg = distilled_config("faster", "faster", str(teacher.parent / "model_final.pth"))
     add_wide(cfg)
     cfg.merge_from_list([*WIDE, "MODEL.WIDE.WIDTH", 16])
-    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(teacher)
+    cfg.MODEL.DISTILL.TEACHER.NAME = str(teacher)
     cfg.MODEL.DISTILL.TEACHER.OPTS = list(opts)
     return cfg
 
@@ -152,13 +165,94 @@ def test_share_keys_once(shared) -> None:
     assert "WIDE" not in full_config().MODEL
 
 
-def test_teacher_of_a_lazy_training_is_refused_with_the_remedy(tmp_path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    lazy = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
-    LazyConfig.save(lazy, str(folder / "config.yaml"))
-    assert (folder / "config.yaml").is_file()
-    (folder / "model_final.pth").touch()
-    with pytest.raises(ValueError, match=r"LazyConfig.*\.py .*model_final\.pth") as caught:
-        source_of(str(folder))
-    assert "MODEL.DISTILL.TEACHER.WEIGHTS" in str(caught.value)
+class TestFormerName:
+    """TEACHER.NAME was called TEACHER.CONFIG_FILE."""
+
+    def test_a_file_of_then_over_a_base_of_now(self, tmp_path) -> None:
+        (tmp_path / "base.yaml").write_text("MODEL: {DISTILL: {TEACHER: {NAME: a}}}")
+        path = tmp_path / "own.yaml"
+        path.write_text("{_BASE_: base.yaml, MODEL: {DISTILL: {TEACHER: {CONFIG_FILE: b}}}}")
+        cfg = full_config()
+        merge_file(cfg, str(path))
+        assert teacher_name(cfg) == "b"
+
+    def test_another_trainer(self) -> None:
+        cfg = full_config()
+        cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = "b"
+        assert teacher_name(cfg) == "b"
+        cfg.MODEL.DISTILL.TEACHER.NAME = "a"
+        with pytest.raises(ValueError, match=r"NAME is 'a'.*CONFIG_FILE.*'b'"):
+            teacher_name(cfg)
+
+    @pytest.mark.parametrize(
+        "args", [["--teacher", "b"], ["TEACHER.NAME"], ["TEACHER.CONFIG_FILE"]]
+    )
+    def test_command_line(self, args, full_yaml) -> None:
+        if len(args) == 1:
+            args = [f"MODEL.DISTILL.{args[0]}", "b"]
+        path = full_yaml.parent / "student.yaml"
+        distill = "STUDENT_META_ARCHITECTURE: RetinaNet, TEACHER: {CONFIG_FILE: a}"
+        path.write_text(f"MODEL: {{META_ARCHITECTURE: DistilledDetector, DISTILL: {{{distill}}}}}")
+        cfg = load_config(argument_parser().parse_args(["--config-file", str(path), *args]))
+        assert (cfg.MODEL.DISTILL.TEACHER.NAME, cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE) == ("b", "")
+
+
+class TestWeightsOfARun:
+    @pytest.mark.parametrize(
+        ("files", "taken"),
+        [
+            (("model_final.pth", "model_best.pth"), "model_best.pth"),
+            (("model_final.pth", "model_0000009.pth"), "model_final.pth"),
+        ],
+    )
+    def test_the_best_known_are_taken(self, files, taken, tmp_path) -> None:
+        for file in (*files, "config.yaml"):
+            (tmp_path / file).touch()
+        assert find_teacher(str(tmp_path))[1] == str(tmp_path / taken)
+        final = str(tmp_path / "model_final.pth")
+        assert find_teacher(final) == (str(tmp_path / "config.yaml"), final)
+
+    def test_none_is_no_obstacle_to_an_evaluation(self, full_yaml, tmp_path) -> None:
+        (tmp_path / "config.yaml").write_text(full_yaml.read_text())
+        cfg = student(full_yaml)
+        cfg.MODEL.DISTILL.TEACHER.NAME, cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(tmp_path), ""
+        model = build(cfg)
+        assert model.teacher is None and model.eval()(make_batch())
+        with pytest.raises(TeacherNotFoundError, match=r"TEACHER\.WEIGHTS"):
+            train_losses(model)
+
+
+class Store(PathHandler):
+    """Files below a folder, by "store://"."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["store://"]
+
+    def _get_local_path(self, path, force=False, **_kwargs) -> str:
+        return str(self.root / path.removeprefix("store://"))
+
+    def _isfile(self, path, **_kwargs) -> bool:
+        return Path(self._get_local_path(path)).is_file()
+
+    def _isdir(self, path, **_kwargs) -> bool:
+        return Path(self._get_local_path(path)).is_dir()
+
+    def _open(self, path, mode="r", buffering=-1, **_kwargs):
+        return open(self._get_local_path(path), mode, buffering)
+
+
+@pytest.mark.parametrize("name", ["store://run", "store://run/model_final.pth"])
+def test_a_teacher_by_a_path_handler(name, full_yaml, tmp_path) -> None:
+    (tmp_path / "run").symlink_to(full_yaml.parent)
+    PathManager.register_handler(Store(tmp_path), allow_override=True)
+    teacher = FrozenTeacher.load_from(name)
+    assert teacher.model.backbone.width == 12 and len(teacher.load().sha256) == 64
+
+
+def test_a_teacher_by_an_address_that_is_not_there() -> None:
+    with pytest.raises(TeacherNotFoundError, match=r"TEACHER\.NAME is 'http://127\.0\.0\.1"):
+        find_teacher("http://127.0.0.1:9/teacher.yaml")

@@ -341,7 +341,7 @@ def test_write_report_of_a_teacher_that_was_evaluated(tmp_path: Path) -> None:
 def test_find_teacher_by_its_weights(tmp_path: Path) -> None:
     run, _, teacher = write_pair(tmp_path)
     found = read_run(run)
-    found.config["MODEL.DISTILL.TEACHER.CONFIG_FILE"] = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
+    found.config["MODEL.DISTILL.TEACHER.NAME"] = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     found.config["MODEL.DISTILL.TEACHER.WEIGHTS"] = str(teacher / "model_final.pth")
     assert find_teacher(found).folder == teacher
 

@@ -1,0 +1,144 @@
+"""Builds the model of a LazyConfig that was saved as YAML, without running code of the file.
+
+A saved LazyConfig names what to call, and ``LazyConfig.load`` calls whatever it names. Here only
+parts of detectors are called: classes of Detectron2, torch.nn and ssim_kd.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import yaml
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import box_regression
+from detectron2.modeling.matcher import Matcher
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+#: Where the parts of detectors are defined.
+_PACKAGES = ("detectron2.modeling.", "detectron2.layers.", "ssim_kd.modeling.", "torch.nn.")
+_PLAIN_CLASSES = (ShapeSpec, Matcher)
+_METHODS = ("make_stage", "make_default_stages")
+
+
+def find_part(name: str) -> Any:
+    """A part of a detector by its full name.
+
+    Args:
+        name: of an ``nn.Module`` in Detectron2's ``modeling`` or ``layers``, ``torch.nn`` or
+            ``ssim_kd.modeling``, or of what these take; also of ResNet.make_default_stages.
+
+    Raises:
+        ValueError: anything else, which is not imported.
+    """
+    found: Any = None
+    if re.fullmatch(r"\w+(\.\w+)+", name) and name.startswith(_PACKAGES):
+        found, rest = _module_of(name)
+        # Through a class only: what a module has imported is not its own.
+        found = getattr(found, rest.pop(0), None) if rest else None
+        found = found if _is_part(found) else None
+        if found is not None and rest:
+            found = getattr(found, rest[0], None) if rest in ([m] for m in _METHODS) else None
+    if found is None:
+        raise ValueError(
+            f"it calls {name!r}; expected parts of Detectron2, torch.nn and ssim_kd only. Name the "
+            ".py file of its training instead, if you trust it, with MODEL.DISTILL.TEACHER.WEIGHTS"
+        )
+    return found
+
+
+def _module_of(name: str) -> tuple[Any, list[str]]:
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 1, -1):
+        try:
+            return importlib.import_module(".".join(parts[:end])), parts[end:]
+        except ModuleNotFoundError:
+            continue
+    return importlib.import_module(parts[0]), parts[1:]
+
+
+def _is_part(found: Any) -> bool:
+    if not inspect.isclass(found) or not f"{found.__module__}.".startswith(_PACKAGES):
+        return False
+    plain = found in _PLAIN_CLASSES or found.__module__ == box_regression.__name__
+    return plain or issubclass(found, nn.Module)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads what ``LazyConfig.save`` writes: plain values, tuples, classes of parts."""
+
+    def name(self, suffix: str, _node: yaml.Node) -> Any:
+        try:
+            return find_part(suffix)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(problem=str(error)) from error
+
+    def partial(self, node: yaml.MappingNode) -> Any:
+        # As pickle has it: function, arguments, keyword arguments, attributes.
+        function, arguments, options, _ = self.construct_mapping(node, deep=True)["state"]
+        return partial(function, *arguments, **options)
+
+
+def _shape_spec(loader: yaml.SafeLoader, node: yaml.Node) -> ShapeSpec:
+    # As Detectron2 0.6 has it; that of main is called by its name.
+    return ShapeSpec(*loader.construct_sequence(node))
+
+
+_PYTHON = "tag:yaml.org,2002:python/"
+_Loader.add_constructor(f"{_PYTHON}tuple", lambda loader, node: loader.construct_sequence(node))
+_Loader.add_constructor(f"{_PYTHON}object/new:{ShapeSpec.__module__}.ShapeSpec", _shape_spec)
+_Loader.add_multi_constructor(f"{_PYTHON}name:", _Loader.name)
+_Loader.add_constructor(f"{_PYTHON}object/apply:functools.partial", _Loader.partial)
+
+
+def read_saved_model(path: str) -> DictConfig:
+    """A saved LazyConfig with its node ``model``; its other nodes are not read.
+
+    Raises:
+        ValueError: it names the class of something else than a part of a detector.
+        yaml.YAMLError: it is not YAML, or holds other objects.
+    """
+    with PathManager.open(path, "r") as file:
+        loader = _Loader(file)
+        try:
+            root = loader.get_single_node()
+            pairs = root.value if isinstance(root, yaml.MappingNode) else []
+            root.value = [pair for pair in pairs if pair[0].value == "model"]
+            found = loader.construct_document(root)
+        finally:
+            loader.dispose()
+    return OmegaConf.create(found, flags={"allow_objects": True})
+
+
+def check_parts(node: DictConfig, known: Sequence[Any] = ()) -> None:
+    """Check that a node calls parts of detectors only.
+
+    Args:
+        node: of a LazyConfig.
+        known: what else it may call.
+
+    Raises:
+        ValueError: it calls more.
+    """
+    for target in targets_of(node):
+        if target not in known:
+            if isinstance(target, str):
+                find_part(target)
+            elif not _is_part(target):
+                raise ValueError(f"it calls {target!r}; expected the name of a part of a detector")
+
+
+def targets_of(node: Any) -> Iterator[Any]:
+    """Everything that a node of a LazyConfig calls when it is instantiated."""
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        node = list(node.values())
+    for value in node if isinstance(node, list | tuple) else ():
+        yield from targets_of(value)
