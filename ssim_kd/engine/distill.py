@@ -127,6 +127,8 @@ def distill(
             raise ValueError("The student is a module, and loader is None; expected batches.")
         parts = {name: given[name] for name in _OF_MODULES if name != "max_iter"}
         settings.setdefault("checkpoint_period", max(1, max_iter // 10))
+        if "weights" in settings:
+            settings["weights"] = os.path.expanduser(settings["weights"])
         plain = Settings(os.path.expanduser(output_dir), max_iter, **settings)
         recipe = ModuleRecipe(student, teacher, plain, **parts)
     else:

@@ -15,9 +15,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from ssim_kd.engine import DistillTrainer
 from ssim_kd.engine.step_report import StepReport
 from ssim_kd.engine.train_loop import DistillStep
+from ssim_kd.engine.training import Training
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -29,7 +29,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 def record_rank(folder: str, rank: int) -> None:
     """At the end, write the hash of this rank's weights and the gradients of its last step."""
-    original = DistillTrainer.after_train
+    original = Training.after_train
 
     def after_train(self: Any) -> None:
         model = getattr(self.model, "module", self.model)
@@ -43,7 +43,7 @@ def record_rank(folder: str, rank: int) -> None:
         Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
         original(self)
 
-    DistillTrainer.after_train = after_train  # type: ignore[method-assign]
+    Training.after_train = after_train  # type: ignore[method-assign]
 
 
 def record_steps(folder: str, rank: int) -> None:

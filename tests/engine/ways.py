@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
@@ -14,9 +20,9 @@ from detectron2.utils.env import seed_all_rng
 from ssim_kd.config import student_config
 from ssim_kd.data import build_train_loader, register_datasets
 from ssim_kd.engine import DistillTrainer, argument_parser, distill, lazy, main, preflight
-from ssim_kd.engine.settings import Settings
 from ssim_kd.projects import add_project_configs
-from tests.engine.runs import World
+from tests.engine import inside
+from tests.engine.runs import Child, World, children
 
 WAYS = ("YAML", "LazyConfig", "Python")
 SEED = 1
@@ -48,7 +54,7 @@ optimizer = L(torch.optim.SGD)(
 )
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(MultiStepParamScheduler)(
-        values=[1, 0.1], milestones=[4], num_updates="${{...train.max_iter}}"
+        values=[1, 0.1], milestones=[4], num_updates=6
     ),
     warmup_factor=0.001, warmup_method="linear", warmup_length=2 / 6,
 )
@@ -93,7 +99,15 @@ def build_student(config: str, num_classes: int) -> torch.nn.Module:
 def options(way: str, settings: dict[str, Any]) -> list[Any]:
     """The settings as overrides of a config."""
     if way == "YAML":
-        return [x for k, v in settings.items() for x in (preflight.KEYS[k], v)]
+        precise = settings.pop("precise_bn", 0)
+        given = [x for k, v in settings.items() for x in (preflight.KEYS[k], v)]
+        return [
+            *given,
+            "TEST.PRECISE_BN.ENABLED",
+            bool(precise),
+            "TEST.PRECISE_BN.NUM_ITER",
+            precise,
+        ]
     return [f"{lazy.KEYS[k]}={v}" for k, v in settings.items()]
 
 
@@ -112,7 +126,17 @@ def command_line(
     return ["--config-file", str(path), *flags, *overrides]
 
 
-def by_modules(config: str, teacher: str, folder: str, rank: int = 0, **settings: Any) -> Any:
+def modules_in_a_process(
+    modules: tuple[str, str, str], settings: dict[str, Any], rank: int
+) -> None:
+    """Instead of a run: :func:`by_modules`, under DDP where there are ranks."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    by_modules(*modules, **settings)
+    sys.exit(0)
+
+
+def by_modules(config: str, teacher: str, folder: str, **settings: Any) -> Any:
     """The training of the config by Python objects."""
     resume = settings.pop("resume", False)
     register(config)
@@ -120,6 +144,8 @@ def by_modules(config: str, teacher: str, folder: str, rank: int = 0, **settings
     seed_all_rng(SEED)
     student = build_model(student_config(cfg))
     settings = {"max_iter": 6, "checkpoint_period": 3, "report": False, **settings}
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = max(6, settings["max_iter"])  # after its STEPS
     loader = settings.pop("loader", None) or build_train_loader(cfg)
     optimizer = DistillTrainer.build_optimizer(cfg, student)
 
@@ -149,14 +175,40 @@ def teacher_run(world: World) -> str:
     return str(folder)
 
 
+@contextlib.contextmanager
+def processes(
+    way: str,
+    world: World,
+    folder: Path,
+    *flags: str,
+    ranks: int = 1,
+    prepare: Any = None,
+    config: Path | None = None,
+    **settings: Any,
+) -> Iterator[list[Child]]:
+    """Train in real processes; ``prepare`` is called in each before."""
+    steps = [prepare] if prepare else []
+    line = ["--eval-only"]
+    if way == "Python":
+        modules = (str(config or world.config), teacher_run(world), str(folder))
+        settings["resume"] = "--resume" in flags
+        steps.append(partial(modules_in_a_process, modules, settings))
+    else:
+        line = command_line(way, world, folder, *flags, config=config, **settings)
+    together = partial(inside.all_of, steps)
+    with children(*[line] * ranks, folder=folder, prepare=together) as found:
+        yield found
+
+
 def train(
     way: str, world: World, folder: Path, *flags: str, config: Path | None = None, **settings: Any
 ) -> Any:
     """Train in this process."""
+    teacher = settings.pop("teacher", None)
     if way == "Python":
-        unlike = settings.keys() - {f.name for f in Settings.__dataclass_fields__.values()}
-        assert not unlike, unlike
-        modules = (str(config or world.config), teacher_run(world), str(folder))
+        modules = (str(config or world.config), teacher or teacher_run(world), str(folder))
         return by_modules(*modules, resume="--resume" in flags, **settings)
+    if teacher:
+        flags = (*flags, f"--teacher={teacher}")
     line = command_line(way, world, folder, *flags, config=config, **settings)
     return main(argument_parser().parse_args(line), add_project_configs)
