@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling import unwrap
-from .step_report import StepReport
+from .writers import StepReport
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from ssim_kd.engine.step_report import StepReport
 from ssim_kd.engine.train_loop import DistillStep
 from ssim_kd.engine.training import Training
+from ssim_kd.engine.writers import StepReport
 
 
 def weights_hash(model: torch.nn.Module) -> str:

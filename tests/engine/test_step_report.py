@@ -7,7 +7,7 @@ import math
 import torch
 from detectron2.utils.events import EventStorage
 
-from ssim_kd.engine.step_report import StepReport
+from ssim_kd.engine.writers import StepReport
 
 NAN = float("nan")
 
