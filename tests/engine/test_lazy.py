@@ -12,6 +12,7 @@ from detectron2.config import LazyConfig, instantiate
 
 from ssim_kd.engine import argument_parser, run
 from ssim_kd.engine.config_loading import load_lazy
+from ssim_kd.engine.lazy import LazyRecipe
 from ssim_kd.modeling import DistilledDetector, FrozenTeacher
 from tests.engine.runs import World, checkpoint, log, metrics
 
@@ -245,3 +246,30 @@ def test_lazy_main_runs_a_file_that_registers_data_once(configs, tmp_path) -> No
         opts = [f"model.backbone.top_block.out_channels={width}"]
         teacher = FrozenTeacher.load_from(str(config), weights=str(configs["weights"]), opts=opts)
         assert teacher is not None
+
+
+def test_lazy_main_evaluates_the_teacher_by_itself(configs, tmp_path) -> None:
+    opts = ("--teacher", configs["teacher"], f"model.teacher.weights={configs['weights']}")
+    arguments = ["--config-file", str(configs["plain"]), "--eval-teacher", *map(str, opts)]
+    results = run(argument_parser().parse_args([*arguments, f"train.output_dir={tmp_path}"]))
+    assert "bbox" in results and not list(tmp_path.glob("*.pth"))
+
+
+def test_lazy_main_gives_ddp_its_options_and_the_teacher_its_channels(configs, tmp_path) -> None:
+    arguments = ["--config-file", str(configs["plain"]), "--teacher", str(configs["teacher"])]
+    opts = [f"train.output_dir={tmp_path}", "dataloader.train.mapper.image_format=RGB"]
+    opts += ["train.ddp.find_unused_parameters=True", f"model.teacher.weights={configs['weights']}"]
+    recipe = LazyRecipe(argument_parser().parse_args([*arguments, *opts]))
+    assert recipe.settings().ddp["find_unused_parameters"] is True
+    training = recipe.training()
+    assert training.settings.image_format == "RGB"
+    assert training.model.teacher.options.image_format == "RGB"
+
+
+def test_lazy_main_writes_a_student_that_stock_detectron2_reads(configs, tmp_path) -> None:
+    lazy_run(configs["student"], tmp_path, "train.max_iter=1", "train.eval_period=0")
+    cfg = LazyConfig.load(str(tmp_path / "student.yaml"))
+    assert "teacher" not in cfg.model and "optimizer" in cfg and "lr_multiplier" in cfg
+    saved = checkpoint(tmp_path)["model"]
+    result = instantiate(cfg.model).load_state_dict(saved)
+    assert not result.missing_keys and not result.unexpected_keys
