@@ -137,8 +137,11 @@ def _add_model_keys(cfg: CN) -> None:
     # One weight a level, in the order of IN_FEATURES. [] is 1 for each.
     distill.LEVEL_WEIGHTS = []
     # Weight of the distillation loss next to the detection losses (lambda of the paper). >= 0.
-    # SSIM, l1 and l2 have 4.
+    # SSIM, l1 and l2 have 4. "auto" is found in training, by GRADIENT_SHARE.
     distill.LOSS_WEIGHT = None
+    # Of LOSS_WEIGHT "auto": how many times as large the gradient of the method's loss is as that of
+    # the detection losses, at the student's maps. SCHEDULE changes it as it does a weight. >= 0.
+    distill.GRADIENT_SHARE = 10.0
     # Of older configs: "ssim", "l1" or "l2" is NAME SSIMDistiller, L1Distiller or L2Distiller.
     distill.LOSS = ""
     # Parts of the student that are copied from the teacher before the first step, after

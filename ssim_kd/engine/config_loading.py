@@ -314,6 +314,8 @@ def _merge_options(cfg: CfgNode, opts: list[str], *, but: Collection[str] = ()) 
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key in but:
             continue
+        if key == "MODEL.DISTILL.LOSS_WEIGHT":  # a number or "auto", whatever a file has
+            cfg.MODEL.DISTILL.LOSS_WEIGHT = None
         default = value_of(cfg, key)
         if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a whole number for a float

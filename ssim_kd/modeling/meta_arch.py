@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import student_config
 from .distillers import DistillBatch, Distiller, bind_distillers, build_distillers
+from .distillers.balance import measure_gradients
 from .inherit import check_inherited, copy_inherited, inherited_keys
 from .loaded_teacher import LoadedTeacher
 from .plain_names import keep_plain_names, plainly
@@ -122,7 +123,9 @@ class DistilledDetector(nn.Module):
             bind_distillers(distillers, self.student, teacher)
         if self._inherits:
             check_inherited(self.student, teacher.model, self._inherits)
-        self._student_tap = Tap(self.student, [n for d in distillers for n in d.student_taps])
+        balances = [d.balance for d in distillers if d.balance is not None]
+        taps = [n for part in (*distillers, *balances) for n in part.student_taps]
+        self._student_tap = Tap(self.student, taps)
         self._teacher_use: dict[str, Any] = {
             "names": [n for d in distillers for n in d.teacher_taps],
             "heads": any(d.needs_teacher_heads for d in distillers),
@@ -224,7 +227,7 @@ class DistilledDetector(nn.Module):
         if "loss_distill" in losses:
             raise ValueError("The student has a loss of the name 'loss_distill' of its own.")
         self._check_taps(ours)
-        return {**losses, "loss_distill": self._distill(ours, theirs, batch)}
+        return {**losses, "loss_distill": self._distill(losses, ours, theirs, batch)}
 
     def _check_taps(self, ours: Mapping[str, Any]) -> None:
         distillers: Any = self.distillers.values()
@@ -239,20 +242,38 @@ class DistilledDetector(nn.Module):
             )
 
     def _distill(
-        self, ours: Mapping[str, Any], theirs: Mapping[str, Any], batch: DistillBatch
+        self,
+        detection: Mapping[str, torch.Tensor],
+        ours: Mapping[str, Any],
+        theirs: Mapping[str, Any],
+        batch: DistillBatch,
     ) -> torch.Tensor:
         total: Any = 0.0
         self.metrics = {}
         # Past the end, as an evaluation hook that trains on may be, the weight is the last one.
         where = min(batch.iteration / self.max_iter, 1.0 - 1e-9)
-        distiller: Any
-        for name, distiller in self.distillers.items():
-            weight = distiller.weight(where)
-            loss, scalars = distiller(
+        distillers: Any = self.distillers
+        found = {
+            name: distiller(
                 {key: ours[key] for key in distiller.student_taps},
                 {key: theirs[key] for key in distiller.teacher_taps},
                 batch,
             )
+            for name, distiller in distillers.items()
+        }
+        measure_gradients(
+            [(distillers[name].balance, loss) for name, (loss, _) in found.items()],
+            detection,
+            ours,
+            batch.iteration,
+        )
+        for name, (loss, scalars) in found.items():
+            distiller = distillers[name]
+            weight = distiller.weight(where)
+            if distiller.balance is not None:
+                weight = weight * distiller.balance.weight()
+                self.metrics[f"distill/{name}_weight"] = weight
+                self.metrics[f"distill/{name}_share"] = distiller.balance.measured_share.clone()
             total = total + weight * loss
             for key, value in scalars.items():
                 share = weight * distiller.scalar_weights.get(key, 1.0)

@@ -15,7 +15,7 @@ from tests.engine.runs import World, assert_same, checkpoint, children, metrics
 TERMS = [
     ["ICDDistiller", "ICD.DIM", 16, "ICD.HEADS", 2, "ICD.DETACH_ITERS", 1],
     ["DRKDDistiller", "DRKD.NODES", [4, 4, 4, 4, 4]],
-    ["MGDDistiller", "LOSS_WEIGHT", 1e-4],
+    ["MGDDistiller", "LOSS_WEIGHT", "auto"],
 ]
 OPTIONS = (
     *("DATASETS.TEST", "()", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 4),
@@ -34,6 +34,7 @@ def test_train_with_methods_logs_their_parts(whole: Path) -> None:
     last = metrics(whole)[-1]
     parts = [f"icd_{part}" for part in ("value", "real", "sides")]
     parts += ["drkd_p2_pixel", "drkd_p3_relation", "drkd_p2_instance", "mgd_p5"]
+    parts += ["mgd_weight", "mgd_share"]
     assert all(last[f"distill/{part}"] > 0 for part in parts)
     saved = checkpoint(whole)
     prefixes = {name.split(".")[0] for name in saved["distillers"]}

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...ops.options import check_number
 from ..teacher import FrozenTeacher
+from .balance import AUTO, GradientBalance
 from .batch import DistillBatch
 from .schedule import build_schedule
 
@@ -46,11 +47,12 @@ class Distiller(nn.Module):
             :class:`Tap`. Set them in ``bind`` at the latest.
         needs_teacher_heads: whether it calls the teacher's heads (``batch.teacher``).
         scalar_weights: weight within the loss of each scalar that it returns, 1 if absent.
-        weight: lambda as a function of iteration / max_iter.
+        weight: lambda as a function of iteration / max_iter; of "auto", a factor of it.
+        balance: what finds the weight "auto", or None.
         own: the arguments that were None, with the method's own values.
     """
 
-    keys: Mapping[str, str] = {"weight": "LOSS_WEIGHT"}
+    keys: Mapping[str, str] = {"weight": "LOSS_WEIGHT", "share": "GRADIENT_SHARE"}
     defaults: Mapping[str, Any] = {"weight": 1.0}
     dense_defaults: Mapping[str, Any] = {}
     student_taps: Sequence[str] = ()
@@ -62,7 +64,8 @@ class Distiller(nn.Module):
         self,
         *,
         name: str,
-        weight: float | ParamScheduler | None = None,
+        weight: float | ParamScheduler | str | None = None,
+        share: float = 10.0,
         schedule: Callable[[float], ParamScheduler] = ConstantParamScheduler,
         part_weights: Mapping[str, float | None] | None = None,
     ) -> None:
@@ -70,7 +73,9 @@ class Distiller(nn.Module):
         Args:
             name: under which its scalars are logged: ``distill/{name}_{scalar}``.
             weight: lambda, >= 0; a ``ParamScheduler`` is a function of iteration / max_iter; None
-                is the method's own.
+                is the method's own; "auto" is found in training, see :class:`GradientBalance`.
+            share: of "auto": how many times as large as that of the detection losses the gradient
+                is, >= 0. ``schedule`` changes it.
             schedule: makes a function of iteration / max_iter out of a number.
             part_weights: of the parts of the loss, >= 0; the method's own of those that are absent
                 or None.
@@ -81,6 +86,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.name = name
         self.schedule = schedule
+        self.balance = GradientBalance(share) if weight == AUTO else None
         self.base_weight = weight
         if weight is not None:
             self._set_weight(weight)
@@ -92,10 +98,13 @@ class Distiller(nn.Module):
         self.own: dict[str, Any] = {}
         self.key_names: Mapping[str, str] = {}
 
-    def _set_weight(self, weight: float | ParamScheduler) -> None:
+    def _set_weight(self, weight: float | ParamScheduler | str) -> None:
         self.base_weight = weight
         if not isinstance(weight, ParamScheduler):
-            weight = self.schedule(check_number("weight", weight, least=0))
+            if isinstance(weight, str) and weight != AUTO:
+                raise ValueError(f"weight is {weight!r}; expected a number >= 0, or {AUTO!r}.")
+            factor = 1.0 if weight == AUTO else check_number("weight", weight, least=0)
+            weight = self.schedule(factor)
         self.weight = weight
 
     @classmethod

@@ -53,6 +53,8 @@ def bind_distillers(
         with naming_keys(distiller.key_names):
             distiller.resolve(student)
             distiller.bind(student, teacher)
+            if distiller.balance is not None:
+                distiller.balance.bind(student, distiller.student_taps)
         if distiller.own:
             own = ", ".join(f"{k} {_short(v)}" for k, v in distiller.own.items())
             logger.info("Distiller %s: the method's own are %s.", distiller.name, own)
@@ -164,6 +166,8 @@ def _override(cfg: CfgNode, term: list[Any]) -> None:
                 f"MODEL.DISTILL.TERMS: {key!r} in {term} is not a key of a distiller; "
                 f"{_expected(str(key), _leaves(cfg.MODEL.DISTILL))}"
             )
+        if key == "LOSS_WEIGHT":  # a number or "auto"
+            cfg.MODEL.DISTILL.LOSS_WEIGHT = None
         try:
             cfg.merge_from_list([f"MODEL.DISTILL.{key}", value])
         except (ValueError, AssertionError) as error:
