@@ -118,6 +118,15 @@ def test_a_pair_wins_over_what_an_argument_sets(tmp_path: Path) -> None:
     assert cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE == "GeneralizedRCNN"
 
 
+def test_a_weight_of_a_file_gives_way_to_auto_and_back(tmp_path: Path) -> None:
+    key = "MODEL.DISTILL.LOSS_WEIGHT"
+    for in_file, pair in ((500.0, "auto"), ("auto", 500.0)):
+        (tmp_path / "mine.yaml").write_text(f"MODEL: {{DISTILL: {{LOSS_WEIGHT: {in_file}}}}}")
+        for pairs, expected in (((), in_file), ((key, pair), pair)):
+            cfg, _ = cfg_of("--config-file", tmp_path / "mine.yaml", *pairs)
+            assert expected == cfg.MODEL.DISTILL.LOSS_WEIGHT
+
+
 def test_a_warmup_of_the_users_own_file_stays(tmp_path: Path) -> None:
     zoo = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     line = ("--data", data_file(tmp_path / "parts"), "--epochs", 90, "--batch", 4)  # 180 iterations
