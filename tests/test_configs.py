@@ -87,7 +87,7 @@ def test_a_config_builds(file: Path) -> None:
 
 def plain_of(file: Path) -> Path | None:
     """The plain student of a distilled config, by its name."""
-    student = file.stem.split("_", 1)[1].split("_from_")[0]
+    student = file.stem.split("_", 1)[1].split("_from_")[0].removesuffix("_inherited")
     found = [f for f in CONFIGS if f.name == f"plain_{student}.yaml"]
     return found[0] if found else None
 
@@ -116,7 +116,7 @@ def test_a_lazy_config_builds(file: Path) -> None:
         return
     assert "+".join(model.distillers) == file.stem.split("_")[0] and model.loaded_teacher is None
     assert model.max_iter == config.train.max_iter
-    plain_name = "plain_" + file.name.split("_", 1)[1]
+    plain_name = "plain_" + file.name.split("_", 1)[1].replace("_inherited", "")
     (other,) = (f for f in LAZY if f.name == plain_name)
     plain = LazyConfig.load(str(other))
     for part in ("optimizer", "lr_multiplier", "dataloader", "train"):

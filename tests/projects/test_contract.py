@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
-from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers
-from tests.helpers import full_config
+from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers, resolved_config
+from ssim_kd.modeling.distillers import bind_distillers
+from tests.helpers import build, distilled_config, full_config, train_losses
 
 #: Arguments out of their range: method, argument, value, key.
 OPTIONS: list[tuple[str, str, Any, str]] = [
@@ -91,3 +93,66 @@ def test_an_option_out_of_range(name, argument, value, key) -> None:
     with pytest.raises(ValueError, match=rf"^MODEL\.DISTILL\.{key} ") as caught:
         build_distillers(cfg)
     assert any(text in str(caught.value) for text in (shown, repr(value), repr(value)[1:-1]))
+
+
+#: By name: the weight of R-CNN, that of dense detectors, None for a kind that it does not serve.
+WEIGHTS = {
+    "SSIM": (4.0, 4.0),
+    "L1": (4.0, 4.0),
+    "L2": (4.0, 4.0),
+    "PKD": (6.0, 10.0),
+    "CWD": (10.0, 5.0),
+    "MGD": (5e-7, 2e-5),
+    **dict.fromkeys(("FGD", "FBKD", "DRKD", "ICD", "ReviewKD"), (1.0, 1.0)),
+    **dict.fromkeys(("CrossKDRCNN", "DKD", "RCNNHead"), (1.0, None)),
+    **dict.fromkeys(("CrossKD", "DenseHead"), (None, 1.0)),
+}
+NAMED = [
+    (name, kind, weight)
+    for name, weights in WEIGHTS.items()
+    for kind, weight in zip(("faster", "retinanet"), weights, strict=True)
+    if weight is not None
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "weight"), NAMED)
+def test_a_name_by_itself_trains(name, kind, weight, weights_of) -> None:
+    """As NAME, as a term and in Python alike; the step is finite, and what is own is known."""
+    name = f"{name}Distiller"
+    named = distilled_config(kind, kind, weights_of(kind), "MODEL.DISTILL.NAME", name)
+    terms = distilled_config(kind, kind, weights_of(kind), "MODEL.DISTILL.TERMS", [[name]])
+    model, other = build(named), build(terms)
+    (distiller,), (term,) = model.distillers.values(), other.distillers.values()
+    assert distiller.weight(0.5) == weight and distiller.own == term.own
+    python = DISTILLER_REGISTRY.get(name)()
+    bind_distillers([python], model.student, model.teacher)
+    assert python.own == distiller.own
+    losses = train_losses(model)
+    losses["loss_distill"].backward()
+    # Maps of random detectors are large; SSIM's weight would give MGD 1e9.
+    assert 0 < losses["loss_distill"] < 1e6
+    # What is written into config.yaml means the same, and leaves nothing open.
+    for cfg, built in ((named, model), (terms, other)):
+        resolved = resolved_config(cfg, list(built.distillers.values()))
+        (again,) = build(resolved).distillers.values()
+        assert not again.own and again.weight(0.5) == weight
+        assert again.part_weights == distiller.part_weights
+        assert getattr(again, "levels", None) == getattr(distiller, "levels", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "expected"),
+    [
+        ("", "", "SSIMDistiller"),
+        ("", "l1", "L1Distiller"),
+        ("FeatureDistiller", "l2", "L2Distiller"),
+        ("LpDistiller", "l1", "L1Distiller"),
+        ("LpDistiller", "", "L2Distiller"),
+        ("PKDDistiller", "l2", "PKDDistiller"),
+    ],
+)
+def test_names_of_older_configs(name, loss, expected) -> None:
+    cfg = full_config()
+    cfg.MODEL.DISTILL.NAME, cfg.MODEL.DISTILL.LOSS = name, loss
+    (found,) = build_distillers(cfg)
+    assert type(found).__name__ == expected

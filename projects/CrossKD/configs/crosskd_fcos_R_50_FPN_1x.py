@@ -9,4 +9,4 @@ _base = LazyConfig.load_rel("../../../configs/COCO-Detection/Base-FCOS.py")
 model, optimizer, dataloader, train = _base.model, _base.optimizer, _base.dataloader, _base.train
 lr_multiplier = _base.lr_multiplier
 
-model.distillers = [L(CrossKDDistiller)(depth=2, cls_weight=0.4, box_weight=0.75)]
+model.distillers = [L(CrossKDDistiller)()]

@@ -16,6 +16,6 @@ model = L(DistilledDetector)(
         name=os.path.join(os.path.dirname(__file__), "teacher_fcos_R_50_w8_demo.py"),
         weights="output/demo/teacher_fcos/model_final.pth",
     ),
-    distillers=[L(CrossKDDistiller)(depth=1, cls_weight=0.4, box_weight=0.75)],
+    distillers=[L(CrossKDDistiller)()],
     max_iter="${..train.max_iter}",
 )

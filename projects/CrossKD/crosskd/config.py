@@ -8,9 +8,11 @@ def add_config(cfg: CN) -> None:
 
     Weights of the two parts and temperature are the shared ``MODEL.DISTILL.HEAD``.
     """
-    cfg.MODEL.DISTILL.CROSSKD = CN()
+    crosskd = cfg.MODEL.DISTILL.CROSSKD = CN()
     # CrossKDDistiller: after how many 3x3 convolutions of each tower the student's features enter
     # the teacher's tower, 1 to the number of convolutions. 0: they never do, and the student's own
     # predictions are compared, which is BCKD. RetinaNet has one less than the towers (3 of 4), FCOS
     # half of them.
-    cfg.MODEL.DISTILL.CROSSKD.DEPTH = None
+    crosskd.DEPTH = None
+    # True: a level counts only if an anchor of it is positive in this batch, as in BCKD's own code.
+    crosskd.POSITIVE_LEVELS = False

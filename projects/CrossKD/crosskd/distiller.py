@@ -109,7 +109,12 @@ class CrossKDDistiller(DenseHeadDistiller):
         CrossKDDistiller(depth=0)   # BCKD
     """
 
-    keys = {"depth": "CROSSKD.DEPTH", "adapter": "ADAPTER", "mask_padding": "MASK_PADDING"}
+    keys = {
+        "depth": "CROSSKD.DEPTH",
+        "positive_levels": "CROSSKD.POSITIVE_LEVELS",
+        "adapter": "ADAPTER",
+        "mask_padding": "MASK_PADDING",
+    }
     defaults = {"adapter": "auto"}
 
     @configurable
@@ -118,6 +123,7 @@ class CrossKDDistiller(DenseHeadDistiller):
         *,
         name: str = "",
         depth: int | None = None,
+        positive_levels: bool = False,
         adapter: str | None = None,
         mask_padding: bool = True,
         **kwargs: Any,
@@ -126,6 +132,7 @@ class CrossKDDistiller(DenseHeadDistiller):
         Args:
             name: see :class:`Distiller`; "crosskd", or "bckd" at depth 0, by default.
             depth: convolutions of the student's towers before the teacher's, >= 0.
+            positive_levels: whether levels count only if an anchor of them is positive.
             adapter: of the tower's features, see :func:`build_adapters`; None for "auto".
             mask_padding: whether cells in the padding are left out.
             kwargs: of :class:`DenseHeadDistiller`.
@@ -137,6 +144,7 @@ class CrossKDDistiller(DenseHeadDistiller):
         if depth is not None:
             check_number("depth", depth, least=0, whole=True)
         self.depth: Any = depth
+        self.positive_levels = positive_levels
         self.adapter: Any = adapter
         self.mask_padding = mask_padding
         self.adapters = nn.ModuleDict()
@@ -253,8 +261,12 @@ class CrossKDDistiller(DenseHeadDistiller):
             )
         ]
         inside = torch.cat(masks, dim=1)
+        positive = inside & (labels >= 0) & (labels < detector.num_classes)
+        if self.positive_levels:
+            levels = positive.split([mask.shape[1] for mask in masks], dim=1)
+            found = [level.any().expand_as(level) for level in levels]
+            inside = inside & torch.cat(found, dim=1)
         counts = inside & (labels >= 0)
-        positive = counts & (labels < detector.num_classes)
         normalizer = anchor_normalizer(detector, positive)
         cls = (quality_bce(s.logits, t.logits).sum(dim=2) * counts).sum() / normalizer
         probabilities = t.logits.sigmoid()

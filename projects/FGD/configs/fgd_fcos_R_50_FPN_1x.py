@@ -1,4 +1,4 @@
-"""FGD's setting for FCOS."""
+"""FGD's weights for FCOS."""
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
@@ -11,11 +11,7 @@ lr_multiplier = _base.lr_multiplier
 
 model.distillers = [
     L(FGDDistiller)(
-        levels=["p3", "p4", "p5", "p6", "p7"],
-        adapter="auto",
         temperature=0.8,
         part_weights={"fg": 1.6e-3, "bg": 8e-4, "attention": 8e-4, "global": 8e-6},
     )
 ]
-# As published: FPN and heads begin as the teacher's.
-model.init_from_teacher = ["fpn", "heads"]

@@ -28,7 +28,7 @@ from .modules import (
     draw_queries,
     mlp,
     sine_encoding,
-    xavier,
+    start_as_attention,
 )
 
 
@@ -168,7 +168,7 @@ class ICDDistiller(PyramidDistiller):
         self.decoder = Decoder(channels["teacher"], self.dim, self.heads, self.hidden_dim)
         self.predictor = mlp(self.dim, self.dim, 5)
         self.student_value = nn.Linear(channels["student"], self.dim)
-        xavier(self.student_value)
+        start_as_attention(self.student_value)
 
     def param_groups(self, base_lr: float) -> list[dict[str, Any]]:
         """One group: AdamW, the learning rate by a cosine to 0, clipped as a whole."""

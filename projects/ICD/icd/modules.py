@@ -173,7 +173,8 @@ class Decoder(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         for layer in (self.query, self.key, self.value):
-            xavier(layer)
+            start_as_attention(layer)
+        nn.init.zeros_(self.out.bias)
 
     def forward(
         self, queries: Tensor, cells: Tensor, positions: Tensor, mask: Tensor | None
@@ -201,7 +202,7 @@ class Decoder(nn.Module):
         return self.norm2(found + self.feed_forward(found)), attention, value
 
 
-def xavier(layer: nn.Linear) -> None:
-    """As the projections of ``nn.MultiheadAttention`` begin."""
-    nn.init.xavier_uniform_(layer.weight)
+def start_as_attention(layer: nn.Linear) -> None:
+    """As the projections of ``nn.MultiheadAttention`` begin: one matrix holds all three."""
+    nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5)
     nn.init.zeros_(layer.bias)

@@ -9,4 +9,4 @@ _base = LazyConfig.load_rel("../../../configs/COCO-Detection/Base-FCOS.py")
 model, optimizer, dataloader, train = _base.model, _base.optimizer, _base.dataloader, _base.train
 lr_multiplier = _base.lr_multiplier
 
-model.distillers = [L(PKDDistiller)(weight=10.0, levels=["p3", "p4", "p5", "p6"], adapter="auto")]
+model.distillers = [L(PKDDistiller)()]
