@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pytest
-import torch
 
 from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers, resolved_config
 from ssim_kd.modeling.distillers import bind_distillers
