@@ -1,6 +1,7 @@
 """Every config key that ``ssim_kd`` adds to Detectron2's, each with its meaning and values."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -34,7 +35,9 @@ def student_config(cfg: CN) -> CN:
     return cfg
 
 
-def write_stock_config(cfg: CN, path: str) -> None:
+def write_stock_config(
+    cfg: CN, path: str, *, weights: str = "", classes: Sequence[str] = ()
+) -> None:
     """Write the student's config without the keys of ssim_kd, for stock Detectron2.
 
     Keys of the user's own (of a backbone that their code registers) and those of a timm backbone
@@ -43,6 +46,8 @@ def write_stock_config(cfg: CN, path: str) -> None:
     Args:
         cfg: of the training.
         path: a .yaml file.
+        weights: MODEL.WEIGHTS; of a file next to it the name, so that both can be moved.
+        classes: see :func:`notes_on`.
     """
     stock, ours = get_cfg(), get_cfg()
     add_distill_config(ours)
@@ -63,15 +68,46 @@ def write_stock_config(cfg: CN, path: str) -> None:
                 kept[key] = value
         return kept
 
-    text = keep(student_config(cfg), stock, ours).dump()
-    comment = ""
+    kept = keep(student_config(cfg), stock, ours)
+    kept.MODEL.WEIGHTS = weights
+    comment = notes_on(weights, classes)
     if "MODEL.TIMM" in further:
-        comment = _TIMM_COMMENT
+        comment += _TIMM_COMMENT
     elif further:
-        comment = _KEYS_COMMENT.format(keys=", ".join(further))
-    write_atomically(path, lambda file: file.write((comment + without_queries(text)).encode()))
+        comment += _KEYS_COMMENT.format(keys=", ".join(further))
+    text = comment + without_queries(kept.dump())
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def notes_on(weights: str, classes: Sequence[str]) -> str:
+    """Comments for the top of a student's config, which has no place for the names of classes.
+
+    Args:
+        weights: the file with its weights.
+        classes: names in the order of ``pred_classes``; () if they are not known.
+    """
+    lines = [f"# The weights are in {weights}, next to this file; name it with its folder."]
+    lines += [f"{_CLASSES}{json.dumps([*classes], ensure_ascii=False)}"] * bool(classes)
+    return "".join(f"{line}\n" for line in lines if weights or line.startswith(_CLASSES))
+
+
+def add_notes(path: str, weights: str, classes: Sequence[str]) -> None:
+    """Write :func:`notes_on` at the top of a file."""
+    with PathManager.open(path) as file:
+        text = notes_on(weights, classes) + file.read()
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_classes(path: str) -> list[str]:
+    """The names of the classes that a student's config notes; [] if it notes none."""
+    if not PathManager.isfile(path):
+        return []
+    with PathManager.open(path) as file:
+        noted = [line for line in file if line.startswith(_CLASSES)]
+    return [str(name) for name in json.loads(noted[0].removeprefix(_CLASSES))] if noted else []
+
+
+_CLASSES = "# Classes, by number: "
 _TIMM_COMMENT = """\
 # A backbone of timm. Before it merges this file, stock Detectron2 needs two lines:
 #   from ssim_kd.modeling.timm_backbone import add_timm_config

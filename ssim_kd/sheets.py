@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from ssim_kd.checkpoint import load_strictly, read_file, read_weights
 from ssim_kd.data import register_datasets
 from ssim_kd.engine import load_config
+from ssim_kd.engine.preflight import check_tested
 from ssim_kd.projects import add_project_configs
 from ssim_kd.visualization import PANELS, LossMaps, loss_maps, map_panels, pyramid_distiller, to_rgb
 
@@ -85,6 +86,7 @@ def main(args: argparse.Namespace) -> None:
     """Draw the sheets and write their page; the arguments of ``ssim-kd visualize``."""
     args.eval_only = True  # for load_config: nothing is trained
     cfg = load_config(args, add_project_configs)
+    check_tested(cfg)
     register_datasets(cfg)
     model = load_model(cfg)
     name = cfg.DATASETS.TEST[0]

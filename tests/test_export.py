@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ import torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ssim_kd.__main__ import main
+from ssim_kd.config import read_classes
 from ssim_kd.data import register_datasets
 from ssim_kd.export import student
 from ssim_kd.export.formats import (
+    CLASSES,
     ExportedDetector,
     ExportError,
     agreement,
@@ -237,8 +241,24 @@ def test_main_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) ->
 
     stock = get_cfg()
     stock.merge_from_file(str(output / "student.yaml"))
-    assert stock.MODEL.DEVICE == "cpu" and str(output / "model.pth") == stock.MODEL.WEIGHTS
-    assert DetectionCheckpointer(build_model(stock)).load(stock.MODEL.WEIGHTS) == {}
+    assert stock.MODEL.DEVICE == "cpu" and stock.MODEL.WEIGHTS == "model.pth"
+    with pytest.raises(AssertionError, match=r"model\.pth"):  # no untrained detector
+        DefaultPredictor(stock)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(output, moved)
+    shutil.rmtree(output / "inference")
+    assert str(tmp_path) not in (moved / "student.yaml").read_text()
+    weights_there = str(moved / stock.MODEL.WEIGHTS)
+    assert DetectionCheckpointer(build_model(stock)).load(weights_there) == {}
+    # All know the names of their classes.
+    digits = [str(digit) for digit in range(10)]
+    assert found["classes"] == digits == read_classes(str(moved / "student.yaml"))
+    inside = {CLASSES: ""}
+    torch.jit.load(str(moved / "model.ts"), _extra_files=inside)
+    assert json.loads(inside[CLASSES]) == digits
+    for name in ("model.onnx", "model_int8.onnx"):
+        props = onnxruntime.InferenceSession(str(moved / name)).get_modelmeta()
+        assert json.loads(props.custom_metadata_map[CLASSES]) == digits
 
     benchmark = ["--images", "2", "--warmup", "1", "--output", str(tmp_path / "benchmark.json")]
     arguments = ["--config-file", str(config), "--exported", str(output), *benchmark, *weights]
@@ -288,3 +308,32 @@ def test_main_refuses_a_batch_that_is_not_evaluated(tmp_path: Path, capsys) -> N
     arguments = ["export", "--config-file", "x", "--output", str(tmp_path), "--batch", "2"]
     assert main([*arguments, "--evaluate"]) == 1
     assert "--batch is 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[90.0]", "MODEL.PIXEL_STD", "[57.0]"], "match"),
+        (["DATASETS.TEST", "()"], "Not compared"),
+        (["DATASETS.TEST", "('of_my_code',)", "DATASETS.TRAIN", "('mine',)"], "Not compared"),
+    ],
+)
+def test_main_asks_for_no_more_than_its_task(options, said, tmp_path: Path, capsys) -> None:
+    cfg = full_config()
+    cfg.merge_from_file(str(digits_config(tmp_path)))
+    cfg.merge_from_list(options)
+    config, output = tmp_path / "config.yaml", tmp_path / "export"
+    config.write_text(cfg.dump())
+    save_weights(cfg, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    state = {name.removeprefix("student."): value for name, value in state.items()}
+    torch.save({"model": state}, tmp_path / "model.pth")
+    where = ["--config-file", str(config), "--output", str(output), "--compare", "1"]
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    assert main(["export", "--formats", "stock", "torchscript", *where, *weights]) == 0
+    text = capsys.readouterr().out
+    assert said in text or (said == "match" and "not compared: the student" in text)
+    if "mine" in str(options):
+        for flags in (["--evaluate"], ["--formats", "int8"]):
+            assert main(["export", *flags, *where, *weights]) == 1
+            assert "DATASETS." in capsys.readouterr().err

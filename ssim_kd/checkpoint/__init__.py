@@ -9,11 +9,12 @@ from .files import (
     read_weights,
     sha256_of,
 )
-from .folder import BEST, checkpoints_in
+from .folder import BEST, FINAL, checkpoints_in
 from .strict import load_strictly
 
 __all__ = [
     "BEST",
+    "FINAL",
     "ResumeError",
     "StudentCheckpointer",
     "Weights",

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: The checkpoint of the best evaluation.
 BEST = "model_best.pth"
+#: The checkpoint after the last step.
+FINAL = "model_final.pth"
 #: Names the checkpoint that a resume takes first.
 TAG = "last_checkpoint"
 #: What that holds while a run has saved nothing yet, in a folder with those of an earlier one.

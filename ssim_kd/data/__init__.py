@@ -7,7 +7,7 @@ from .digits import ensure_digits, register_digits
 from .mapper import CheckedMapper, UnreadableImageError
 from .needs import Needs
 from .train_loader import TrainLoader, build_train_loader, train_records
-from .validation import DatasetSummary, check_datasets
+from .validation import DatasetSummary, check_datasets, class_names
 from .workers import EvaluationLoader, build_evaluation_loader
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "build_evaluation_loader",
     "build_train_loader",
     "check_datasets",
+    "class_names",
     "count_classes",
     "ensure_digits",
     "register_coco",

@@ -34,8 +34,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
-from ..data import EvaluationLoader, Needs, build_train_loader, check_datasets, train_records
+from ..checkpoint import FINAL, StudentCheckpointer, load_strictly, read_weights
+from ..config import add_notes
+from ..data import (
+    EvaluationLoader,
+    Needs,
+    build_train_loader,
+    check_datasets,
+    class_names,
+    train_records,
+)
 from ..modeling import FrozenTeacher, load_detector
 from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
@@ -144,6 +152,7 @@ class LazyRecipe:
         )
         for summary in summaries:
             logger.info("%s", summary)
+        self._classes = class_names(summaries)
         check_scored(self.settings(), needs, summaries)
 
     def _needs(self) -> Needs:
@@ -181,7 +190,9 @@ class LazyRecipe:
             # Moved up: what names others by their place would name none.
             OmegaConf.resolve(cfg)
             cfg.model = cfg.model.student
+        cfg.train.init_checkpoint = FINAL
         LazyConfig.save(without_queries(cfg), path)
+        add_notes(path, FINAL, self._classes)
 
     def training(self) -> Training:
         """Build all parts."""

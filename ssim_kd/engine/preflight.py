@@ -107,16 +107,20 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
             "with one, or MODEL.DEVICE cpu."
         )
     if evaluate:
-        if not cfg.DATASETS.TEST:
-            raise ValueError(
-                "DATASETS.TEST is (): there is nothing to evaluate on; expected at least one data "
-                "set name."
-            )
         return
     settings_of(cfg)
     check_trackers(cfg)
     if distill.TEACHER.EXPECTED_AP and distill.ENABLED and name == "DistilledDetector":
         _check_expected_ap(cfg)
+
+
+def check_tested(cfg: CfgNode) -> None:
+    """Raise ValueError if there is no data set to evaluate on."""
+    if not cfg.DATASETS.TEST:
+        raise ValueError(
+            "DATASETS.TEST is (): there is nothing to evaluate on; expected at least one data set "
+            "name."
+        )
 
 
 def settings_of(cfg: CfgNode, **names: str) -> Settings:

@@ -15,6 +15,7 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint import FINAL
 from ..config import write_stock_config
 from ..data import (
     DatasetSummary,
@@ -23,6 +24,7 @@ from ..data import (
     build_evaluation_loader,
     build_train_loader,
     check_datasets,
+    class_names,
     register_datasets,
 )
 from ..modeling import DistilledDetector, resolved_config, teacher_source
@@ -38,7 +40,15 @@ from .evaluation import (
 )
 from .launch import once
 from .optimizer import build_optimizer
-from .preflight import KEYS, check_evaluation, check_schedule, check_scored, named, settings_of
+from .preflight import (
+    KEYS,
+    check_evaluation,
+    check_schedule,
+    check_scored,
+    check_tested,
+    named,
+    settings_of,
+)
 from .schedule import scale_workers
 from .settings import Settings
 from .trackers import build_trackers
@@ -195,6 +205,7 @@ class YamlRecipe:
             teacher_source(cfg)
         check_schedule(cfg, self._trainer)
         summaries = self._check_data(train=True)
+        self._classes = class_names(summaries)
         if cfg.MODEL.DISTILL.ENABLED:
             check_scored(self.settings(), Needs.from_config(cfg), summaries)
 
@@ -215,7 +226,7 @@ class YamlRecipe:
 
     def write_student(self, path: str) -> None:
         """A config of the student that stock Detectron2 reads."""
-        write_stock_config(self.cfg, path)
+        write_stock_config(self.cfg, path, weights=FINAL, classes=self._classes)
 
     def training(self) -> DistillTrainer:
         """Build all parts; config.yaml gets what is the method's own."""
@@ -240,6 +251,7 @@ class YamlRecipe:
     def evaluation(self) -> Callable[[], Any]:
         """Build what ``--eval-only`` or ``--eval-teacher`` evaluates; returns what does so."""
         args = self._args
+        check_tested(self.cfg)
         set_up_evaluation(self.folder, args, self.text, seed=self.cfg.SEED)
         register_datasets(self.cfg)
         once(lambda: self._check_data(train=False))

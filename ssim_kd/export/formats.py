@@ -8,6 +8,7 @@ in pixels of the image it was given, classes (R,), scores (R,), masks (R, 1, 28,
 
 import importlib.util
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ from ssim_kd.writing import write_atomically
 OPSET = 17
 # A detection below it is no part of the comparison: of near-ties any may be cut off.
 SCORE = 0.05
+#: Where the exported models have the names of the classes, a JSON list.
+CLASSES = "classes.json"
 
 # Names of the outputs for those of Detectron2's Instances.
 _FIELDS = {
@@ -100,7 +103,9 @@ def tracing_adapter(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> Traci
             so many images, each of any size.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [{"image": torch.rand(3, h, w, generator=generator) * 255} for h, w in sizes]
+    channels = int(model.pixel_mean.numel())  # type: ignore[operator, union-attr]
+    images = (torch.rand(channels, h, w, generator=generator) * 255 for h, w in sizes)
+    inputs = [{"image": image} for image in images]
 
     def inference(model: nn.Module, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(inputs) == 1:
@@ -132,21 +137,24 @@ def input_names(adapter: TracingAdapter) -> list[str]:
     return [f"image{i}" for i in range(count)] if count > 1 else ["image"]
 
 
-def export_torchscript(adapter: TracingAdapter, path: Path) -> None:
-    """Trace the detector; it then runs where neither Detectron2 nor ssim_kd is installed.
+def export_torchscript(adapter: TracingAdapter, path: Path, classes: Sequence[str] = ()) -> None:
+    """Trace the detector; to run it needs neither Detectron2 nor ssim_kd.
 
-    It needs ``import torchvision`` for its operators.
+    It needs ``import torchvision`` for its operators. The names of the classes are its extra file
+    "classes.json".
     """
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
     # A full disk ends torch's own writer, and with it the process.
     content = io.BytesIO()
-    torch.jit.save(traced, content)
+    torch.jit.save(traced, content, _extra_files={CLASSES: json.dumps([*classes])})
     write_atomically(str(path), lambda file: file.write(content.getbuffer()))
 
 
-def export_onnx(adapter: TracingAdapter, path: Path) -> None:
+def export_onnx(adapter: TracingAdapter, path: Path, classes: Sequence[str] = ()) -> None:
     """Write the detector as ONNX, opset 17, for images of any size.
+
+    The names of the classes are its metadata "classes.json".
 
     Raises:
         ExportError: an operator of the model that ONNX lacks.
@@ -175,7 +183,11 @@ def export_onnx(adapter: TracingAdapter, path: Path) -> None:
             f"{torch.__version__} ({type(error).__name__}: {(reason or [''])[0][:200]}). Keypoint "
             "heads cannot; its TorchScript can be exported (--formats torchscript)."
         ) from error
-    write_atomically(str(path), lambda file: file.write(content.getbuffer()))
+    import onnx
+
+    model = onnx.load_model_from_string(content.getvalue())
+    onnx.helper.set_model_props(model, {CLASSES: json.dumps([*classes])})
+    write_atomically(str(path), lambda file: file.write(model.SerializeToString()))
 
 
 def _require_packages() -> None:

@@ -1,23 +1,25 @@
 """A trained student becomes stock config and weights, TorchScript, ONNX and 8-bit ONNX."""
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.data import build_detection_test_loader
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils.logger import setup_logger
 from omegaconf import OmegaConf
 from torch import nn
 
 from ssim_kd.checkpoint import load_strictly, read_weights
-from ssim_kd.config import write_stock_config
+from ssim_kd.config import add_notes, read_classes, write_stock_config
 from ssim_kd.config_files import is_lazy, merge_file
 from ssim_kd.data import register_datasets
 from ssim_kd.engine.config_loading import load_lazy, load_yaml
@@ -39,7 +41,8 @@ from .formats import (
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx", "int8": "model_int8.onnx"}
 # That of the figures comes last: where it is, the others fit it.
-WRITTEN = ("student.yaml", "model.pth", *FILES.values(), "export.json")
+WEIGHTS = "model.pth"
+WRITTEN = ("student.yaml", WEIGHTS, *FILES.values(), "export.json")
 
 Batches = Iterable[list[dict[str, Any]]]
 
@@ -54,6 +57,7 @@ class Student:
         test, train: load images of DATASETS.TEST and DATASETS.TRAIN as they are evaluated.
         evaluator: of the former.
         write_stock: writes the config that stock Detectron2 builds it from.
+        classes: names in the order of the detections' classes; () if they are not known.
     """
 
     model: nn.Module
@@ -61,7 +65,8 @@ class Student:
     test: Callable[[], Batches]
     train: Callable[[], Batches]
     evaluator: Callable[[], Any]
-    write_stock: Callable[[Path, Path], None]
+    write_stock: Callable[[Path], None]
+    classes: Sequence[str]
 
 
 def yaml_student(args: argparse.Namespace) -> Student:
@@ -72,16 +77,16 @@ def yaml_student(args: argparse.Namespace) -> Student:
     as_written.set_new_allowed(True)
     merge_file(as_written, loaded.config_file)
     cfg, model = student_for_evaluation(full, resume=False)
-    if args.compare or args.evaluate or "int8" in args.formats:
-        register_datasets(full)
-    if "int8" in args.formats and not cfg.DATASETS.TRAIN:
-        raise ExportError("DATASETS.TRAIN is (); expected a data set to calibrate int8 on.")
+    register_datasets(full)
+    _check_sets(args, cfg)
+    classes = read_classes(os.path.join(os.path.dirname(loaded.config_file), "student.yaml"))
+    classes = classes or _registered_classes((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
 
-    def write_stock(path: Path, weights: Path) -> None:
+    def write_stock(path: Path) -> None:
         stock = cfg.clone()
         stock.defrost()
-        stock.MODEL.WEIGHTS, stock.MODEL.DEVICE = str(weights), as_written.MODEL.DEVICE
-        write_stock_config(stock, str(path))
+        stock.MODEL.DEVICE = as_written.MODEL.DEVICE
+        write_stock_config(stock, str(path), weights=WEIGHTS, classes=classes)
 
     return Student(
         model.eval(),
@@ -90,20 +95,51 @@ def yaml_student(args: argparse.Namespace) -> Student:
         lambda: build_detection_test_loader(cfg, cfg.DATASETS.TRAIN[0]),
         lambda: build_evaluator(cfg, cfg.DATASETS.TEST[0], str(args.output / "inference")),
         write_stock,
+        classes,
     )
+
+
+def _check_sets(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Compare nothing if there is no set for it; raise for what was asked for."""
+    for asked, key in ((args.evaluate, "TEST"), ("int8" in args.formats, "TRAIN")):
+        first = cfg.DATASETS[key][:1]
+        if asked and not (first and first[0] in DatasetCatalog):
+            raise ExportError(
+                f"DATASETS.{key} is {cfg.DATASETS[key]}; expected a data set of Detectron2 or of "
+                "DATASETS.REGISTER_COCO first, to calibrate int8 or --evaluate on. The code that "
+                "registers others is not run here."
+            )
+    if args.compare and not (cfg.DATASETS.TEST and cfg.DATASETS.TEST[0] in DatasetCatalog):
+        print(f"Not compared: DATASETS.TEST is {cfg.DATASETS.TEST}, none that is registered here.")
+        args.compare = 0
+
+
+def _registered_classes(names: Iterable[str]) -> Sequence[str]:
+    """The classes of the first set that has any and can be read."""
+    for name in names:
+        with contextlib.suppress(Exception):  # an export needs no data
+            if not MetadataCatalog.get(name).get("thing_classes"):
+                DatasetCatalog.get(name)
+            return list(MetadataCatalog.get(name).thing_classes)
+    return ()
 
 
 def lazy_student(args: argparse.Namespace) -> Student:
     """The student of a LazyConfig, with train.init_checkpoint."""
-    cfg = load_lazy(args).cfg
+    loaded = load_lazy(args)
+    cfg = loaded.cfg
     node = cfg.model.get("student", cfg.model)
     model = instantiate(node)
     load_strictly(model, read_weights(cfg.train.init_checkpoint, key="train.init_checkpoint"))
     # As evaluated, without the augmentations of the training.
     train = {**cfg.dataloader.test, "dataset": cfg.dataloader.train.dataset}
 
-    def write_stock(path: Path, weights: Path) -> None:
+    classes = read_classes(os.path.join(os.path.dirname(loaded.config_file), "student.yaml"))
+    classes = classes or _registered_classes(_names(cfg.get("dataloader", {}).get("test")))
+
+    def write_stock(path: Path) -> None:
         LazyConfig.save(OmegaConf.create({"model": node}), str(path))
+        add_notes(str(path), WEIGHTS, classes)
 
     return Student(
         model.cpu().eval(),
@@ -112,7 +148,14 @@ def lazy_student(args: argparse.Namespace) -> Student:
         lambda: instantiate(OmegaConf.create(train, flags={"allow_objects": True})),
         lambda: instantiate(cfg.dataloader.evaluator),
         write_stock,
+        classes,
     )
+
+
+def _names(loader: Any) -> list[str]:
+    """The data sets of a loader in a LazyConfig."""
+    names = OmegaConf.select(OmegaConf.create(loader or {}), "dataset.names") or []
+    return [names] if isinstance(names, str) else list(names)
 
 
 def first_images(batches: Batches, count: int) -> Iterator[dict[str, Any]]:
@@ -132,8 +175,8 @@ def export(args: argparse.Namespace, student: Student, folder: Path) -> dict[str
     exported: dict[str, ExportedDetector] = {}
     if "stock" in args.formats:
         model = {"model": student.model.state_dict()}
-        write_atomically(str(folder / "model.pth"), lambda file: torch.save(model, file))
-        student.write_stock(folder / "student.yaml", args.output / "model.pth")
+        write_atomically(str(folder / WEIGHTS), lambda file: torch.save(model, file))
+        student.write_stock(folder / "student.yaml")
     if set(args.formats) <= {"stock"}:
         return exported
     side = student.side
@@ -144,11 +187,11 @@ def export(args: argparse.Namespace, student: Student, folder: Path) -> dict[str
         adapter = tracing_adapter(student.model, sizes)
         args.outputs = output_names(adapter)
         if "torchscript" in args.formats:
-            export_torchscript(adapter, path["torchscript"])
+            export_torchscript(adapter, path["torchscript"], student.classes)
             found = ExportedDetector.torchscript(path["torchscript"], args.outputs)
             exported["torchscript"] = found
         if {"onnx", "int8"} & set(args.formats):
-            export_onnx(adapter, path["onnx"])
+            export_onnx(adapter, path["onnx"], student.classes)
             exported["onnx"] = ExportedDetector.onnx(path["onnx"])
         if "int8" in args.formats:
             images = first_images(student.train(), args.calibrate)
@@ -197,6 +240,7 @@ def main(args: argparse.Namespace) -> None:
     with write_together(args.output, WRITTEN) as folder:
         exported = export(args, student, folder)
         found = {"formats": args.formats, "batch": args.batch, "outputs": args.outputs}
+        found["classes"] = list(student.classes)
         if args.compare and exported:
             found["agreement"] = compare(student, exported, args)
         if args.evaluate:

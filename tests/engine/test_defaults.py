@@ -217,9 +217,9 @@ def test_main_expected_ap_of_other_classes(world: World, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--eval-only", "--eval-teacher"])
-def test_check_config_evaluation_on_nothing(flag, world: World, tmp_path) -> None:
+def test_main_evaluates_on_nothing(flag, world: World, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"DATASETS\.TEST is \(\).*nothing to evaluate on"):
-        world.cfg(tmp_path, flag, "DATASETS.TEST", "()")
+        world.main(tmp_path, flag, "DATASETS.TEST", "()")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,11 @@ class DatasetSummary:
         return "; ".join([text, *found.notes])
 
 
+def class_names(summaries: Sequence[DatasetSummary]) -> Sequence[str]:
+    """The names of the classes, by number, of the first set that has any; () if none has."""
+    return next((found.classes for found in summaries if found.classes), ())
+
+
 @dataclass(frozen=True)
 class _Inspected:
     findings: Findings | None
