@@ -70,6 +70,10 @@ clean:
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 ifneq ($(VENV),none)
+# Prints the checkout that an environment imports ssim_kd from, if it is not this one.
+OTHER := import importlib.util as u, os; s = u.find_spec("ssim_kd"); \
+	f = os.path.realpath(os.path.dirname(s.origin) + "/..") if s else ""; \
+	print(f if f not in ("", os.path.realpath(".")) and "-packages" not in f else "")
 # The file .ssim_kd-begun marks an environment of ours while pip works in it. Where it is found, an earlier set-up was cut short,
 # and the folder is made anew: pip can take a half-unpacked package for an installed one. A folder without that mark is
 # never removed.
@@ -94,6 +98,9 @@ $(READY): $(REQUIREMENTS)
 		echo "Setting up $(VENV) with $$("$$found" --version). This downloads PyTorch: some gigabytes, once."; \
 		mkdir -p "$(VENV)"; touch "$(VENV)/.ssim_kd-begun"; \
 		"$$found" -m venv "$(VENV)"; \
+	elif other=$$("$(VENV)/bin/python" -I -c '$(OTHER)'); [ -n "$$other" ]; then \
+		echo "VENV=$(VENV) is the environment of the checkout $$other, and stays as it is." \
+			"Name another folder, for example VENV=.venv." >&2; exit 1; \
 	elif [ -e "$@" ]; then \
 		echo "The requirements have changed: updating $(VENV)."; touch "$(VENV)/.ssim_kd-begun"; \
 	fi; \

@@ -168,6 +168,15 @@ def argument_parser(
         "config's, and without --epochs the schedule as well",
     )
     add(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="run this module or .py file of yours first: it registers a method, and its "
+        "add_config(cfg) adds the keys",
+    )
+    add(
         "opts",
         default=None,
         nargs=argparse.REMAINDER,
@@ -184,6 +193,7 @@ def export_parser(program: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config-file", required=True, help="of the training, or a stock one")
     add("--output", type=Path, required=True, help="folder")
+    add("--import", dest="imports", action="append", default=[], help="as for a training")
     add("--formats", nargs="+", choices=formats, default=formats[:3])
     add("--batch", type=int, default=1, help="images that the model takes at once")
     add("--compare", type=int, default=16, help="images of DATASETS.TEST to compare on; 0: none")

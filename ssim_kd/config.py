@@ -1,10 +1,15 @@
 """Every config key that ``ssim_kd`` adds to Detectron2's, each with its meaning and values."""
 
+import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 from .sharing import without_queries
 from .writing import write_atomically
@@ -119,6 +124,35 @@ _KEYS_COMMENT = """\
 
 # What adds keys to the config of a run, see :func:`share_keys`.
 _shared: list[Callable[[CN], None]] = []
+
+
+def import_method(name: str) -> Callable[[CN], None]:
+    """Import a user's method; returns what adds its config keys.
+
+    Args:
+        name: of a module that can be imported, or a .py file.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        if name.endswith(".py"):
+            place = f"ssim_kd_method_{Path(name).stem}"
+            module = sys.modules.get(place)
+            if module is None:  # once in a process: it registers its distiller
+                spec = importlib.util.spec_from_file_location(place, Path(name).expanduser())
+                assert spec is not None and spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                sys.modules[place] = module
+        else:
+            module = importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(
+            f"--import {name}: {type(error).__name__}: {error}. Expected a module on Python's "
+            "path, or a .py file."
+        ) from error
+    return getattr(module, "add_config", lambda cfg: None)
 
 
 def share_keys(add_config: Callable[[CN], None]) -> None:

@@ -182,3 +182,15 @@ def test_license_is_apache() -> None:
 def test_types_are_shipped() -> None:
     assert (ROOT / "ssim_kd" / "py.typed").is_file()
     assert "py.typed" in (ROOT / "setup.py").read_text()
+
+
+def test_make_leaves_the_environment_of_another_checkout(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\necho /another/checkout; echo $@ >> {tmp_path}/calls\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "-C", str(ROOT), "setup", f"VENV={tmp_path}"], capture_output=True, text=True
+    )
+    assert done.returncode and "/another/checkout" in done.stderr
+    assert "pip" not in (tmp_path / "calls").read_text()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from detectron2.engine import default_argument_parser
 
 from ssim_kd.__main__ import COMMANDS
 from ssim_kd.command_line import argument_parser
+from ssim_kd.engine import load_config
+from ssim_kd.modeling import build_distillers
+from ssim_kd.projects import add_project_configs
 from tests.engine.runs import ROOT
 
 PROGRAM = """
@@ -60,3 +64,48 @@ def test_argument_parser_has_what_detectron2_has() -> None:
     ours = vars(argument_parser().parse_args(given))
     theirs = vars(default_argument_parser().parse_args(given))
     assert {name: ours[name] for name in theirs} == theirs
+
+
+METHOD = """
+from detectron2.config import CfgNode as CN, configurable
+from ssim_kd.losses import masked_mean
+from ssim_kd.modeling import DISTILLER_REGISTRY, PyramidDistiller
+
+@DISTILLER_REGISTRY.register()
+class {name}(PyramidDistiller):
+    @configurable
+    def __init__(self, *, name="mine", **kwargs):
+        super().__init__(name=name, **kwargs)
+
+    def level_loss(self, maps, batch):
+        return masked_mean((maps.student - maps.teacher).abs(), maps.mask)
+
+def add_config(cfg):
+    cfg.MODEL.DISTILL.MINE = CN({{"POWER": 2.0}})
+"""
+
+
+@pytest.mark.parametrize("form", ["file", "module", "entry point"])
+def test_method_of_the_user(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"Mine{form.title().replace(' ', '')}"
+    path = tmp_path / f"{name.lower()}.py"
+    path.write_text(METHOD.format(name=name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ["--import", str(path) if form == "file" else path.stem]
+    if form == "entry point":
+        info = tmp_path / "mine-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[ssim_kd.methods]\nmine = {path.stem}\n")
+        flags = []
+    opts = ["MODEL.DISTILL.NAME", name, "MODEL.DISTILL.MINE.POWER", "3", "MODEL.DEVICE", "cpu"]
+    for _ in range(2):  # also where it was imported before
+        cfg = load_config(argument_parser().parse_args([*flags, *opts]), add_project_configs)
+    assert cfg.MODEL.DISTILL.MINE.POWER == 3.0
+    assert [type(found).__name__ for found in build_distillers(cfg)] == [name]
+
+
+def test_method_that_cannot_be_imported(tmp_path: Path) -> None:
+    args = argument_parser().parse_args(["--import", str(tmp_path / "nowhere.py")])
+    with pytest.raises(ValueError, match=r"--import .*nowhere\.py"):
+        load_config(args, add_project_configs)

@@ -18,7 +18,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import add_distill_config, share_keys
+from ..config import add_distill_config, import_method, share_keys
 from ..config_files import (
     allow_program,
     did_you_mean,
@@ -91,9 +91,9 @@ def load_yaml(
     """
     cfg, notes, facts = get_cfg(), [], {} if facts is None else facts
     add_distill_config(cfg)
-    if add_config is not None:
-        add_config(cfg)
-        share_keys(add_config)
+    for add in filter(None, (add_config, *map(import_method, getattr(args, "imports", ())))):
+        add(cfg)
+        share_keys(add)
     config_file = _find(args.config_file)
     own = _merge_file(cfg, config_file) if config_file else set()
     max_iter = cfg.SOLVER.MAX_ITER

@@ -32,6 +32,7 @@ from torch import nn
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
+from ..logs import end_logs
 from ..modeling import TeacherSource, classes, load_detector, teacher_name, teacher_source
 from ..sharing import without_queries
 from .coco_evaluation import build_coco_evaluator
@@ -53,6 +54,7 @@ def set_up_training(cfg: Any, args: Any, output_dir: str) -> None:
 
     config.yaml and log.txt get no keys of signed URLs.
     """
+    end_logs()
     shown = argparse.Namespace(**without_queries(vars(args)))
     if shown.config_file:
         with PathManager.open(args.config_file, "r") as file:
@@ -72,6 +74,7 @@ def set_up_evaluation(output_dir: str, args: Any, config: str, *, seed: int) -> 
         config: as text, for the log.
         seed: of the random numbers; negative for one that is drawn.
     """
+    end_logs()
     rank = comm.get_rank()
     for name in ("fvcore", "detectron2", "ssim_kd"):
         setup_logger(output_dir or None, distributed_rank=rank, name=name)

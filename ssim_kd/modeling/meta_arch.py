@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import student_config
+from ..logs import share_log
 from .distillers import DistillBatch, Distiller, bind_distillers, build_distillers
 from .distillers.balance import measure_gradients
 from .inherit import check_inherited, copy_inherited, inherited_keys
@@ -86,6 +87,7 @@ class DistilledDetector(nn.Module):
                 pair that a distiller cannot serve.
         """
         super().__init__()
+        share_log()
         if teacher is not None and not isinstance(teacher, FrozenTeacher):
             teacher = FrozenTeacher(teacher)
         if (teacher is None) != (not distillers):

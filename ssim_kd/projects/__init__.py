@@ -7,6 +7,7 @@ In a checkout they lie under ``projects/<Method>/<method>``; an installed ssim_k
 """
 
 import importlib
+import importlib.metadata
 import pkgutil
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def project_names() -> list[str]:
 
 
 def add_project_configs(cfg: CfgNode) -> None:
-    """Import every project and let each add its config keys, in place."""
-    for name in project_names():
-        importlib.import_module(f"{__name__}.{name}").add_config(cfg)
+    """Import every project and let each add its config keys, in place.
+
+    Those of other packages are modules that they name as entry points of the group
+    "ssim_kd.methods". A project without keys has no ``add_config``.
+    """
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in project_names()]
+    modules += [entry.load() for entry in importlib.metadata.entry_points(group="ssim_kd.methods")]
+    for module in modules:
+        if hasattr(module, "add_config"):
+            module.add_config(cfg)
