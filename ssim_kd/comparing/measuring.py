@@ -123,6 +123,8 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
+        # Sums are rounded by it: trainings of two kinds of processor part.
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "python": platform.python_version(),
