@@ -2,11 +2,13 @@
 
 from detectron2.config import CfgNode
 
-from .coco import count_classes, register_coco
+from .coco import register_coco
 from .digits import ensure_digits, register_digits
+from .json_file import count_classes
 from .mapper import CheckedMapper, UnreadableImageError
 from .needs import Needs
-from .train_loader import TrainLoader, build_train_loader, train_records
+from .train_loader import TrainLoader, build_train_loader
+from .training_sets import count_images, train_records
 from .validation import DatasetSummary, check_datasets, class_names
 from .workers import EvaluationLoader, build_evaluation_loader
 
@@ -22,6 +24,7 @@ __all__ = [
     "check_datasets",
     "class_names",
     "count_classes",
+    "count_images",
     "ensure_digits",
     "register_coco",
     "register_datasets",

@@ -1,6 +1,5 @@
 """COCO data sets of the config: ``DATASETS.REGISTER_COCO`` and ``DATASETS.ZERO_AREA_BOXES``."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -11,10 +10,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
+from .json_file import no_garbage_collection
 from .proposals import add_proposals
+from .records import Records
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,15 @@ def reads_json_file(name: str) -> bool:
     return bool(MetadataCatalog.get(name).get("json_file")) and module in _JSON_READERS
 
 
+def is_coco_instances(name: str) -> bool:
+    """Whether a set's reader is that of ``register_coco_instances``, or of the digits."""
+    reader = DatasetCatalog[name] if name in DatasetCatalog else None  # noqa: SIM401
+    maker = str(getattr(reader, "__qualname__", "")).split(".")[0]
+    return maker == "register_coco_instances" or (
+        getattr(reader, "__module__", None) == "ssim_kd.data.digits.dataset"
+    )
+
+
 def own_json_file(name: str) -> str:
     """Return the ``json_file`` of a set's metadata; empty where it has none of its own.
 
@@ -94,7 +103,8 @@ def read_records(where: str, name: str) -> Any:
         ValueError: its reader failed; the message names the set, the cause is attached.
     """
     try:
-        return DatasetCatalog.get(name)
+        with no_garbage_collection():
+            return DatasetCatalog.get(name)
     except Exception as error:
         raise ValueError(f"{where}: its reader failed: {error!r}.") from error
 
@@ -118,33 +128,17 @@ def load_records(
         ValueError: a reader or Detectron2 failed; the message names the sets.
     """
     try:
-        if proposal_files is None:
-            return get_detection_dataset_dicts(names, **options)
-        names = [names] if isinstance(names, str) else names
-        return [
-            record
-            for name, file in zip(names, proposal_files, strict=True)
-            for record in add_proposals(get_detection_dataset_dicts(name, **options), file)
-        ]
+        with no_garbage_collection():
+            if proposal_files is None:
+                return get_detection_dataset_dicts(names, **options)
+            names = [names] if isinstance(names, str) else names
+            return [
+                record
+                for name, file in zip(names, proposal_files, strict=True)
+                for record in add_proposals(get_detection_dataset_dicts(name, **options), file)
+            ]
     except Exception as error:
         raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}.") from error
-
-
-def count_classes(json_file: str) -> int:
-    """The number of categories of a COCO-format file.
-
-    Raises:
-        ValueError: it is not readable, or has no list "categories".
-    """
-    try:
-        with PathManager.open(json_file, "r") as file:
-            categories = json.load(file)["categories"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{json_file} is not readable as a COCO-format file: {type(error).__name__}: {error}. "
-            'Expected JSON with the lists "images", "annotations" and "categories".'
-        ) from error
-    return len(categories)
 
 
 def note_source(name: str, json_file: str, source: str) -> None:
@@ -190,7 +184,7 @@ def box_extent(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArra
 
 def drop_zero_area_boxes(
     records: Sequence[dict[str, Any]], *, drop_emptied: bool
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """Return the records without the boxes that have zero area or lie outside their image.
 
     Detectron2's mapper leaves such boxes out as well, but only after images without boxes have
@@ -200,6 +194,8 @@ def drop_zero_area_boxes(
         records: in Detectron2's format; not changed.
         drop_emptied: also leave out images that lose their last box.
     """
+    if isinstance(records, Records) and not records.zero_area:
+        return records
     kept, boxes, images = [], 0, 0
     for record in records:
         empty = _empty_boxes(record)

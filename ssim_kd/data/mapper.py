@@ -13,6 +13,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from .records import Records
+
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
 
@@ -112,7 +114,10 @@ def check_image_files(where: str, records: Sequence[Record]) -> None:
         FileNotFoundError: names how many are missing and the first of them.
         UnreadableImageError: the first image cannot be used.
     """
-    paths = [os.fspath(r[key]) for key in _FILES for r in records if key in r]
+    if isinstance(records, Records):
+        paths = records.names
+    else:
+        paths = [os.fspath(r[key]) for key in _FILES for r in records if key in r]
     paths = [path for path in paths if "://" not in path]
     listed: dict[str, set[str]] = {}
     missing = []

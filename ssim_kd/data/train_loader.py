@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from .coco import drop_zero_area_boxes, load_records, reads_json_file
+from .coco import reads_json_file
 from .mapper import (
     CheckedMapper,
     Mapper,
@@ -32,7 +32,9 @@ from .mapper import (
     seeded,
 )
 from .needs import Needs
+from .records import Records
 from .samplers import BatchOrder, Draw, aspect_groups, index_stream, sample_seed
+from .training_sets import records_needed
 from .validation import check_records_for_mapper
 from .workers import batches
 
@@ -169,18 +171,13 @@ def _from_config(
     **options: Any,
 ) -> dict[str, Any]:
     needs = Needs.from_config(cfg)
-    checked = dataset is None and _read_from_json(needs.train)
+    # check_datasets has seen what json files hold.
+    seen = all(n in DatasetCatalog and reads_json_file(n) for n in needs.train)
+    checked = dataset is None and seen
     if dataset is None:
-        dataset = train_records(
-            needs.train,
-            filter_empty=needs.filter_empty,
-            min_keypoints=needs.least_keypoints if needs.keypoints else 0,
-            proposal_files=needs.train_proposals,
-            zero_area=needs.zero_area,
-            key=needs.key("DATASETS.TRAIN"),
-        )
+        dataset = records_needed(needs)
     if "sampler" not in options and _is_map_style(dataset):
-        options["sampler"] = index_stream(cfg, dataset)
+        options["sampler"] = index_stream(cfg, _outline(dataset))
     return {
         "dataset": dataset,
         "mapper": mapper or DatasetMapper(cfg, True),
@@ -254,6 +251,7 @@ def build_train_loader(
             "stream let YourTrainer.build_train_loader return "
             "detectron2.data.build_detection_train_loader(...), which cannot be resumed exactly."
         )
+    checked = checked or isinstance(dataset, Records)
     if reads_images(mapper) and isinstance(dataset, Sequence):
         names = ", ".join(map(repr, needs.train)) or "that build_train_loader was given"
         where = f"{needs.key('DATASETS.TRAIN')}: data set {names}"
@@ -261,10 +259,10 @@ def build_train_loader(
             check_image_files(where, dataset)
         if not checked:
             check_records_for_mapper(needs, where, dataset)
-    groups = aspect_groups(dataset) if aspect_ratio_grouping else None
+    groups = aspect_groups(_outline(dataset)) if aspect_ratio_grouping else None
     indices = _stream_of(sampler, len(dataset))
     # A list is held serialised, as by Detectron2; a custom data set as it is.
-    if isinstance(dataset, Sequence):
+    if isinstance(dataset, Sequence) and not isinstance(dataset, Records):
         dataset = DatasetFromList(list(dataset), serialize=True)
     return TrainLoader(
         dataset,
@@ -312,49 +310,14 @@ def _stream_of(sampler: Any, size: int) -> Callable[[int], Iterable[int]]:
     )
 
 
+def _outline(dataset: Any) -> Any:
+    return dataset.outline() if isinstance(dataset, Records) else dataset
+
+
 def _seeded_anew(sampler: Any, seed: int) -> Any:
     other = copy.copy(sampler)
     other._seed = seed
     return other
-
-
-def _read_from_json(names: Sequence[str]) -> bool:
-    """Whether check_datasets has seen all annotations: they are what json files hold."""
-    return all(n in DatasetCatalog and reads_json_file(n) for n in names)
-
-
-def train_records(
-    names: str | Sequence[str],
-    filter_empty: bool = True,
-    min_keypoints: int = 0,
-    proposal_files: Sequence[str] | None = None,
-    check_consistency: bool = True,
-    *,
-    zero_area: str = "error",
-    key: str = "DATASETS.TRAIN",
-) -> Sequence[Record]:
-    """Load training sets as Detectron2's ``get_detection_dataset_dicts`` does, same arguments.
-
-    Args:
-        names, filter_empty, min_keypoints, proposal_files, check_consistency: as there.
-        zero_area: "drop" leaves boxes of zero area out before images without boxes are.
-        key: what the names are called in messages.
-
-    Raises:
-        ValueError: a set cannot be loaded.
-    """
-    names = [names] if isinstance(names, str) else names
-    records: Sequence[Record] = load_records(
-        f"{key}: data set {', '.join(map(repr, names))}",
-        names,
-        filter_empty=filter_empty,
-        min_keypoints=min_keypoints,
-        proposal_files=proposal_files,
-        check_consistency=check_consistency,
-    )
-    if zero_area == "drop" and isinstance(records, Sequence):
-        return drop_zero_area_boxes(records, drop_emptied=filter_empty)
-    return records
 
 
 class _Samples(Dataset[Record]):

@@ -1,7 +1,7 @@
 """Loaders whose workers outlive SIGTERM and Ctrl-C: the run that they serve saves first."""
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from torch.utils.data import DataLoader
 
-from .coco import load_records
 from .mapper import CheckedMapper, Mapper, check_image_files, reads_images
+from .training_sets import test_records
 
 
 def batches(loader: DataLoader) -> Generator[Any, None, None]:
@@ -68,8 +68,8 @@ def build_evaluation_loader(
     proposals = None
     if cfg.MODEL.LOAD_PROPOSALS:
         proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)]]
-    records = load_records(where, name, filter_empty=False, proposal_files=proposals)
-    if reads_images(mapper) and isinstance(records, list):
+    records = test_records(where, name, proposals)
+    if reads_images(mapper) and isinstance(records, Sequence):
         check_image_files(where, records)
     checked = CheckedMapper(mapper or DatasetMapper(cfg, False), [name])
     loader = build_detection_test_loader(

@@ -27,13 +27,19 @@ from ..config_files import (
     load_lazy_file,
     merge_file,
 )
-from ..data import check_datasets, register_datasets
+from ..data import Needs, check_datasets, count_images, register_datasets, train_records
 from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller, teacher_name
 from ..yaml_files import near_shipped
 from .data_file import apply_data, apply_lazy_data
 from .preflight import check_config
 from .schedule import apply_schedule, value_of
 
+# By these names or itself, of which ours reads a file once.
+_DETECTRON2_RECORDS = (
+    get_detection_dataset_dicts,
+    "detectron2.data.get_detection_dataset_dicts",
+    "detectron2.data.build.get_detection_dataset_dicts",
+)
 # Config keys that hold paths, in which "~" is the user's home.
 _PATHS = (
     *("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DISTILL.TEACHER.NAME"),
@@ -246,17 +252,20 @@ def _remembered(facts: dict[str, int], name: str, find: Callable[[], int]) -> in
 def _count_images(cfg: CfgNode) -> int:
     """The number of images that are trained on; the checks name a fault."""
     register_datasets(cfg)
-    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    needs = Needs.from_config(cfg)
     try:
-        return len(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=filter_empty))
+        return count_images(needs)
     except Exception:
-        check_datasets(cfg, train=True)
+        check_datasets(needs, train=True)
         raise
 
 
 def _count_lazy_images(cfg: DictConfig) -> int:
     try:
-        return len(instantiate(cfg.dataloader.train.dataset))
+        node = cfg.dataloader.train.dataset
+        if node.get("_target_") in _DETECTRON2_RECORDS:
+            return len(train_records(**{key: node[key] for key in node if key != "_target_"}))
+        return len(instantiate(node))
     except Exception as error:
         raise ValueError(
             "--epochs needs the number of images of dataloader.train.dataset, which cannot be "

@@ -228,7 +228,7 @@ class LazyRecipe:
         node.update(options)
         if _calls(node.get("dataset"), get_detection_dataset_dicts):
             # Boxes of zero area, of which COCO has two, give losses that are not finite.
-            node.dataset["_target_"] = functools.partial(train_records, zero_area="drop")
+            node.dataset["_target_"] = functools.partial(train_records, needs=self._needs())
         if _calls(node, build_detection_train_loader) and self._is_exact(node):
             node["_target_"] = functools.partial(build_train_loader, needs=self._needs())
             node.seed = None if self.settings().seed < 0 else self.settings().seed

@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ MALFORMED = "malformed"  # fails, or leaves it out
 FARTHEST = 10**6
 
 _PLAIN = {int, float}
+# Bits of a run: pycocotools' own are of 32, and longer ones take quadratic time.
+_LONGEST = 64
+# Annotations whose polygons are looked at together.
+_CHUNK = 4096
 
 
 def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, str]:
@@ -105,6 +110,8 @@ def _decompressed(counts: str | bytes) -> list[int]:
             return [-1]
         value |= (bits & 31) << shift
         shift += 5
+        if shift > _LONGEST:
+            return [-1]
         if not bits & 32:
             if bits & 16:
                 value -= 1 << shift
@@ -162,7 +169,8 @@ def inspect_masks(
     """
     by_kind: dict[str, list[tuple[Annotation, str]]] = {}
     empty: list[Annotation] = []
-    for annotation, size in zip(annotations, sizes, strict=True):
+    for place in _doubtful(annotations, sizes, needs):
+        annotation, size = annotations[place], sizes[place]
         kind, fault = segmentation_kind(annotation.get("segmentation"), *size)
         by_kind.setdefault(kind, []).append((annotation, fault))
         if needs.masks and kind in (POLYGONS, RLE) and is_empty(annotation["segmentation"], *size):
@@ -227,6 +235,50 @@ def inspect_masks(
     return found
 
 
+def _doubtful(
+    annotations: Sequence[Annotation], sizes: Sequence[tuple[Any, Any]], needs: Needs
+) -> Iterator[int]:
+    """Yield the places of annotations that have to be looked at singly: all but good polygons."""
+    for start in range(0, len(annotations), _CHUNK):
+        masks = [a.get("segmentation") for a in annotations[start : start + _CHUNK]]
+        if not needs.masks and not any(masks) and set(map(type, masks)) <= {type(None), list}:
+            continue
+        listed = [place for place, mask in enumerate(masks) if type(mask) is list and mask]
+        rows = [sizes[start + place] for place in listed]
+        good = _good_polygons([masks[place] for place in listed], rows)
+        fine = {place for place, is_good in zip(listed, good, strict=True) if is_good}
+        yield from (start + place for place in range(len(masks)) if place not in fine)
+
+
+def _good_polygons(masks: Sequence[Any], sizes: Sequence[tuple[Any, Any]]) -> Sequence[bool]:
+    """Whether each is polygons without a fault, and with a pixel. False: not known."""
+    unknown = [False] * len(masks)
+    polygons = list(chain.from_iterable(masks))
+    if not polygons or set(map(type, polygons)) != {list}:
+        return unknown
+    lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
+    if (lengths < 6).any() or (lengths % 2).any():
+        return unknown
+    if not set(map(type, chain.from_iterable(polygons))) <= _PLAIN:
+        return unknown
+    try:
+        points = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
+    except OverflowError:
+        return unknown
+    if not (abs(points) <= FARTHEST).all():
+        return unknown
+    counts = np.fromiter(map(len, masks), np.int64, len(masks))
+    starts = (np.cumsum(lengths) - lengths) // 2
+    seen = np.ones(len(polygons), dtype=bool)
+    for axis in (0, 1):
+        limit = np.repeat([size[1 - axis] for size in sizes], counts)
+        last = np.maximum.reduceat(points[axis::2], starts)
+        first = np.minimum.reduceat(points[axis::2], starts)
+        seen &= np.minimum(last, limit) > np.maximum(first, 0)
+    found: list[bool] = np.logical_or.reduceat(seen, np.cumsum(counts) - counts).tolist()
+    return found
+
+
 def inspect_keypoints(
     annotations: Sequence[Annotation], owners: Sequence[int], needs: Needs
 ) -> dict[str, list[str]]:
@@ -241,6 +293,8 @@ def inspect_keypoints(
         as :func:`inspect_masks`.
     """
     found: dict[str, list[str]] = {"problems": [], "untrainable": [], "unscorable": []}
+    if not needs.keypoints and not any("keypoints" in a for a in annotations):
+        return found
     wrong = [
         (a, fault)
         for a in annotations
@@ -303,7 +357,11 @@ def inspect_scoring(annotations: Sequence[Annotation]) -> list[str]:
         ("iscrowd", 'add "iscrowd": 0'),
         ("area", 'add "area" in pixels: width * height, or that of the mask'),
     ):
-        wrong = [a for a in annotations if not isinstance(a.get(key), int | float)]
+        values = [a.get(key) for a in annotations]
+        if set(map(type, values)) <= _PLAIN:
+            wrong = []
+        else:
+            wrong = [a for a in annotations if not isinstance(a.get(key), int | float)]
         if wrong:
             problems.append(
                 f'{len(wrong)} of {len(annotations)} annotations have no "{key}" that is a number '

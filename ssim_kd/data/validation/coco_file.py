@@ -1,8 +1,12 @@
 """Looks for mistakes in the content of a json file in COCO's format, quickly: with NumPy."""
 
+import contextlib
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -122,9 +126,8 @@ def inspect_coco(
         )
         annotations = [a for a, orphan in zip(annotations, orphans, strict=True) if not orphan]
         owner = owner[~orphans]
-    _flags(found, annotations)
-    _boxes(found, annotations, size_of[owner])
-    found.usable = sum(a.get("iscrowd", 0) == 0 for a in annotations)
+    found.usable = _flags(found, annotations)
+    boxes = _boxes(found, annotations, size_of[owner])
     found.empty_images = len(images) - len(np.unique(owner))
     if coco and not found.problems:
         owners = owner.tolist()
@@ -134,14 +137,16 @@ def inspect_coco(
         unscorable = inspect_scoring(annotations)
         found.unscorable += unscorable
         if not unscorable:
-            _areas(found, annotations)
+            _areas(found, annotations, boxes)
     _scored_ids(found, annotations, coco=coco)
     return found
 
 
 def _require(found: Findings, title: str, rows: Sequence[Any], key: str) -> None:
-    missing = [i for i, row in enumerate(rows) if not isinstance(row, dict) or key not in row]
-    if missing:
+    try:
+        deque(map(itemgetter(key), rows), maxlen=0)
+    except (KeyError, TypeError, IndexError):
+        missing = [i for i, row in enumerate(rows) if not isinstance(row, dict) or key not in row]
         found.problems.append(
             f'{len(missing)} of "{title}" have no "{key}" (the first is number {missing[0]})'
         )
@@ -164,6 +169,8 @@ def _kinds_of_ids(found: Findings, content: dict[str, Any]) -> None:
             f'"id" of "{title}"': [row["id"] for row in content[title]],
             f'"{key}" of "annotations"': [row[key] for row in annotations],
         }
+        if all(set(map(type, column)) <= {int} for column in columns.values()):
+            continue
         kinds = {_kind(value): (what, value) for what, col in columns.items() for value in col}
         if len(kinds) > 1 or "other" in kinds:
             shown = " and ".join(f"{what}: {value!r}" for what, value in kinds.values())
@@ -236,15 +243,22 @@ def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> N
     return sizes
 
 
-def _flags(found: Findings, annotations: Sequence[Annotation]) -> None:
+def _flags(found: Findings, annotations: Sequence[Annotation]) -> int:
+    """Look at "ignore" and "iscrowd"; return how many are no crowds."""
     ignored = np.array([a.get("ignore", 0) != 0 for a in annotations])
     advice = 'that is not supported: use "iscrowd" or leave it out'
     _report(found, annotations, ignored, "ignore", advice)
-    crowd = np.array([a.get("iscrowd", 0) not in (0, 1) for a in annotations])
-    _report(found, annotations, crowd, "iscrowd", "that is neither 0 nor 1")
+    flags = [a.get("iscrowd", 0) for a in annotations]
+    if not set(map(type, flags)) <= {int, bool}:
+        flags = [flag if flag in (0, 1) else -1 for flag in flags]
+    crowd = np.array(flags)
+    _report(found, annotations, (crowd != 0) & (crowd != 1), "iscrowd", "that is neither 0 nor 1")
+    return int((crowd == 0).sum())
 
 
-def _boxes(found: Findings, annotations: Sequence[Annotation], sizes: NDArray[np.float64]) -> None:
+def _boxes(
+    found: Findings, annotations: Sequence[Annotation], sizes: NDArray[np.float64]
+) -> NDArray[np.float64]:
     boxes = _numbers([annotation["bbox"] for annotation in annotations], 4)
     finite = np.asarray(np.isfinite(boxes).all(axis=1))
     _report(found, annotations, ~finite, "bbox", "that is not four finite numbers")
@@ -258,11 +272,18 @@ def _boxes(found: Findings, annotations: Sequence[Annotation], sizes: NDArray[np
     # COCO's own boxes exceed the image by rounding: that is not worth a word.
     beyond = np.asarray((boxes[:, 2:] - extent > 0.5).any(axis=1))
     found.clipped = int((usable & ~zero & beyond).sum())
+    if finite.all() and (boxes <= 1).all() and (sizes > 2).all() and not zero.all():
+        found.untrainable.append(
+            f'All {len(boxes)} "bbox" lie within the first pixel (for example '
+            f"{_examples(annotations, usable, 'bbox')}): are they fractions of the image? Expected "
+            "[x, y, width, height] in pixels."
+        )
+    return boxes
 
 
-def _areas(found: Findings, annotations: Sequence[Annotation]) -> None:
+def _areas(found: Findings, annotations: Sequence[Annotation], boxes: NDArray[np.float64]) -> None:
     area = np.array([a["area"] for a in annotations], dtype=np.float64)
-    box = np.array([a["bbox"][2] * a["bbox"][3] for a in annotations], dtype=np.float64)
+    box = boxes[:, 2] * boxes[:, 3]
     wrong = (area > 1.5 * box + 10) | ((area < 1e-3 * box) & (box > 10))
     if wrong.any():
         found.notes.append(
@@ -285,12 +306,11 @@ def _scored_ids(found: Findings, annotations: Sequence[Annotation], *, coco: boo
 
 def _numbers(rows: Sequence[Any], length: int) -> NDArray[np.float64]:
     """Return (K, length) float64; a row that is not that many numbers becomes NaN. No text."""
-    try:
-        array = np.array(rows)
-        if array.shape == (len(rows), length) and array.dtype.kind in "biuf":
-            return array.astype(np.float64)
-    except ValueError:  # rows of unlike lengths
-        pass
+    alike = set(map(type, rows)) <= {list, tuple} and set(map(len, rows)) <= {length}
+    if alike and set(map(type, chain.from_iterable(rows))) <= {int, float}:
+        with contextlib.suppress(OverflowError):  # an integer that no float can hold
+            flat = np.fromiter(chain.from_iterable(rows), np.float64, length * len(rows))
+            return flat.reshape(-1, length)
     array = np.full((len(rows), length), np.nan)
     for i, row in enumerate(rows):
         if isinstance(row, list | tuple) and len(row) == length and are_numbers(row):

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..coco import own_json_file, read_records, reads_json_file, source_of_set
 from ..digits import ensure_digits
+from ..json_file import read_instances
 from ..needs import Needs
 from .classes import (
     check_classes,
@@ -21,14 +22,12 @@ from .classes import (
     check_stuff_classes,
 )
 from .coco_file import Findings, inspect_coco
-from .json_file import read_instances
+from .json_sets import COCO_KINDS, load_json_set
 from .records import inspect_for_mapper, inspect_records
 from .scoring import check_test_keys
 
 ZERO_AREA_POLICIES = ("error", "drop")
 MASK_FORMATS = ("polygon", "bitmask")
-# Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.
-_COCO_KINDS = ("coco", "coco_panoptic_seg")
 _LVIS_READER = "detectron2.data.datasets.lvis"
 
 
@@ -190,26 +189,23 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
     module = getattr(DatasetCatalog[name], "__module__", "") or ""
     content = None
     found: Findings | None = None
-    if json_file and (read or scored):
-        if not PathManager.isfile(json_file):
-            raise FileNotFoundError(f"{where}: {json_file} does not exist. {_advice(name)}")
-        content = read_instances(where, json_file, training=training)
-        # Detectron2 admits these files' double ids as well.
-        found = inspect_coco(
-            content,
-            needs,
-            unique_annotations="minival" not in json_file,
-            coco=kind in _COCO_KINDS,
-            read=read,
-        )
-        _refuse_problems(where, json_file, found)
-    if read and content is not None:
+    if json_file and (read or scored) and not PathManager.isfile(json_file):
+        raise FileNotFoundError(f"{where}: {json_file} does not exist. {_advice(name)}")
+    if read:
+        json_set = load_json_set(where, name, needs, annotated=training)
+        _refuse_problems(where, json_file, json_set.findings)
+        ids, names = zip(*json_set.categories, strict=True)
         if module == _LVIS_READER:
-            return _Inspected(found, _lvis_classes(where, name, json_file, content), json_file)
-        names = [str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])]
-        if kind in _COCO_KINDS:
-            _check_metadata(where, name, json_file, names)
-        return _Inspected(found, names, json_file)
+            names = _lvis_classes(where, name, json_file, ids)
+        elif kind in COCO_KINDS:
+            _check_metadata(where, name, json_file, list(names))
+        return _Inspected(json_set.findings, names, json_file)
+    if json_file and scored:
+        content = read_instances(where, json_file, annotated=training)
+        unique = "minival" not in json_file
+        coco = kind in COCO_KINDS
+        found = inspect_coco(content, needs, unique_annotations=unique, coco=coco, read=False)
+        _refuse_problems(where, json_file, found)
     if module.startswith("detectron2.data.datasets."):
         _check_folder(where, name)
         # That of Cityscapes takes minutes; the classes are known.
@@ -219,7 +215,7 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
     classes = () if kind == "sem_seg" else meta.get("thing_classes", ())
     if not isinstance(records, Sequence):
         return _Inspected(found, classes, json_file)
-    coco = kind in _COCO_KINDS and scored
+    coco = kind in COCO_KINDS and scored
     inspected = inspect_records(
         records, len(classes) or needs.num_classes, scored=coco, converted=coco and not json_file
     )
@@ -229,27 +225,27 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
             f"{where} has no thing_classes, which COCO's evaluation needs: "
             f"MetadataCatalog.get({name!r}).set(thing_classes=[...])."
         )
-    if content is not None and found is not None and kind in _COCO_KINDS:
+    if content is not None and found is not None and kind in COCO_KINDS:
         _check_ground_truth(where, name, json_file, content, records)
         inspected = found
     return _Inspected(inspected, classes, json_file or "its records")
 
 
-def _lvis_classes(where: str, name: str, json_file: str, content: dict[str, Any]) -> Sequence[str]:
+def _lvis_classes(where: str, name: str, json_file: str, ids: Sequence[Any]) -> tuple[str, ...]:
     """Classes of Detectron2's LVIS reader: those of its version, of which a file may have some."""
     try:
         meta = get_lvis_instances_meta(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}: expected a name with 'v1' or 'v0.5'.") from None
-    classes: list[str] = meta["thing_classes"]
+    classes = meta["thing_classes"]
     known = meta.get("thing_dataset_id_to_contiguous_id", range(1, len(classes) + 1))
-    unknown = [c["id"] for c in content["categories"] if c["id"] not in known]
+    unknown = [number for number in ids if number not in known]
     if unknown:
         raise ValueError(
             f'{where}: {json_file}: "categories" have the ids {unknown[:5]}, which are none of '
             f"the {len(classes)} classes of this version of LVIS."
         )
-    return classes
+    return tuple(classes)
 
 
 def _check_folder(where: str, name: str) -> None:

@@ -328,3 +328,14 @@ def test_inspect_coco_sizes_with_a_point_and_masks():
     assert inspected(data).unscorable == []
     (sentence,) = inspected(data, Needs(masks=True)).unscorable
     assert "32.0" in sentence
+
+
+def test_inspect_coco_fractions_of_the_image():
+    """As other formats have them: they would be learned as specks in a corner."""
+    data = content()
+    for annotation in data["annotations"]:
+        annotation.update(bbox=[0.25, 0.5, 0.5, 0.25], area=0.125)
+    (sentence,) = inspected(data).untrainable
+    assert '"bbox"' in sentence and "fractions" in sentence and "0.25" in sentence
+    data["annotations"][0]["bbox"] = [0.25, 0.5, 5, 5]
+    assert inspected(data).untrainable == []
