@@ -18,8 +18,9 @@ from .distillers import (
     resolved_config,
 )
 from .loaded_teacher import LoadedTeacher
-from .meta_arch import DistilledDetector, unwrap
+from .meta_arch import DistilledDetector
 from .norms import CellBatchNorm
+from .plain_names import unwrap
 from .taps import Call, Tap, tappable_levels
 from .teacher import FrozenTeacher
 from .teacher_config import TeacherSource, teacher_config, teacher_name, teacher_source

@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from .meta_arch import unwrap
+from .plain_names import unwrap
 
 
 def num_classes(model: nn.Module) -> int | None:

@@ -1,10 +1,12 @@
 """Initialising parts of the student from the teacher: ``MODEL.DISTILL.INIT_FROM_TEACHER``."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -77,3 +79,14 @@ def copy_inherited(
     for name in names:
         state[name].copy_(tensors[name])
     logger.info("%s: copied %d tensors of the teacher: %s", KEY, len(names), ", ".join(names))
+
+
+def inherit_in_training(model: Any, *_args: Any) -> None:
+    """As ``inherit``, for a hook of any trainer that takes a model's weights before the first step.
+
+    An average of the weights would begin with those that are replaced. Trainers enter an
+    ``EventStorage`` after the start weights are loaded, and before these hooks run.
+    """
+    if model._inherits and model.training:
+        with contextlib.suppress(AssertionError):  # no storage: nothing is trained yet
+            model.inherit(get_event_storage().iter)

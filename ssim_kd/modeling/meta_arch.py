@@ -1,25 +1,24 @@
 """The meta-architecture: a stock student, a frozen teacher, and what is learned between them."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import student_config
 from ..logs import share_log
 from .distillers import DistillBatch, Distiller, bind_distillers, build_distillers
 from .distillers.balance import measure_gradients
-from .inherit import check_inherited, copy_inherited, inherited_keys
+from .features import check_features, feature_sums
+from .inherit import check_inherited, copy_inherited, inherit_in_training, inherited_keys
 from .loaded_teacher import LoadedTeacher
-from .plain_names import keep_plain_names, plainly
-from .taps import Tap, level_maps
+from .plain_names import LikeStudent, keep_plain_names
+from .taps import Tap
 from .teacher import FrozenTeacher
 from .teacher_files import TeacherNotFoundError
 
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class DistilledDetector(nn.Module):
+class DistilledDetector(LikeStudent):
     """A detector that learns from its data and from a frozen teacher.
 
     In training, its losses are the student's own and "loss_distill". In evaluation it is the
@@ -107,7 +106,7 @@ class DistilledDetector(nn.Module):
             self._bind(teacher, distillers)
         self.distillers = nn.ModuleDict({d.name: d for d in distillers})
         keep_plain_names(self)
-        self.register_state_dict_pre_hook(_inherit_in_training)
+        self.register_state_dict_pre_hook(inherit_in_training)
 
     def _bind(self, teacher: FrozenTeacher, distillers: Sequence[Distiller]) -> None:
         mean = getattr(self.student, "pixel_mean", None)
@@ -125,7 +124,7 @@ class DistilledDetector(nn.Module):
             bind_distillers(distillers, self.student, teacher)
         if self._inherits:
             check_inherited(self.student, teacher.model, self._inherits)
-        balances = [d.balance for d in distillers if d.balance is not None]
+        balances: list[Any] = [d.balance for d in distillers if d.balance is not None]
         taps = [n for part in (*distillers, *balances) for n in part.student_taps]
         self._student_tap = Tap(self.student, taps)
         self._teacher_use: dict[str, Any] = {
@@ -178,12 +177,8 @@ class DistilledDetector(nn.Module):
                 # To evaluate the student it is not needed.
                 return {**found, "missing_teacher": error}
         inherits = list(cfg.MODEL.DISTILL.INIT_FROM_TEACHER)
-        return {
-            **found,
-            "teacher": teacher,
-            "distillers": distillers,
-            "init_from_teacher": inherits,
-        }
+        found |= {"teacher": teacher, "distillers": distillers}
+        return {**found, "init_from_teacher": inherits}
 
     @property
     def device(self) -> torch.device:
@@ -216,7 +211,7 @@ class DistilledDetector(nn.Module):
                 losses = dict(self.student(inputs))
             finally:
                 # Also where the student stops half-way, which it does at features like these.
-                self.health = _health(teacher=theirs, student=ours)
+                self.health = feature_sums(teacher=theirs, student=ours)
         batch = DistillBatch.from_inputs(
             batched_inputs,
             images=[x["image"] for x in inputs],
@@ -228,20 +223,8 @@ class DistilledDetector(nn.Module):
         )
         if "loss_distill" in losses:
             raise ValueError("The student has a loss of the name 'loss_distill' of its own.")
-        self._check_taps(ours)
+        check_features(self.student, list(self.distillers.values()), ours)
         return {**losses, "loss_distill": self._distill(losses, ours, theirs, batch)}
-
-    def _check_taps(self, ours: Mapping[str, Any]) -> None:
-        distillers: Any = self.distillers.values()
-        missing = {
-            name for d in distillers for name in d.student_taps if not len(ours.get(name, ()))
-        }
-        if missing:
-            raise ValueError(
-                f"The forward of the student {type(self.student).__name__} gives no output of "
-                f"{sorted(missing)}: it does not call these modules, or calls .forward() of them, "
-                "which skips hooks. Expected module(x), as self.backbone(images.tensor)."
-            )
 
     def _distill(
         self,
@@ -308,69 +291,8 @@ class DistilledDetector(nn.Module):
         distillers: Any = self.distillers.values()
         return [g for d in distillers for g in d.param_groups(base_lr)]
 
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Each module, by its name in the plain student, or below "distillers."."""
-        _inherit_in_training(self)
-        return plainly(super().named_modules(memo, prefix, remove_duplicate), prefix)
-
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "DistilledDetector":
         super()._apply(fn, *args, **kwargs)
         if self.loaded_teacher is not None:
             self.loaded_teacher.to(self.device)
         return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            student = self.__dict__.get("_modules", {}).get("student")
-            if student is None:
-                raise
-            return getattr(student, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # As proxies do: type() gives DistilledDetector, and isinstance() is true for both.
-        student = self.__dict__.get("_modules", {}).get("student")
-        return DistilledDetector if student is None else type(student)
-
-    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
-        # As it is, pickle takes no object whose __class__ is not its type.
-        _inherit_in_training(self)
-        return _blank, (type(self),), self.__dict__
-
-
-def _inherit_in_training(model: DistilledDetector, *_args: Any) -> None:
-    """As ``inherit``, for hooks that take the weights before the first step of any trainer.
-
-    An average of the weights would begin with those that are replaced. Trainers enter an
-    ``EventStorage`` after the start weights are loaded, and before these hooks run.
-    """
-    if model._inherits and model.training:
-        with contextlib.suppress(AssertionError):  # no storage: nothing is trained yet
-            model.inherit(get_event_storage().iter)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """A detector without what wraps it: ``DistributedDataParallel``, ``torch.compile``."""
-    while True:
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model
-
-
-def _blank(cls: Any) -> Any:
-    return cls.__new__(cls)
-
-
-def _health(**outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        f"{whose} features {level}": maps.detach().sum(dtype=torch.float32)
-        for whose, found in outputs.items()
-        for level, maps in level_maps(found).items()
-    }

@@ -6,10 +6,7 @@ What stock Detectron2 needs beside ssim_kd's ``student.yaml`` to run such a stud
     add_timm_config(cfg)                 # before cfg.merge_from_file("student.yaml")
 """
 
-import difflib
 import logging
-import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +17,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..checkpoint import local_file
 from ..config import add_timm_config
+from .timm_models import check_options, checked_overlay, import_timm, levels_of
 
 __all__ = [
     "TimmBackbone",
@@ -64,16 +61,16 @@ class TimmBackbone(Backbone):
             options: further arguments of ``timm.create_model``.
 
         Raises:
-            ImportError: timm is not installed.
-            ValueError: a value out of its range, levels that the model lacks, weights that do not
-                fit, or a model that does not take images of any size.
+            ImportError: as :func:`import_timm`.
+            ValueError: a value out of its range, options that load files, levels that the model
+                lacks, weights that do not fit, or a model that does not take images of any size.
         """
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"MODEL.TIMM.NORM is {norm!r}; expected one of {NORMS}.")
         timm = import_timm("MODEL.BACKBONE.NAME")
-        arguments = {"in_chans": in_channels, **(options or {})}
-        levels = _levels(timm, name, arguments)
+        arguments = {"in_chans": in_channels, **check_options(options, key="MODEL.TIMM.OPTS")}
+        levels = levels_of(timm, name, arguments)
         wanted = {*out_features, *([f"res{freeze_at}"] if freeze_at else [])}
         if not out_features or not wanted <= set(levels):
             raise ValueError(
@@ -176,92 +173,6 @@ def _reached(model: nn.Module, maps: list[torch.Tensor]) -> set[nn.Parameter]:
     total = torch.stack([m.sum() for m in maps]).sum()
     grads = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
     return {p for p, grad in zip(parameters, grads, strict=True) if grad is not None}
-
-
-def import_timm(key: str) -> Any:
-    """The package timm.
-
-    Args:
-        key: of the config that asks for it, for the message.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            f"{key} asks for a model of timm, which is not installed: pip install 'ssim_kd[timm]'."
-        ) from error
-    return timm
-
-
-def _levels(timm: Any, name: str, arguments: dict[str, Any]) -> dict[str, int]:
-    """The index in timm of each level of a model, which is built to be asked."""
-    try:
-        model = timm.create_model(name, features_only=True, **arguments)
-    except Exception as error:
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        raise ValueError(
-            f"MODEL.TIMM.NAME is {name!r}, of which timm {timm.__version__} makes no pyramid of "
-            f"features with {arguments}: {type(error).__name__}: {error}. Near it are {near}; "
-            "timm.list_models() has all."
-        ) from error
-    strides = model.feature_info.reduction()
-    if len(set(strides)) < len(strides) or any(s < 1 or s & (s - 1) for s in strides):
-        raise ValueError(
-            f"MODEL.TIMM.NAME is {name!r}, whose maps have the strides {strides}; expected a "
-            "pyramid, each stride another power of 2."
-        )
-    indices = model.feature_info.out_indices
-    return {f"res{int(math.log2(s))}": i for s, i in zip(strides, indices, strict=True)}
-
-
-def checked_overlay(
-    timm: Any,
-    name: str,
-    pretrained: str,
-    arguments: dict[str, Any],
-    *,
-    key: str = "MODEL.TIMM.PRETRAINED",
-) -> dict[str, Any]:
-    """What timm is asked to load: its ``pretrained_cfg_overlay``.
-
-    Args:
-        timm: the package.
-        name, arguments: of ``timm.create_model``.
-        pretrained: "timm", or a file of the whole model, its classifier aside.
-        key: of the config that names it, for the message.
-
-    Raises:
-        ValueError: a file that is not there, not readable, or of another model.
-    """
-    if pretrained == "timm":
-        return {}
-    path = local_file(pretrained, key=key)
-    model = timm.create_model(name, **arguments)
-    try:
-        tensors = timm.models.load_state_dict(path)
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        tensors = convert(tensors, model) if convert else tensors
-    except Exception as error:
-        raise ValueError(
-            f"{key} is {pretrained!r}, which timm cannot read as weights of "
-            f"{name} ({type(error).__name__}: {error})."
-        ) from error
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    heads = tuple(f"{head}." for head in heads)
-    expected = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(heads)}
-    given = {k: v.shape for k, v in tensors.items() if not k.startswith(heads)}
-    unfit = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
-    if unfit:
-        raise ValueError(
-            f"{key} is {pretrained!r}, which does not fit {name}: {len(unfit)} of "
-            f"{len(expected)} tensors are missing, unexpected or of another shape (e.g. "
-            f"{unfit[:3]}). Expected weights of this very model."
-        )
-    return {"file": path}
 
 
 @BACKBONE_REGISTRY.register()

@@ -255,6 +255,29 @@ def test_subclass_with_a_mapper_is_resumed_exactly(world: World, tmp_path) -> No
     assert "build_train_loader" not in log(whole)
 
 
+class Compiled(DistillTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        # The wrapper is what is tested; compiling takes a minute.
+        return torch.compile(super().build_model(cfg), disable=True)
+
+
+def test_a_compiled_model_is_trained_and_resumed_as_it_is(world: World, tmp_path) -> None:
+    """Its checkpoint is the plain one: the student's names, the method's optimizer, the teacher."""
+    options = ("DATASETS.TEST", "()", "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 1)
+    options += ("MODEL.DISTILL.NAME", "ICDDistiller", "MODEL.DISTILL.IN_FEATURES", "['p5', 'p6']")
+    options += ("MODEL.DISTILL.ICD.DIM", 16, "MODEL.DISTILL.ICD.HEADS", 2, "SOLVER.MAX_ITER", 2)
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    world.main(plain, *options)
+    world.main(compiled, *options, trainer=Compiled)
+    assert_same(checkpoint(plain), checkpoint(compiled))
+    for name in ("model_final.pth", "model_0000001.pth"):
+        (compiled / name).unlink(missing_ok=True)
+    world.main(compiled, "--resume", *options, trainer=Compiled)
+    assert_same(checkpoint(plain), checkpoint(compiled))
+    assert len(checkpoint(compiled)["trainer"]["optimizer"]["optimizers"]) == 2
+
+
 def test_resume_or_load_random_frozen_weights(world: World, tmp_path) -> None:
     options = ("MODEL.BACKBONE.FREEZE_AT", 1, "DATASETS.TEST", "()", "SOLVER.STEPS", "()")
     for number in (1, 2):

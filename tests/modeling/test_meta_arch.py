@@ -12,6 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from torch.utils.checkpoint import checkpoint
 
 from ssim_kd.config import student_config
 from tests.helpers import (
@@ -190,3 +191,36 @@ def test_loss_distill_may_not_hide_a_loss_of_the_students(cfg, monkeypatch) -> N
     )
     with pytest.raises(ValueError, match="loss_distill"):
         train_losses(model)
+
+
+def checkpointed(backbone, levels: tuple[str, ...], *, reentrant: bool) -> None:
+    """Recompute what a backbone does in the backward pass."""
+    inner = backbone.forward
+
+    def forward(images):
+        images = images.requires_grad_() if reentrant else images
+        maps = checkpoint(lambda x: tuple(inner(x).values()), images, use_reentrant=reentrant)
+        return dict(zip(levels, maps, strict=True))
+
+    backbone.forward = forward
+
+
+@pytest.mark.parametrize("level", ["res3", "p3"])
+def test_features_hidden_by_checkpointing_are_an_error(level, weights_of) -> None:
+    levels = ("MODEL.DISTILL.IN_FEATURES", [level])
+    cfg = distilled_config("faster", "faster", weights_of("faster"), *levels)
+    found = []
+    for reentrant in (None, False, True):
+        model = build(cfg)
+        backbone = model.student.backbone
+        if reentrant is not None:
+            checkpointed(backbone, tuple(backbone.output_shape()), reentrant=reentrant)
+        if reentrant and level == "res3":
+            with pytest.raises(ValueError, match=r"\['res3'\].*ssim.*use_reentrant"):
+                train_losses(model)
+            with torch.no_grad():  # as precise batch norms do
+                train_losses(model)
+            return
+        train_losses(model)["loss_distill"].backward()
+        found.append(gradients(model.student)["backbone.bottom_up.res3.0.conv1.weight"])
+    assert all(torch.equal(found[0], gradient) for gradient in found)

@@ -265,3 +265,37 @@ def test_pixels_unlike_those_of_the_weights_are_a_warning(given, warned, tmp_pat
     with caplog.at_level(logging.WARNING):
         build_model(cfg)
     assert ("INPUT.FORMAT" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    "option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"]
+)
+def test_options_that_load_weights_are_refused(option) -> None:
+    with pytest.raises(ValueError, match=rf"MODEL\.TIMM\.OPTS has \['{option}'\]"):
+        TimmBackbone(LIGHT, options={option: "weights.pth"})
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pretrained_file_runs_no_code(tmp_path) -> None:
+    torch.save({"state_dict": {"x": Payload(tmp_path / "ran")}}, tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PRETRAINED"):
+        TimmBackbone(LIGHT, pretrained=str(tmp_path / "timm.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_timm_that_unpickles_files_is_refused(monkeypatch) -> None:
+    def load_state_dict(path, use_ema=True, device="cpu", weights_only=False):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(timm.models, "load_state_dict", load_state_dict)
+    with pytest.raises(ImportError, match=r"BACKBONE\.NAME.*1\.0\.26"):
+        TimmBackbone(LIGHT)

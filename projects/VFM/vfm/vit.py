@@ -9,8 +9,8 @@ from torch import nn
 
 from ssim_kd.checkpoint import local_file
 from ssim_kd.modeling import FrozenTeacher
-from ssim_kd.modeling.external_teacher import ModuleTeacher
-from ssim_kd.modeling.timm_backbone import checked_overlay, import_timm
+from ssim_kd.modeling.module_teacher import ModuleTeacher
+from ssim_kd.modeling.timm_models import check_options, checked_overlay, import_timm
 
 #: The name of the map.
 TOKENS = "tokens"
@@ -59,7 +59,8 @@ def vit_teacher(
         ValueError: a model that is no ViT for images of any size, or no such file.
     """
     timm = import_timm("MODEL.DISTILL.NAME VFMDistiller")
-    arguments = {"num_classes": 0, "dynamic_img_size": True, **(options or {})}
+    arguments = {"num_classes": 0, "dynamic_img_size": True}
+    arguments |= check_options(options, key="MODEL.DISTILL.VFM.OPTS")
     if weights != "timm":
         local_file(weights, key="MODEL.DISTILL.VFM.WEIGHTS")
 
