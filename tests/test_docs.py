@@ -42,10 +42,10 @@ def test_config_keys_that_are_named_exist(page: Path) -> None:
     for key in set(re.findall(pattern, page.read_text(encoding="utf-8"))):
         node = cfg
         for part in key.split("."):
-            node = node.get(part) if hasattr(node, "get") else None
-            if node is None:
+            if part not in node:
                 unknown.append(key)
                 break
+            node = node[part]
     # The example of projects/README.md.
     assert set(unknown) <= {"MODEL.DISTILL.MYKD", "MODEL.DISTILL.MYKD.POWER"}
 

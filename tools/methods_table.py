@@ -31,6 +31,7 @@ from ssim_kd.config import student_config  # noqa: E402
 from ssim_kd.engine import load_config  # noqa: E402
 from ssim_kd.metrics_file import METRICS_FILE, Series, read_metrics  # noqa: E402
 from ssim_kd.modeling import FrozenTeacher, build_distillers  # noqa: E402
+from ssim_kd.modeling.distillers import bind_distillers  # noqa: E402
 from ssim_kd.projects import add_project_configs, project_names  # noqa: E402
 
 PROJECTS = ROOT / "projects"
@@ -91,8 +92,7 @@ def parameters(config: Path) -> int:
     student = _detector(cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE, student_config(cfg))
     with torch.device("meta"):
         distillers = build_distillers(cfg)
-        for distiller in distillers:
-            distiller.bind(student, FrozenTeacher(student))
+        bind_distillers(distillers, student, FrozenTeacher(student))
     found = [p for distiller in distillers for p in distiller.parameters() if p.requires_grad]
     return sum(p.numel() for p in found)
 

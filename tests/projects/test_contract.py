@@ -6,10 +6,21 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers, resolved_config
+from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, build_distillers, resolved_config
 from ssim_kd.modeling.distillers import bind_distillers
-from tests.helpers import build, distilled_config, full_config, train_losses
+from tests.helpers import (
+    bfloat16_without_onednn,
+    build,
+    distilled_config,
+    full_config,
+    train_losses,
+)
+from tests.level_maps import batch_of, bind
+
+full_config()  # registers the methods of all projects
 
 #: Arguments out of their range: method, argument, value, key.
 OPTIONS: list[tuple[str, str, Any, str]] = [
@@ -128,6 +139,14 @@ def test_a_name_by_itself_trains(name, kind, weight, weights_of) -> None:
     assert python.own == distiller.own
     losses = train_losses(model)
     losses["loss_distill"].backward()
+    own = dict(model.distillers.named_parameters())
+    assert all(p.grad is not None for p in own.values())
+    dense = name in ("CrossKDDistiller", "DenseHeadDistiller", "DKDDistiller", "RCNNHeadDistiller")
+    heads = [n for n, p in model.student.named_parameters() if p.grad is not None]
+    assert dense or all(n.startswith("backbone.") for n in heads)
+    assert all(p.grad is None for p in model.teacher.model.parameters())
+    assert not any("distillers" in n for n in model.student.state_dict())
+    assert {f"distillers.{n}" for n in own} <= set(model.state_dict())
     # Maps of random detectors are large; SSIM's weight would give MGD 1e9.
     assert 0 < losses["loss_distill"] < 1e6
     # What is written into config.yaml means the same, and leaves nothing open.
@@ -155,3 +174,151 @@ def test_names_of_older_configs(name, loss, expected) -> None:
     cfg.MODEL.DISTILL.NAME, cfg.MODEL.DISTILL.LOSS = name, loss
     (found,) = build_distillers(cfg)
     assert type(found).__name__ == expected
+
+
+STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64}
+#: The methods that compare maps, with options that make them small.
+METHODS: dict[str, dict[str, Any]] = {
+    "SSIM": {},
+    "L1": {},
+    "L2": {},
+    "PKD": {},
+    "CWD": {},
+    "MGD": {},
+    "FGD": {},
+    "FBKD": {"inner_channels": [2, 2, 2, 2]},
+    "DRKD": {"nodes": [2, 2, 2, 2]},
+    "ICD": {"num_classes": 3, "dim": 8, "heads": 2, "hidden_dim": 8, "detach_iters": 0},
+    "ReviewKD": {"channels": 8},
+}
+#: Of which equal maps of equal width cost nothing, without a module being trained for it.
+AT_REST = ("SSIM", "L1", "L2", "PKD", "CWD", "FGD")
+#: Whose loss of a batch is the mean of its halves', so that two processes are one.
+MEANS = ("SSIM", "L1", "L2", "CWD", "FGD")
+#: Of which a padded map is the cropped one. The others convolve, or mirror, beyond the image.
+CROPPED = ("L1", "L2", "PKD", "CWD", "FGD", "DRKD", "ICD")
+NEED_BOXES = ("FGD", "DRKD", "ICD")
+# An image with a box, one without area and one of a single pixel; one without any.
+BOXES = [[[3.0, 4.0, 50.0, 40.0], [9.0, 9.0, 9.0, 30.0], [60.0, 60.0, 61.0, 61.0]], []]
+
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def make(name: str, student: int = 6, teacher: int = 8) -> nn.Module:
+    """A bound distiller of two widths."""
+    method = DISTILLER_REGISTRY.get(f"{name}Distiller")
+    return bind(method(levels=list(STRIDES), **METHODS[name]), student, teacher, STRIDES)
+
+
+def pyramid(channels: int, size: tuple[int, int], n: int = 2) -> dict[str, torch.Tensor]:
+    """Maps for images of this size in pixels, with gradients."""
+    sizes = {level: tuple(-(-x // stride) for x in size) for level, stride in STRIDES.items()}
+    return {k: torch.randn(n, channels, *hw, requires_grad=True) for k, hw in sizes.items()}
+
+
+def frozen(maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {level: value.detach().clone() for level, value in maps.items()}
+
+
+class TestMethodsOfMaps:
+    """As they are, on maps that are padded, tiny, few, half as precise, or without boxes."""
+
+    @each_method
+    @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("size", "boxes"),
+        [((128, 160), BOXES), ((64, 64), [[]]), ((64, 64), BOXES[:1]), ((64, 64), [[], []])],
+        ids=["padded", "one-image-without-boxes", "one-image", "no-boxes"],
+    )
+    def test_gradients_are_finite_and_only_where_they_belong(self, name, half, size, boxes) -> None:
+        """The smaller images have maps of 1 x 1 cells."""
+        distiller, n = make(name), len(boxes)
+        student, teacher = pyramid(6, size, n), frozen(pyramid(8, size, n))
+        batch = batch_of(boxes, size)
+        if size == (128, 160):
+            batch.image_sizes[1] = (100, 90)
+        with bfloat16_without_onednn(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            total, scalars = distiller(student, teacher, batch)
+        total.backward()
+        assert total.dtype == torch.float32 and torch.isfinite(total) and total > 0
+        assert scalars and not any(value.requires_grad for value in scalars.values())
+        weighted = sum(value * distiller.scalar_weights[key] for key, value in scalars.items())
+        torch.testing.assert_close(weighted, total.detach())
+        asks = name == "ICD" and not boxes[0]  # what it compares is in boxes
+        assert student["p3"].grad.any() != asks
+        assert all(torch.isfinite(value.grad).all() for value in student.values())
+        for own, p in distiller.named_parameters():
+            assert p.grad is not None and torch.isfinite(p.grad).all(), own
+
+    @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("MGD", "ReviewKD")])
+    def test_half_precision_is_taken_to_single(self, name) -> None:
+        distiller = make(name, 8)
+        student, teacher = frozen(pyramid(8, (64, 96))), frozen(pyramid(8, (64, 96)))
+        halves = [{k: v.bfloat16() for k, v in maps.items()} for maps in (student, teacher)]
+        batch = batch_of(BOXES, (64, 96))
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = distiller(*halves, batch)
+        expected, _ = distiller(*({k: v.float() for k, v in x.items()} for x in halves), batch)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("name", AT_REST)
+    def test_equal_maps_cost_nothing(self, name) -> None:
+        distiller, student = make(name, 8), pyramid(8, (64, 96))
+        total, _ = distiller(student, frozen(student), batch_of(BOXES, (64, 96)))
+        total.backward()
+        assert float(total.detach()) == pytest.approx(0, abs=1e-6)
+        if name != "L1":  # which has no gradient at 0, but is the least there
+            assert max(float(v.grad.abs().max()) for v in student.values()) < 1e-5
+
+    @pytest.mark.parametrize("name", MEANS)
+    def test_two_processes_are_one(self, name) -> None:
+        distiller, size = make(name), (64, 96)
+        student, teacher = pyramid(6, size), frozen(pyramid(8, size))
+        whole = batch_of(BOXES, size)
+        whole.image_sizes[1] = (40, 60)
+        halves = []
+        for i in (0, 1):
+            batch = batch_of(BOXES[i : i + 1], size)
+            batch.image_sizes = whole.image_sizes[i : i + 1]
+            maps = ({k: v[i : i + 1] for k, v in side.items()} for side in (student, teacher))
+            halves.append(distiller(*maps, batch)[0])
+        torch.testing.assert_close(sum(halves) / 2, distiller(student, teacher, whole)[0])
+
+    @pytest.mark.parametrize("name", CROPPED)
+    def test_masked_is_cropped(self, name) -> None:
+        distiller, boxes = make(name), [BOXES[0][:1]] * 2
+        student, teacher = frozen(pyramid(6, (128, 192))), frozen(pyramid(8, (128, 192)))
+        found, _ = distiller(student, teacher, batch_of(boxes, (64, 128)))
+        cropped = (
+            {k: v[..., : -(-64 // STRIDES[k]), : -(-128 // STRIDES[k])] for k, v in maps.items()}
+            for maps in (student, teacher)
+        )
+        expected, _ = distiller(*cropped, batch_of(boxes, (64, 128)))
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("name", NEED_BOXES)
+    def test_training_images_without_ground_truth(self, name) -> None:
+        maps = (frozen(pyramid(width, (64, 64), 1)) for width in (6, 8))
+        with pytest.raises(ValueError, match=f"{name}Distiller needs the ground truth") as caught:
+            make(name)(*maps, DistillBatch([(64, 64)]))
+        assert "'instances'" in str(caught.value)
+
+    @each_method
+    def test_a_resumed_training_has_its_modules(self, name) -> None:
+        distiller, other = make(name), make(name)
+        other.load_state_dict({k: v + 1 for k, v in distiller.state_dict().items()})
+        other.load_state_dict(distiller.state_dict())
+        ours, theirs = distiller.state_dict(), other.state_dict()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+        # Nothing of a batch stays behind: a second step is that of the resumed one.
+        size = (64, 96)
+        for step in range(2):
+            batch = batch_of(BOXES, size, iteration=step)
+            torch.manual_seed(step)
+            maps = frozen(pyramid(6, size)), frozen(pyramid(8, size))
+            found = distiller(*maps, batch)[0]
+        other.load_state_dict(distiller.state_dict())
+        batch = batch_of(BOXES, size, iteration=1)
+        other.eval(), distiller.eval()
+        assert torch.equal(other(*maps, batch)[0], distiller(*maps, batch)[0]), found

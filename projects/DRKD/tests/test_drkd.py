@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ssim_kd.losses import roi_crops
-from ssim_kd.modeling import DistillBatch
 from ssim_kd.projects.drkd import DRKDDistiller
 from ssim_kd.projects.drkd.modules import BoxRelation, GraphReasoning
 from tests.level_maps import batch_of, bind, maps_of, mask_of
@@ -202,33 +201,6 @@ def test_equal_maps_cost_nothing_and_have_a_finite_gradient() -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_weights_of_the_parts_and_boxes_on_the_first_levels_alone() -> None:
-    weights = {"pixel": 1.0, "relation": 2.0, "instance": 3.0}
-    distiller = DRKDDistiller(
-        part_weights=weights, nodes=[2, 2], box_levels=1, level_weights=(1.0, 0.5)
-    )
-    bind(distiller, STUDENT, TEACHER, {"p3": 8, "p4": 16})
-    student, teacher = (
-        {"p3": x, "p4": torch.randn(2, x.shape[1], 2, 3)} for x in (pair()[0], pair()[1])
-    )
-    total, parts = distiller(student, teacher, BATCH)
-    assert list(parts) == ["p3_pixel", "p3_relation", "p3_instance", "p4_pixel"]
-    expected = parts["p3_pixel"] + 2 * parts["p3_relation"] + 3 * parts["p3_instance"]
-    torch.testing.assert_close(total.detach(), expected + 0.5 * parts["p4_pixel"])
-    total.backward()
-    assert all(p.grad is not None for p in distiller.parameters())
-
-
-def test_masked_is_cropped_for_the_cells() -> None:
-    distiller = make()
-    student, teacher = pair()
-    mask = MASK.clone()
-    mask[:] = MASK[-1]
-    found = distiller.level_loss(maps_of(student, teacher, mask), BATCH)["pixel"]
-    cropped = maps_of(student[..., :3, :4], teacher[..., :3, :4])
-    torch.testing.assert_close(found, distiller.level_loss(cropped, BATCH)["pixel"])
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_reference_scales_the_norms(padded) -> None:
     mask = MASK.clone() if padded else None
@@ -264,23 +236,4 @@ def test_two_halves_of_a_batch_by_a_reference_are_the_whole_of_the_boxes_alone()
     assert 0.8 < float((pixel / whole["pixel"]).detach()) < 0.98
 
 
-def test_a_single_cell_and_images_without_boxes() -> None:
-    distiller = make()
-    student = torch.randn(1, STUDENT, 1, 1, requires_grad=True)
-    maps = maps_of(student, torch.randn(1, TEACHER, 1, 1))
-    for boxes in ([[]], [[[3.0, 3.0, 3.0, 9.0]]]):
-        parts = distiller.level_loss(maps, batch_of(boxes, (8, 8)))
-        assert parts["pixel"] > 0 and parts["relation"] == 0 and parts["instance"] == 0
-        distiller.zero_grad()
-        sum(parts.values()).backward()
-        for name, p in distiller.named_parameters():
-            assert p.grad is not None and torch.isfinite(p.grad).all(), name
-        assert torch.isfinite(student.grad).all()
-
-
 # Faults
-
-
-def test_training_images_without_ground_truth() -> None:
-    with pytest.raises(ValueError, match="DRKDDistiller needs the ground truth"):
-        make().level_loss(maps_of(*pair()), DistillBatch([(32, 40)] * 2))

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from ssim_kd.modeling import DistillBatch
 from ssim_kd.projects.fgd import FGDDistiller, GlobalContext
 from tests.level_maps import batch_of, bind, maps_of, mask_of
 
@@ -115,27 +114,6 @@ def test_foreground_by_hand() -> None:
     assert float(found["bg"]) == pytest.approx((4 / 2 + 6 / 4) * 3 / 2)
 
 
-def test_weights_of_the_parts() -> None:
-    weights = {"fg": 1.0, "bg": 2.0, "attention": 3.0, "global": 4.0}
-    distiller = bind(FGDDistiller(part_weights=weights, level_weights=(0.5,)), 4)
-    student, teacher = pair()
-    total, scalars = distiller({"p3": student}, {"p3": teacher}, BATCH)
-    parts = distiller.level_loss(maps_of(student, teacher), BATCH)
-    torch.testing.assert_close(total, sum(0.5 * weights[k] * v for k, v in parts.items()))
-    assert scalars == {f"p3_{k}": v.detach() for k, v in parts.items()}
-    assert distiller.scalar_weights["p3_attention"] == 1.5
-
-
-def test_equal_maps_cost_nothing() -> None:
-    student, _ = pair()
-    student.requires_grad_()
-    distiller = bind(FGDDistiller(), 4)  # the context blocks begin as the identity
-    total, _ = distiller({"p3": student}, {"p3": student.detach().clone()}, BATCH)
-    total.backward()
-    assert total.item() == pytest.approx(0, abs=1e-12)
-    assert float(student.grad.abs().max()) < 1e-6
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_reference_scales_the_sums(padded) -> None:
     mask = MASK.clone() if padded else None
@@ -149,40 +127,3 @@ def test_reference_scales_the_sums(padded) -> None:
     for part, factor in (("fg", 3), ("bg", 3), ("global", 3 * cells)):
         torch.testing.assert_close(after[part], factor * before[part])
     assert 3 * before["attention"] < after["attention"] < cells * before["attention"]
-
-
-def test_masked_is_cropped() -> None:
-    distiller = make()
-    student, teacher = pair()
-    mask = MASK.clone()
-    mask[:] = MASK[-1]
-    cropped = maps_of(student[..., :3, :4], teacher[..., :3, :4])
-    student = student.masked_fill(~mask[:, None], math.inf)
-    found = distiller.level_loss(maps_of(student, teacher, mask), BATCH)
-    expected = distiller.level_loss(cropped, BATCH)
-    for part in ("fg", "bg", "attention"):
-        torch.testing.assert_close(found[part], expected[part])
-    student = student.masked_fill(~mask[:, None], 1e3)
-    found = distiller.level_loss(maps_of(student, teacher, mask), BATCH)
-    torch.testing.assert_close(found["global"], expected["global"])
-
-
-def test_two_halves_of_a_batch_are_the_whole() -> None:
-    distiller = make()
-    student, teacher = pair()
-    whole = distiller.level_loss(maps_of(student, teacher, MASK), BATCH)
-    halves = [
-        distiller.level_loss(
-            maps_of(*(x[i : i + 1] for x in (student, teacher, MASK))),
-            batch_of(BOXES[i : i + 1], (32, 40)),
-        )
-        for i in (0, 1)
-    ]
-    for part, value in whole.items():
-        torch.testing.assert_close(sum(half[part] for half in halves) / 2, value)
-
-
-def test_training_images_without_ground_truth() -> None:
-    with pytest.raises(ValueError, match="FGDDistiller") as caught:
-        make().level_loss(maps_of(*pair()), DistillBatch([(32, 40)] * 2))
-    assert "'instances'" in str(caught.value)

@@ -309,16 +309,6 @@ def test_value_is_0_the_least_where_the_student_is_the_teacher() -> None:
     assert parts["value"] > 0.1
 
 
-def test_masked_is_cropped() -> None:
-    distiller = bound(detach_iters=0)
-    student, teacher = pyramid(3), pyramid(5)
-    boxes, sizes = [BOXES[0][:1]] * 2, [(16, 32)] * 2
-    found = distiller(student, teacher, batch_of(boxes, sizes))[1]
-    cropped = [{"p3": x["p3"][..., :2, :4], "p4": x["p4"][..., :1, :2]} for x in (student, teacher)]
-    expected = distiller(*cropped, batch_of(boxes, sizes))[1]
-    torch.testing.assert_close(found, expected)
-
-
 def test_two_halves_of_a_batch_are_the_whole_in_what_reaches_the_student() -> None:
     distiller = bound(detach_iters=0)
     student, teacher = pyramid(3), pyramid(5)
@@ -379,21 +369,6 @@ def test_the_student_does_not_learn_before_detach_iters() -> None:
         distiller(student, pyramid(5), batch_of(iteration=iteration))[0].backward()
         assert distiller.student_value.weight.grad.any()
         assert all((v.grad is not None and bool(v.grad.any())) == learns for v in student.values())
-
-
-@pytest.mark.parametrize("boxes", [[[], []], [[[9.0, 9.0, 9.0, 30.0]], []]], ids=["none", "flat"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-def test_without_any_box_every_parameter_has_a_finite_gradient(boxes, autocast) -> None:
-    distiller = bound(detach_iters=0)
-    student = pyramid(3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        total, parts = distiller(student, pyramid(5), batch_of(boxes))
-    total.backward()
-    assert total.dtype == torch.float32
-    assert parts["value"] == 0 and parts["sides"] == 0 and parts["real"] > 0
-    for name, p in distiller.named_parameters():
-        assert p.grad is not None and torch.isfinite(p.grad).all(), name
-    assert not any(v.grad.any() for v in student.values())
 
 
 # In a training
@@ -459,12 +434,6 @@ def test_icd_trains_student_and_own_modules_alone(kind, autocast) -> None:
 
 
 # Faults
-
-
-def test_training_images_without_ground_truth() -> None:
-    with pytest.raises(ValueError, match="ICDDistiller") as caught:
-        bound()(pyramid(3), pyramid(5), DistillBatch(SIZES))
-    assert "'instances'" in str(caught.value)
 
 
 def test_levels_of_unlike_channels() -> None:
