@@ -84,7 +84,8 @@ def test_the_keys_are_found() -> None:
 def test_every_key_is_read(key: str) -> None:
     node, name = key.split(".")[-2:]
     found = {f"{node}.{name}", f"{node}.*"} & READ
-    assert found, f"nothing in ssim_kd/ or projects/ reads {key}"
+    named = any(f'"{key}"' in file.read_text(encoding="utf-8") for file in SOURCES)
+    assert found or named, f"nothing in ssim_kd/ or projects/ reads {key}"
 
 
 def test_the_reader_of_attributes() -> None:
