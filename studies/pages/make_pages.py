@@ -7,12 +7,14 @@
 
 Downloads the Debian packages of packages.yaml, renders their HTML in headless Chromium at several
 widths and styles, and cuts it into tiles of SIZE x SIZE pixels that show a whole screen. The boxes
-are those of the page's own elements. Writes train/, val/ and test/ with images/ and annotations.json
-(COCO), data.yaml (for --data), samples.png and sha256.txt: the same for the same versions of
-packages, fonts and Chromium.
+are those of the page's own elements. Writes train/, val/ and test/, each with images/ and
+annotations.json (COCO), data.yaml (for --data), samples_*.png and sha256.txt. That is of the tiles'
+names and boxes, the same for the same versions of packages, fonts and Chromium. Chromium draws a
+few pixels of one tile in twenty otherwise each time: a line at the seam of two of its own tiles.
 """
 
 import argparse
+import base64
 import hashlib
 import io
 import json
@@ -28,6 +30,7 @@ from PIL import Image, ImageDraw
 from selenium import webdriver
 
 HERE = Path(__file__).resolve().parent
+RECORDED = HERE / "sha256.txt"
 CLASSES = ("heading", "paragraph", "list", "table", "code", "figure", "navigation")
 #: Of a tile in pixels, each side; and widths of the window in CSS pixels, which a tile shows whole.
 SIZE, WIDTHS = 160, (560, 720, 880)
@@ -39,6 +42,8 @@ STYLES = (
 )
 #: At most, of a package; and of a page.
 PAGES, TILES = 60, 4
+#: Of a page: smaller ones are stubs, larger ones whole books.
+BYTES = (4_000, 2_000_000)
 #: A box is cut at the border of its tile; one of which less is left is ignored (iscrowd).
 LEAST_SHARE, LEAST_SIDE = 0.3, 3
 
@@ -59,15 +64,18 @@ def main() -> None:
             text = json.dumps(coco)
             (folder / "annotations.json").write_text(text)
             total.update(text.encode())
-            for image in coco["images"]:
-                with Image.open(folder / "images" / image["file_name"]) as picture:
-                    total.update(picture.tobytes())
             print(split, f"{len(coco['images'])} tiles", counts(coco), flush=True)
             sheet(folder, coco).save(args.output / f"samples_{split}.png")
     finally:
         driver.quit()
-    (args.output / "sha256.txt").write_text(f"{total.hexdigest()}  {driver_version(driver)}\n")
-    (args.output / "data.yaml").write_text(yaml.safe_dump(data_file(args.output)))
+    found = f"{total.hexdigest()}  chromium {driver.capabilities['browserVersion']}\n"
+    (args.output / "sha256.txt").write_text(found)
+    data = {
+        split: {"json": f"{split}/annotations.json", "images": f"{split}/images"}
+        for split in ("train", "val", "test")
+    }
+    (args.output / "data.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    print(found, "as recorded" if found == RECORDED.read_text() else f"other than {RECORDED}")
 
 
 def browser() -> webdriver.Chrome:
@@ -75,17 +83,11 @@ def browser() -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     flags = "headless=new no-sandbox hide-scrollbars disable-gpu disable-lcd-text"
-    flags += " force-color-profile=srgb font-render-hinting=none blink-settings=scriptEnabled=true"
+    flags += " force-color-profile=srgb font-render-hinting=none"
     for flag in [*flags.split(), "host-resolver-rules=MAP * ~NOTFOUND"]:
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-    driver.set_page_load_timeout(20)
     return driver
-
-
-def driver_version(driver: webdriver.Chrome) -> str:
-    """Of the browser, which decides the pixels."""
-    return f"chromium {driver.capabilities['browserVersion']}"
 
 
 def unpacked(package: str, cache: Path) -> Path:
@@ -131,8 +133,11 @@ def make_split(
 
 def pages(folder: Path) -> list[Path]:
     """HTML files of a package: a draw that its name decides, for there are thousands."""
-    found = sorted(path for path in folder.rglob("*.html") if path.is_file())
-    found = [path for path in found if path.stat().st_size > 4000]
+    found = sorted(
+        path
+        for path in folder.rglob("*.html")
+        if not path.is_symlink() and BYTES[0] < path.stat().st_size < BYTES[1]
+    )
     random.Random(folder.name).shuffle(found)
     return found[:PAGES]
 
@@ -147,17 +152,13 @@ def tiles(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": width, "deviceScaleFactor": 1, "mobile": False},
     )
-    try:
-        driver.get(page.as_uri())
-        driver.execute_script(
-            "const s = document.createElement('style'); s.textContent = arguments[0];"
-            "document.head.append(s)",
-            style,
-        )
-        layout = driver.execute_script((HERE / "boxes.js").read_text(), width)
-    except Exception as error:  # a page that does not load has no tiles
-        print(page.name, type(error).__name__, file=sys.stderr)
-        return
+    driver.get(page.as_uri())
+    driver.execute_script(
+        "const s = document.createElement('style'); s.textContent = arguments[0];"
+        "document.head.append(s)",
+        style,
+    )
+    layout = driver.execute_script((HERE / "boxes.js").read_text(), width)
     # A tile begins at the top of an element, so that its first lines are whole.
     tops = sorted({max(0, round(box[2]) - 8) for box in layout["boxes"]})
     bottom, made = -1, 0
@@ -173,7 +174,7 @@ def tiles(
         shot = driver.execute_cdp_cmd(
             "Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True}
         )
-        picture = Image.open(io.BytesIO(_decoded(shot["data"]))).convert("RGB")
+        picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
         yield picture.resize((SIZE, SIZE)) if picture.size != (SIZE, SIZE) else picture, inside
 
 
@@ -184,9 +185,9 @@ def cut(
     scale = SIZE / width
     left, upper = max(0.0, x) * scale, max(0.0, y - top) * scale
     right, lower = min(x + w, width) * scale, min(y + h - top, width) * scale
-    if right - left <= 0 or lower - upper <= 0:
-        return None
     box = [round(v, 2) for v in (left, upper, right - left, lower - upper)]
+    if min(box[2:]) <= 0:
+        return None
     share = box[2] * box[3] / max(w * h * scale**2, 1e-6)
     crowd = share < LEAST_SHARE or min(box[2:]) < LEAST_SIDE
     return {
@@ -195,12 +196,6 @@ def cut(
         "area": round(box[2] * box[3], 2),
         "iscrowd": int(crowd),
     }
-
-
-def _decoded(text: str) -> bytes:
-    import base64
-
-    return base64.b64decode(text)
 
 
 def counts(coco: dict[str, Any]) -> dict[str, int]:
@@ -226,17 +221,6 @@ def sheet(folder: Path, coco: dict[str, Any], side: int = 6, zoom: int = 2) -> I
                 box = (x + left, y + top, x + left + w, y + top + h)
                 draw.rectangle(box, outline=colours[found["category_id"] - 1], width=2)
     return picture
-
-
-def data_file(output: Path) -> dict[str, Any]:
-    """What ``--data`` reads."""
-    return {
-        split: {
-            "images": str((output / split / "images").resolve()),
-            "annotations": str((output / split / "annotations.json").resolve()),
-        }
-        for split in ("train", "val", "test")
-    }
 
 
 if __name__ == "__main__":
