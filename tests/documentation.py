@@ -85,12 +85,12 @@ def user_config(source: Path) -> str:
 def user_folder(folder: Path) -> World:
     """Fill a folder with what the pages take as given: small configs and data set.
 
-    ``data.yaml`` is README's, ``parts/data.yaml`` that of docs/own_data.md.
+    ``data.yaml`` and ``parts/data.yaml`` are those of docs/own_data.md.
     """
     make_data(folder)
     make_data(folder / "parts")
-    for page, file in (("README.md", "data.yaml"), ("docs/own_data.md", "parts/data.yaml")):
-        (text,) = (x for x in fences(ROOT / page, "yaml") if "train: {json:" in x)
+    (text,) = (x for x in fences(ROOT / "docs/own_data.md", "yaml") if "train: {json:" in x)
+    for file in ("data.yaml", "parts/data.yaml"):
         (folder / file).write_text(text)
     world = World(folder)
     student, teacher = user_config(world.config), user_config(world.teacher_config)

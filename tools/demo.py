@@ -221,8 +221,9 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         )
     gain = summary["distilled"]["AP"] - summary["student"]["AP"]
     meaning = (
-        f"Distillation changed the student's AP by {gain:+.1f}. One seed, and a student that is "
-        "stopped while it\nstill improves: this shows faster learning, not a better end. "
+        f"Distillation changed the student's AP by {gain:+.1f}, in one run. Other seeds and "
+        "machines gave the plain\nstudent 28 to 47 AP and the distilled one 49 to 57. The student "
+        "is stopped while it still improves:\nthis shows faster learning, not a better end. "
         "docs/results.md has the study with seeds."
     )
     return "\n".join([*lines, "", meaning])

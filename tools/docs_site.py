@@ -31,6 +31,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "studies/README.md": "studies.md",
     "projects/README.md": "methods/index.md",
+    "projects/PROVENANCE.md": "methods/provenance.md",
     **{f"projects/{p.name}/README.md": f"methods/{p.name}.md" for p in PROJECTS},
     "ssim_kd/config.py": "configuration.md",
 }

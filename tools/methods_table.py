@@ -48,7 +48,7 @@ MEASURED, END_MEASURED = "<!-- measured: tools/methods_table.py -->", "<!-- end 
 DENSE = "_retinanet"
 COLUMNS = (
     *("method", "paper", "levels or heads", "needs", "parameters", "step / l2"),
-    *(AP, "its loss", "tests"),
+    *(AP, "its loss"),
 )
 
 
@@ -166,7 +166,6 @@ def rows() -> Iterator[dict[str, str]]:
             "step / l2": f"{cost[name]:.2f}" if name in cost else "-",
             AP: _ap(ap.get(name, {}), ap.get("none", {})),
             "its loss": _fall(curves.get(name)),
-            "tests": f"[tests]({folder.name}/tests)",
         }
 
 
