@@ -22,6 +22,8 @@ from torch import nn
 #: Where the parts of detectors are defined.
 _PACKAGES = ("detectron2.modeling.", "detectron2.layers.", "ssim_kd.modeling.", "torch.nn.")
 _PLAIN_CLASSES = (ShapeSpec, Matcher)
+#: Where a LazyConfig has the channel order of the images.
+IMAGE_FORMAT = "dataloader.train.mapper.image_format"
 _METHODS = ("make_stage", "make_default_stages")
 
 
@@ -96,7 +98,7 @@ _Loader.add_constructor(f"{_PYTHON}object/apply:functools.partial", _Loader.part
 
 
 def read_saved_model(path: str) -> DictConfig:
-    """A saved LazyConfig with its node ``model``; its other nodes are not read.
+    """A saved LazyConfig with its node ``model``; of others only its images' format is read.
 
     Raises:
         ValueError: it names the class of something else than a part of a detector.
@@ -106,12 +108,22 @@ def read_saved_model(path: str) -> DictConfig:
         loader = _Loader(file)
         try:
             root = loader.get_single_node()
+            image_format = _scalar(root, *IMAGE_FORMAT.split("."))
             pairs = root.value if isinstance(root, yaml.MappingNode) else []
             root.value = [pair for pair in pairs if pair[0].value == "model"]
             found = loader.construct_document(root)
         finally:
             loader.dispose()
-    return OmegaConf.create(found, flags={"allow_objects": True})
+    config = OmegaConf.create(found, flags={"allow_objects": True})
+    OmegaConf.update(config, IMAGE_FORMAT, image_format)
+    return config
+
+
+def _scalar(node: Any, *keys: str) -> str | None:
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for name, value in pairs if name.value == key), None)
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else None
 
 
 def check_parts(node: DictConfig, known: Sequence[Any] = ()) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, may_run, merge_file
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
-from .saved_lazy import check_parts, read_saved_model, targets_of
+from .saved_lazy import IMAGE_FORMAT, check_parts, read_saved_model, targets_of
 from .teacher_files import KEY, RUN_CONFIG, TeacherNotFoundError, find_teacher, is_file
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,9 @@ def _lazy_source(
     node = _student_of(config)
     if not (by_code and is_lazy(path)):
         check_parts(node, known)
-    return TeacherSource(name, weights, partial(_build_lazy, node))
+    # What it was trained on; its model may not say so.
+    image_format = OmegaConf.select(config, IMAGE_FORMAT, throw_on_resolution_failure=False)
+    return TeacherSource(name, weights, partial(_build_lazy, node), image_format or "")
 
 
 def _student_of(config: DictConfig) -> DictConfig:

@@ -175,11 +175,12 @@ class TestSavedLazyConfigs:
         config = OmegaConf.create({"model": model_zoo.get_config(RETINANET).model})
         config.model.backbone.bottom_up.stem.out_channels = 8
         config.model.num_classes = 3
-        config.train = {"output_dir": "output"}
+        config.dataloader = {"train": {"mapper": {"image_format": "RGB"}}}
         detector = instantiate(config.model)
         LazyConfig.save(config, str(tmp_path / "config.yaml"))
         torch.save({"model": detector.state_dict()}, tmp_path / "model_final.pth")
         teacher = FrozenTeacher.load_from(str(tmp_path), fold_bn=False)
+        assert teacher.input_format == "RGB"
         found = teacher.load(["p3"]).backbone.state_dict()
         assert all(torch.equal(found[k], v) for k, v in detector.backbone.state_dict().items())
 
