@@ -54,7 +54,7 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> Metrics:
-    """Read the metrics of a training. Where it was resumed, each iteration counts once.
+    """Read the metrics of a training. If it was resumed, each iteration counts once.
 
     Args:
         folder: of the training, its OUTPUT_DIR.
@@ -82,7 +82,7 @@ def _merge(rows: Sequence[Mapping[str, float]]) -> dict[str, Series]:
 
     Of values that come twice the later one counts, and what an earlier part of the run wrote of
     later iterations is out of date. The rows themselves are in no order: Detectron2 writes those of
-    several iterations at a time, such as an evaluation behind the losses of later steps. A new part
+    several iterations at a time, such as an evaluation after the losses of later steps. A new part
     begins where a metric of this part goes back.
     """
     series: dict[str, Series] = {}

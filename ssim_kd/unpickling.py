@@ -169,7 +169,7 @@ def read_pickle(path: str) -> Any:
 
     Raises:
         pickle.UnpicklingError: it asks for anything else.
-        Exception: it is no pickle, or a damaged one.
+        Exception: it is not a pickle, or a damaged one.
     """
     with open(path, "rb") as file:
         return _finished(_Unpickler(file, encoding="latin1").load(), {})

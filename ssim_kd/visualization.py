@@ -1,4 +1,4 @@
-"""Pictures: detections beside the ground truth, and SSIM loss maps by level.
+"""Pictures: detections next to the ground truth, and SSIM loss maps by level.
 
 Shapes: N images, C channels, H x W cells; pictures are (height, width, 3) uint8 RGB.
 """

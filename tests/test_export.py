@@ -167,7 +167,7 @@ def test_agreement_pairs_by_class_and_place() -> None:
 
 
 def digits_config(tmp_path: Path) -> Path:
-    """The config of a training on a few digits, with random weights beside it."""
+    """The config of a training on a few digits, with random weights next to it."""
     cfg = full_config()
     cfg.merge_from_file("configs/Digits-Detection/plain_faster_rcnn_R_50_w4_demo.yaml")
     cfg.DATASETS.DIGITS.ROOT = str(tmp_path / "digits")

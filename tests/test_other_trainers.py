@@ -108,7 +108,7 @@ def test_default_trainer_trains_resumes_and_leaves_a_stock_student(world, tmp_pa
     logged = set().union(*lines)
     assert {"loss_distill", "distill/ssim_p2", "distill/ssim_p2_weighted"} <= logged
 
-    # The checkpoint is a plain student, with the distillers beside it.
+    # The checkpoint is a plain student, with the distillers next to it.
     saved = torch.load(tmp_path / "model_final.pth", weights_only=False)
     stock = build_model(stock_student(cfg))
     result = stock.load_state_dict(saved["model"], strict=False)

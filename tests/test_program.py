@@ -99,7 +99,7 @@ def test_method_of_the_user(form: str, tmp_path: Path, monkeypatch: pytest.Monke
         (info / "entry_points.txt").write_text(f"[ssim_kd.methods]\nmine = {path.stem}\n")
         flags = []
     opts = ["MODEL.DISTILL.NAME", name, "MODEL.DISTILL.MINE.POWER", "3", "MODEL.DEVICE", "cpu"]
-    for _ in range(2):  # also where it was imported before
+    for _ in range(2):  # also if it was imported before
         cfg = load_config(argument_parser().parse_args([*flags, *opts]), add_project_configs)
     assert cfg.MODEL.DISTILL.MINE.POWER == 3.0
     assert [type(found).__name__ for found in build_distillers(cfg)] == [name]

@@ -208,7 +208,7 @@ def main() -> None:
                     report["times"].append(row)
                     medians = {k: round(v["median"], 2) for k, v in ms.items() if "median" in v}
                     print(level, f"N={n}", dtype, row["pass"], medians, flush=True)
-    # Large enough that the few megabytes of scratch of a chunk are small beside a map.
+    # Large enough that the few megabytes of scratch of a chunk are small next to a map.
     case = Case("pyramid" if on_gpu else "p3", 2, 256, "fp32", device)
     for name, loss in found.items():
         saved, peak = saved_maps(case, name, loss), peak_maps(case, name, loss)

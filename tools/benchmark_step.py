@@ -70,7 +70,7 @@ def config(name: str, args: argparse.Namespace, loss: str = "ssim") -> CfgNode:
 
 
 def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Some of the arms of a pair, on one student and, where one needs it, one teacher."""
+    """Some of the arms of a pair, on one student and, if one needs it, one teacher."""
     cfg = config(name, args)
     student = stand_in(student_config(cfg))
     built: dict[str, nn.Module] = {"student": student, "none": DistilledDetector(student=student)}
@@ -223,7 +223,7 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--amp", action="store_true", help="mixed precision")
     made.add_argument(
-        "--arms", nargs="+", default=[], help="methods of projects/, beside the losses"
+        "--arms", nargs="+", default=[], help="methods of projects/, next to the losses"
     )
     made.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     made.add_argument("--output", type=Path, default=ROOT / "output" / output)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Size and speed of a student: parameters, FLOPs, images a second; beside its teacher's.
+"""Size and speed of a student: parameters, FLOPs, images a second; next to its teacher's.
 
     python tools/benchmark_student.py --config-file output/distilled/config.yaml \\
         --exported output/export MODEL.WEIGHTS output/distilled/model_final.pth

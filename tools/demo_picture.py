@@ -1,4 +1,4 @@
-"""The demo's picture: detections of the three beside the truth, and SSIM loss maps by level."""
+"""The demo's picture: detections of the three next to the truth, and SSIM loss maps by level."""
 
 from pathlib import Path
 from typing import Any

@@ -125,7 +125,7 @@ def train(
 
 
 def start(job: Job, at_once: int, *, resume: bool, script: Path) -> subprocess.Popen | None:
-    """Start a training, or return None where it is finished."""
+    """Start a training, or return None if it is finished."""
     settings = fingerprint(job.cfg)
     marker = job.folder / "demo_settings.json"
     resume = resume and marker.is_file() and json.loads(marker.read_text()) == settings

@@ -88,7 +88,7 @@ class RolesAsCode(griffe.Extension):
         if obj.docstring:
             text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
             text = re.sub(r"::$", ":", text, flags=re.M)
-            # "a, b: text" of attributes: griffe takes what stands behind a space for a type.
+            # "a, b: text" of attributes: griffe takes what stands after a space for a type.
             obj.docstring.value = re.sub(
                 r"^ +\w+(, \w+)+:", lambda m: m[0].replace(", ", ",\u2009"), text, flags=re.M
             )

@@ -86,7 +86,7 @@ def config_of(name: str, folder: Path) -> Path:
 
 
 def parameters(config: Path) -> int:
-    """Number of trained parameters beside the student's, between two R-50 of 256 channels."""
+    """Number of trained parameters next to the student's, between two R-50 of 256 channels."""
     args = argparse.Namespace(config_file=str(config), opts=["MODEL.DEVICE", "meta"])
     cfg = load_config(args, add_project_configs)
     student = _detector(cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE, student_config(cfg))
@@ -302,7 +302,7 @@ def main() -> None:
         collect_losses(args.losses)
     write_between(README, BEGIN, f"{table()}\n\n{notes()}", END)
     for name, folder in folders().items():
-        # A method of one's own may have no such marks.
+        # A custom method may have no such marks.
         if MEASURED in (readme := folder / "README.md").read_text(encoding="utf-8"):
             write_between(readme, MEASURED, measured(name), END_MEASURED)
 

@@ -174,7 +174,7 @@ DETECTORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "vitdet": ("Faster R-CNN, ViTDet", vitdet),
     "rtdetr": ("RT-DETR", rtdetr),
 }
-# What a detector needs beside Detectron2 0.6.
+# What a detector needs in addition to Detectron2 0.6.
 NEEDS = {
     "mobilenet": "timm",
     "vitdet": "detectron2.modeling.backbone.vit",

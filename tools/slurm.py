@@ -62,7 +62,7 @@ class Training:
             self._process.terminate()
             self._wait()
             raise
-        # Where it was stopped for a requeue, the first task's process sends the job off.
+        # If it was stopped for a requeue, the first task's process sends the job off.
         requeued = status in STOPPED and submitit.JobEnvironment().global_rank > 0
         if status and not requeued:
             raise RuntimeError(f"{' '.join(command)} ended with status {status}")
@@ -102,7 +102,7 @@ def minutes(text: str) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; ``training`` is what is behind "--", as train_net.py reads it."""
+    """The command line; ``training`` is what is after "--", as train_net.py reads it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

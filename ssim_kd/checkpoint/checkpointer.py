@@ -41,7 +41,7 @@ class ResumeError(ValueError):
 class StudentCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, with atomic writes and a resume that skips damaged files.
 
-    - A file is written beside its place, synced and renamed; ``last_checkpoint`` follows it. A
+    - A file is written next to its place, synced and renamed; ``last_checkpoint`` follows it. A
       run that is killed while it saves keeps its earlier checkpoints.
     - A resume takes the newest checkpoint that is whole, and logs the ones that are not.
     - What a resume could not read is refused when it is saved.
@@ -239,7 +239,7 @@ class StudentCheckpointer(DetectionCheckpointer):
                     f"--resume: what {path} holds under {key!r} does not fit this config: {error}"
                 ) from error
 
-        # A checkpoint of an earlier version does not name its run: those beside it stay.
+        # A checkpoint of an earlier version does not name its run: those next to it stay.
         self.run = checkpoint.get("run", self.run)
         if self.keep and self.save_to_disk:
             periodic = [p for p in checkpoints_in(self.save_dir) if iteration_of(p) is not None]
@@ -256,7 +256,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             arrays = data["model"].get("blobs", data["model"])
             arrays = {k: v for k, v in arrays.items() if not k.endswith("_momentum")}
             data = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
-        # Detectron2 main takes what stands behind a "?" in MODEL.WEIGHTS for options.
+        # Detectron2 main takes what stands after a "?" in MODEL.WEIGHTS for options.
         url: Any = getattr(self, "_parsed_url_during_load", None)
         options = parse_qs(url.query) if url else {}
         if options.pop("matching_heuristics", None) == ["True"]:

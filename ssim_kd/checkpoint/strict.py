@@ -10,7 +10,7 @@ from .files import Weights
 
 logger = logging.getLogger(__name__)
 
-# Keys that a complete checkpoint may lack or have beside the model's: constants of the config,
+# Keys that a complete checkpoint may lack, or have in addition: constants of the config,
 # anchors of old checkpoints, counters that inference does not read.
 _TOLERATED = ("pixel_mean", "pixel_std", "anchor_generator.cell_anchors", "num_batches_tracked")
 # A message names at most so many keys.
@@ -23,7 +23,7 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
     Args:
         model: what the weights were trained for.
         weights: from :func:`read_weights`.
-        feature_path: prefix of the keys that must fit; "" for all. Beside it, keys may differ
+        feature_path: prefix of the keys that must fit; "" for all. Other keys may differ
             (the heads of a teacher), as long as the file does hold a detector.
 
     Returns:
@@ -52,7 +52,7 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
         raise ValueError(
             f"{weights.key} is {weights.path!r}, which does not fit {type(model).__name__} as its "
             f"config describes it: {_describe(problems, expected, given)}. Expected the weights of "
-            "this very architecture; check the config beside them."
+            "this very architecture; check the config next to them."
         )
     fitting = {k: v for k, v in given.items() if k in expected and k not in misshaped}
     if not any(not k.startswith(feature_path) for k in fitting) and feature_path:
@@ -65,7 +65,7 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
     beside = [k for k in (*missing, *unexpected, *misshaped) if not k.startswith(feature_path)]
     if beside:
         logger.warning(
-            "%s is %r, of which %d keys beside %s* are not as its config describes them (e.g. %s): "
+            "%s is %r, of which %d keys other than %s* are not as in its config (e.g. %s): "
             "other heads or classes. Its features alone are used.",
             weights.key,
             weights.path,

@@ -21,7 +21,7 @@ class Contrast:
         slots: those that both have.
         each: the difference in AP of each unit.
         spread: of the differences in AP of all slots.
-        p_holm: p of the AP, adjusted over the primary contrasts; None where it is not one.
+        p_holm: p of the AP, adjusted over the primary contrasts; None if it is not one.
     """
 
     arm: str

@@ -40,7 +40,7 @@ def measure(
         "measured", a record without what was asked for, and "machine".
     """
     series = read_metrics(folder).series
-    # Detectron2 has NaN where nothing is detected.
+    # Detectron2 has NaN if nothing is detected.
     metrics = {name: _or_zero(series[f"bbox/{name}"].values[-1]) for name in NAMES}
     metrics |= by_size(folder, Path(code), request["small_box"])
     own = {

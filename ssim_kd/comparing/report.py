@@ -11,12 +11,12 @@ from .study import Study
 
 
 def write_report(study: Study, records: Records, page: Path | None) -> None:
-    """Write the statistics into the records, and a page with plots beside it.
+    """Write the statistics into the records, and a page with plots next to it.
 
     Args:
         study: what was asked for.
         records: what came out.
-        page: a Markdown file; None takes ``NAME.md`` beside the records.
+        page: a Markdown file; None takes ``NAME.md`` next to the records.
     """
     if not records.runs:
         return

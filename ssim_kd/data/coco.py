@@ -86,7 +86,7 @@ def is_coco_instances(name: str) -> bool:
 
 
 def own_json_file(name: str) -> str:
-    """Return the ``json_file`` of a set's metadata; empty where it has none of its own.
+    """Return the ``json_file`` of a set's metadata; empty if it has none of its own.
 
     Detectron2's COCOEvaluator writes one for a set of records, and leaves its path behind: it is
     stale as soon as the records change, and gone with that run's folder.

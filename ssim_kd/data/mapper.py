@@ -34,7 +34,7 @@ class CheckedMapper:
     """Calls a mapper, and turns what goes wrong into an error that names data set and file.
 
     Use it for testing as well: ``CheckedMapper(DatasetMapper(cfg, False), cfg.DATASETS.TEST)``.
-    Around a mapper of one's own it assumes nothing of the record: neither that "file_name" is an
+    Around a custom mapper it assumes nothing of the record: neither that "file_name" is an
     image, nor that it is a file.
 
     Args:
@@ -90,7 +90,7 @@ def refuse_deep(file_name: str) -> None:
 
     Raises:
         UnreadableImageError: it has.
-        OSError: there is no such file, or it is no image.
+        OSError: there is no such file, or it is not an image.
     """
     with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
         if image.mode in DEEP_MODES:
@@ -146,14 +146,14 @@ def check_image_files(where: str, records: Sequence[Record]) -> None:
 
 
 def _own_fault(error: Exception) -> str | None:
-    """Return what is wrong with a file that a mapper of one's own reads, as far as it says so."""
+    """Return what is wrong with a file that a custom mapper reads, as far as it says so."""
     if isinstance(error, OSError | utils.SizeMismatchError):
         return f"it cannot be read: {error}"
     return None
 
 
 def _fault(file_name: str, error: Exception) -> str | None:
-    """Return what is wrong with an image file, or None where it is not to blame."""
+    """Return what is wrong with an image file, or None if it is not to blame."""
     if isinstance(error, utils.SizeMismatchError):
         return f"its size is not that of the annotations (EXIF rotation counts): {error}"
     try:

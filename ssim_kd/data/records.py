@@ -87,7 +87,7 @@ class Records(Sequence[Record]):
         )
 
     def with_objects(self) -> NDArray[np.bool_]:
-        """(K,) whether an image has an object that is no crowd."""
+        """(K,) whether an image has an object that is not a crowd."""
         owners = np.repeat(np.arange(len(self)), np.diff(self.objects))
         return np.bincount(owners[~self.crowds], minlength=len(self)) > 0
 

@@ -101,7 +101,7 @@ def index_stream(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> Callable[[int
 def aspect_groups(dicts: Sequence[dict[str, Any]]) -> NDArray[np.int64] | None:
     """Return (K,) int64: 0 for images wider than tall, else 1, as Detectron2 groups them.
 
-    None, with a warning, where the size of an image is not known before it is read.
+    None, with a warning, if the size of an image is not known before it is read.
     """
     records = (dicts[i] for i in range(len(dicts)))
     try:

@@ -17,7 +17,7 @@ def batches(loader: DataLoader) -> Generator[Any, None, None]:
     """Iterate over a loader; its workers survive SIGTERM and Ctrl-C, and are gone afterwards.
 
     torchrun, SLURM and shells send the signals to the workers as well; a training that lost one
-    cannot finish its step. Close the generator where it is left before its end.
+    cannot finish its step. Close the generator if it is left before its end.
     """
     with _signals_blocked():
         # Workers inherit the mask.

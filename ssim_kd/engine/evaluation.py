@@ -87,7 +87,7 @@ def set_up_evaluation(output_dir: str, args: Any, config: str, *, seed: int) -> 
 def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:
     """The evaluator of a data set, by the ``evaluator_type`` of its metadata.
 
-    COCO evaluation takes Detectron2's compiled implementation where there is one, and pycocotools
+    COCO evaluation takes Detectron2's compiled implementation if there is one, and pycocotools
     elsewhere.
 
     Args:
@@ -131,7 +131,7 @@ def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.M
 
     Args:
         cfg: the config of the training.
-        resume: take the last checkpoint of ``OUTPUT_DIR`` where there is one, not MODEL.WEIGHTS.
+        resume: take the last checkpoint of ``OUTPUT_DIR`` if there is one, not MODEL.WEIGHTS.
 
     Raises:
         ValueError: no weights, or weights that do not fit.
@@ -205,10 +205,10 @@ def _check_equal_classes(cfg: CfgNode, own: int | None) -> None:
 
 
 def box_ap(results: Mapping[str, Any]) -> float:
-    """The box AP of an evaluation, of the first data set where there are several; NaN for none.
+    """The box AP of an evaluation, of the first data set if there are several; NaN for none.
 
     Args:
-        results: by task, or by data set where there are several.
+        results: by task, or by data set if there are several.
     """
     first = results if "bbox" in results else next(iter(results.values()), {})
     boxes = first.get("bbox") if isinstance(first, Mapping) else None

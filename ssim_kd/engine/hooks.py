@@ -96,7 +96,7 @@ class RankStates(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """One value a process, by rank."""
-        # Not gathered where it is the user's code that saves.
+        # Not gathered if it is the user's code that saves.
         gathered = self._iteration == self.trainer.iter
         return {"loss_normalizer": self._normalizers} if gathered else {}
 
@@ -167,11 +167,11 @@ class BestCheckpoint(HookBase):
         """Compare the results of an evaluation, whose checkpoint was saved before it.
 
         Args:
-            results: by task, or by data set where there are several; empty but on the main process.
+            results: by task, or by data set if there are several; empty but on the main process.
         """
         ap = box_ap(results)
         saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
-        if ap > self._best.get("AP", -1.0) and saved:  # NaN is no best one
+        if ap > self._best.get("AP", -1.0) and saved:  # NaN is never the best
             self._best = {"AP": ap, "iteration": int(self.trainer.iter)}
             self.trainer.checkpointer.keep_best()
 
@@ -203,7 +203,7 @@ class BestCheckpoint(HookBase):
 class SavedEvaluation(hooks.EvalHook):
     """Detectron2's EvalHook; a checkpoint is saved before, so that SIGTERM may cut it anywhere.
 
-    A run that is resumed from a checkpoint behind which an evaluation was due begins with that.
+    If an evaluation was due at the checkpoint, the resumed run evaluates first.
     What is evaluated on every process is what is saved: the norms' statistics of the main one.
     """
 

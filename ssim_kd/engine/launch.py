@@ -32,7 +32,7 @@ from .signals import (
 
 logger = logging.getLogger("ssim_kd")
 
-# What torchrun sets beside RANK.
+# What torchrun sets in addition to RANK.
 _VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 #: How long a process waits for another.

@@ -333,13 +333,13 @@ def build_trackers(cfg: DictConfig) -> list[EventWriter]:
 
 
 def _value(cfg: DictConfig, key: str) -> Any:
-    """The value of a dotted key, plain; None where it is not set."""
+    """The value of a dotted key, plain; None if it is not set."""
     value = OmegaConf.select(cfg, key)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _target(node: Any) -> Any:
-    """What a node calls; None for a node that is no call."""
+    """What a node calls; None for a node that is not a call."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     return locate(target) if isinstance(target, str) else target
 

@@ -176,7 +176,7 @@ def check_start(settings: Settings, *, resume: bool) -> None:
 
     Args:
         settings: of a training.
-        resume: whether a checkpoint is taken instead where there is one.
+        resume: whether a checkpoint is taken instead if there is one.
 
     Raises:
         ValueError: it is missing, cannot be fetched or cannot be read.
@@ -241,7 +241,7 @@ def _check_expected_results(cfg: CfgNode) -> None:
 
 
 def check_scored(settings: Settings, needs: Needs, summaries: Sequence[Any]) -> None:
-    """Check that the teacher's AP, where one is expected, can be computed.
+    """Check that the teacher's AP, if one is expected, can be computed.
 
     Args:
         settings: of a training with a teacher.
@@ -319,7 +319,7 @@ def check_teacher(settings: Settings, results: Mapping[str, Any] | None) -> None
 
 
 def _without_options(path: str) -> str:
-    """Detectron2 main reads options behind a "?"; to 0.6 they are part of the name."""
+    """Detectron2 main reads options after a "?"; to 0.6 they are part of the name."""
     if not hasattr(detection_checkpoint, "parse_qs"):
         return path
     return urlparse(path)._replace(query="").geturl()

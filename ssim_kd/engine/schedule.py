@@ -214,7 +214,7 @@ def apply_schedule(
 
     Args:
         cfg: changed in place.
-        epochs: > 0; None: those of the config, where it has some.
+        epochs: > 0; None: those of the config, if it has some.
         batch: images a step, >= 1; None: as in the config.
         by_hand: keys of overrides, which stay as they are.
         count_images: called if there are epochs.

@@ -70,7 +70,7 @@ class Settings:
         """Read the settings from a config.
 
         Args:
-            get: returns the value of a key, None where it is not set.
+            get: returns the value of a key, None if it is not set.
             keys: by name of the setting.
             names: of further parts of the training, for messages.
             more: values of further settings.

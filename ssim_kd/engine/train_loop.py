@@ -1,4 +1,4 @@
-"""One training step (forward, backward, optimizer), and what is done where it is not finite."""
+"""One training step (forward, backward, optimizer), and what is done if it is not finite."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ class DistillStep(TrainerBase):
     """Detectron2's SimpleTrainer and AMPTrainer in one, on any device.
 
     - Mixed precision is float16 with a gradient scaler on a GPU and bfloat16 on a CPU.
-    - Values that are logged travel to the host behind the step, so that no step waits for them;
+    - Values that are logged travel to the host after the step, so that no step waits for them;
       what is not finite therefore stops a GPU run one step later, before anything is saved.
     - The iterator over the data is made at the first step, when the place to resume at is known.
 
@@ -158,7 +158,7 @@ class DistillStep(TrainerBase):
         if isinstance(self.model, DistributedDataParallel) and not self._gradients_checked:
             self._check_gradients(self.model)
         self._pending.append(self._report(losses, metrics, health, batch, data_time))
-        # Where nothing is gained by waiting, or something by not waiting, it is read at once.
+        # Read now on a CPU, if a step may be skipped, or if a writer is due; else a step late.
         at_once = (
             self.device.type == "cpu"
             or self.max_skipped > 0

@@ -89,7 +89,7 @@ class Training(TrainerBase):
                 order of images at a resume: a warning says so. One that ends is iterated again.
             optimizer: of the model's parameters.
             scheduler: of the optimizer's learning rate.
-            evaluate: returns results by task, or by data set where there are several.
+            evaluate: returns results by task, or by data set if there are several.
             evaluate_last: in addition, after the last step.
             statistics_loader: makes the loader of ``settings.precise_bn``.
             pictures: loads the images of ``settings.vis_period``.
@@ -320,7 +320,7 @@ class Training(TrainerBase):
         """Resume from the last checkpoint of the folder, or start from the weights.
 
         Args:
-            resume: where there is a checkpoint, restore all of the training's state from it.
+            resume: if there is a checkpoint, restore all of the training's state from it.
 
         Raises:
             ValueError: weights or a checkpoint that do not fit.

@@ -108,7 +108,7 @@ _STOP = "stop"
 class StepReport:
     """The scalars of one step, as the mean over the processes.
 
-    Made right behind the step; the copy to the host does not make the step wait. A value that is
+    Made right after the step; the copy to the host does not make the step wait. A value that is
     not finite on one process is so on all after the mean, and so is the wish to stop: what one
     process concludes from a report, all conclude.
 

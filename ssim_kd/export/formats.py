@@ -3,7 +3,7 @@
 The exported graph takes images (3, H, W), float32 in [0, 255], in the order of INPUT.FORMAT and
 resized as INPUT.MIN_SIZE_TEST has it. It normalises and pads them itself, and returns boxes (R, 4)
 in pixels of the image it was given, classes (R,), scores (R,), masks (R, 1, 28, 28) or keypoints
-(R, K, 3) where there are some, and the image's size (height, width).
+(R, K, 3) if there are some, and the image's size (height, width).
 """
 
 import importlib.util
@@ -72,7 +72,7 @@ def _is_rcnn(model: nn.Module) -> bool:
 
 
 def _detect(model: Any, images: ImageList) -> list[Instances]:
-    """What detectors do behind their preprocessing."""
+    """What detectors do after their preprocessing."""
     maps = model.backbone(images.tensor)
     if _is_rcnn(model):
         proposals, _ = model.proposal_generator(images, maps, None)

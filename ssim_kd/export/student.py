@@ -261,7 +261,7 @@ def report(found: dict[str, Any]) -> None:
             continue
         print(
             f"{name:12s} {row['matched']} of {row['expected']} detections match, {row['beside']} "
-            f"beside; boxes differ by {row['pixels']:.2g} pixels, scores by {row['score']:.2g}"
+            f"more; boxes differ by {row['pixels']:.2g} pixels, scores by {row['score']:.2g}"
         )
     for name, value in found.get("AP", {}).items():
         print(f"{name:12s} {value:.2f} AP")

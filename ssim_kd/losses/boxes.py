@@ -20,8 +20,7 @@ from ssim_kd.ops.options import compute_dtype
 def box_cells(boxes: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """The first and last cells of each box: from floor(x0 / stride) to ceil(x1 / stride).
 
-    Both ends are included, as in FGD's code: a box always reaches one cell beyond its last pixel,
-    unless that lies within a cell.
+    Both ends are inclusive, as in FGD's code: a box covers one cell more than its pixels do.
 
     Args:
         boxes: (R, 4), x0, y0, x1, y1 in pixels.

@@ -103,7 +103,7 @@ def build_rtdetr(name: str) -> ModuleTeacher:
 def load_rtdetr(name: str) -> ModuleTeacher:
     """An RT-DETR, RT-DETRv2 or D-FINE of ``transformers`` as a teacher.
 
-    The maps behind its hybrid encoder are p3, p4 and p5, of strides 8, 16 and 32 and, in the
+    The maps after its hybrid encoder are p3, p4 and p5, of strides 8, 16 and 32 and, in the
     released models, 256 channels. It takes RGB images. Its own image processor squashes an image to
     640 x 640 pixels; a teacher must see the pixels that its student sees, so that here an image
     keeps the student's size and is padded by black to multiples of 32. INPUT.MIN_SIZE_TRAIN around

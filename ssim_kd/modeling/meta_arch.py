@@ -210,7 +210,7 @@ class DistilledDetector(LikeStudent):
             try:
                 losses = dict(self.student(inputs))
             finally:
-                # Also where the student stops half-way, which it does at features like these.
+                # Set even if the student raises: Detectron2 stops at non-finite proposals.
                 self.health = feature_sums(teacher=theirs, student=ours)
         batch = DistillBatch.from_inputs(
             batched_inputs,
@@ -235,7 +235,7 @@ class DistilledDetector(LikeStudent):
     ) -> torch.Tensor:
         total: Any = 0.0
         self.metrics = {}
-        # Past the end, as an evaluation hook that trains on may be, the weight is the last one.
+        # Clamp: a hook may train past max_iter.
         where = min(batch.iteration / self.max_iter, 1.0 - 1e-9)
         distillers: Any = self.distillers
         found = {

@@ -1,4 +1,4 @@
-"""The names within a DistilledDetector: the plain student's, and the distillers' beside them.
+"""The names within a DistilledDetector: the plain student's, and the distillers' next to them.
 
 Then checkpoints are those of the student, and what is chosen by name (the learning rate of a ViT's
 layers, frozen parameters) is chosen as in the plain student.

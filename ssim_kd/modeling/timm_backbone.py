@@ -1,6 +1,6 @@
 """Backbones by timm: any of its ``features_only`` models, below an FPN of Detectron2.
 
-What stock Detectron2 needs beside ssim_kd's ``student.yaml`` to run such a student::
+What stock Detectron2 needs in addition to ssim_kd's ``student.yaml`` to run such a student::
 
     from ssim_kd.modeling.timm_backbone import add_timm_config
     add_timm_config(cfg)                 # before cfg.merge_from_file("student.yaml")

@@ -97,7 +97,7 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of ``weights`` (1 - S) / 2 over (N, C, H, W) maps, and its gradient for ``x``.
 
-    Steps are in place where that is possible, and h1, h2 and s4 stand for A1 / 2, A2 / 2 and S / 4.
+    Steps are in place if that is possible, and h1, h2 and s4 stand for A1 / 2, A2 / 2 and S / 4.
     """
 
     def mean(values: Tensor, adjoint: bool = False) -> Tensor:

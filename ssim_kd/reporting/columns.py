@@ -38,7 +38,7 @@ class Column:
         label: its name on the page.
         number: of its colour.
         ap: box AP on the first test set, 0 to 100, under the names of Detectron2.
-        detections: on the last test set; None where they are not available.
+        detections: on the last test set; None if they are not available.
     """
 
     run: Run
@@ -60,7 +60,7 @@ class Comparison:
 
     Attributes:
         columns: the runs that were asked for first; then control or start, and teacher.
-        test_set: that of the detections, the last of DATASETS.TEST; None where it is unknown.
+        test_set: that of the detections, the last of DATASETS.TEST; None if it is unknown.
         truth: its boxes.
         absent: sentences on what is not available, by section of the page.
     """
@@ -100,7 +100,7 @@ class Comparison:
 def compare(
     runs: Sequence[Run], *, teacher: Run | None = None, control: Run | None = None
 ) -> Comparison:
-    """Put runs beside each other, and beside teacher and control.
+    """Put runs next to each other, and next to teacher and control.
 
     Args:
         runs: at least one.

@@ -32,7 +32,7 @@ def find_teacher(run: Run) -> Run:
         if path.exists() and (folder / METRICS_FILE).is_file():
             return read_run(folder)
     shown = " with the weights ".join(filter(None, (name, weights)))
-    raise NotAvailableError(f"no metrics.json beside {shown}. {_NAMED.format(flag='--teacher')}")
+    raise NotAvailableError(f"no metrics.json next to {shown}. {_NAMED.format(flag='--teacher')}")
 
 
 def teacher_iteration(run: Run, teacher: Run) -> int | None:
@@ -90,7 +90,7 @@ def check_same_test_set(run: Run, other: Run, *, last: bool = False) -> None:
 
 
 def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
-    """The run that differs by distillation alone: of those on the page, or in a folder beside.
+    """The run that differs by distillation alone: of those on the page, or in a folder next to it.
 
     Raises:
         NotAvailableError: the training did not distil; there is no such run, or more than one.

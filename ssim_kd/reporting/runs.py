@@ -83,7 +83,7 @@ class Run:
     def evaluations(self) -> dict[tuple[str, str], dict[str, Series]]:
         """The metrics of the evaluations, by (data set, task) and name.
 
-        Detectron2 leaves the name of the set out where there is one alone.
+        Detectron2 leaves the name of the set out if there is one alone.
         """
         alone = self.test_sets[0] if len(self.test_sets) == 1 else ""
         found: dict[tuple[str, str], dict[str, Series]] = {}
@@ -108,7 +108,9 @@ def read_run(folder: Path) -> Run:
         ValueError: the folder is none of a training.
     """
     if not any((folder / name).is_file() for name in (METRICS_FILE, "config.yaml")):
-        state = "holds neither metrics.json nor config.yaml" if folder.is_dir() else "is no folder"
+        state = (
+            "holds neither metrics.json nor config.yaml" if folder.is_dir() else "is not a folder"
+        )
         raise ValueError(
             f"RUN is {str(folder)!r}, which {state}; expected the folder of a training, its "
             "OUTPUT_DIR. Name the folder that holds metrics.json."

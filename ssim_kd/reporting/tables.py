@@ -28,7 +28,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A difference with its sign, "0.0" where there is none to see; or a dash."""
+    """A difference with its sign, "0.0" if there is none to see; or a dash."""
     if value is None or value != value:
         return "–"
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")

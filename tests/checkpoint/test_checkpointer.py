@@ -22,7 +22,7 @@ from ssim_kd.engine.preflight import check_start, settings_of
 
 
 class Iteration:
-    """Something that has a state beside the model's."""
+    """Something that has a state next to the model's."""
 
     def __init__(self) -> None:
         self.value = 0

@@ -104,7 +104,7 @@ def test_intervals_in_the_text_are_those_of_the_statistics() -> None:
         text = (STUDIES.parent / page).read_text(encoding="utf-8")
         assert len(INTERVAL.findall(text)) == len(re.findall(BRACKETS, text)), page
         for found in INTERVAL.findall(text):
-            assert found in known, f"{page}: {found} is no difference of studies/results"
+            assert found in known, f"{page}: {found} is not a difference of studies/results"
             written += 1
     assert written >= 8
 

@@ -28,7 +28,7 @@ def test_register_coco_again_with_other_paths(cfg, tmp_path):
 
 
 def test_register_coco_again_with_other_classes(cfg, tmp_path):
-    """The second run of a notebook, behind a corrected file."""
+    """The second run of a notebook, after a corrected file."""
     for names in (["cat", "dog"], ["dog", "cat"]):
         data = content()
         for category, name in zip(data["categories"], names, strict=True):

@@ -127,7 +127,7 @@ def fails(error):
     ],
 )
 def test_checked_mapper_around_ones_own(error, raised):
-    """The file is no image, and in a zip: Pillow is not asked."""
+    """The file is not an image, and in a zip: Pillow is not asked."""
     checked = CheckedMapper(fails(error), ["my_set"])
     with pytest.raises(raised, match=r"'my_set': image all\.zip/5\.npy: ") as caught:
         checked({"file_name": "all.zip/5.npy"})

@@ -345,7 +345,7 @@ def test_train_loader_records_serialised(small):
 
 
 class Items:
-    """A data set of one's own: neither a list, nor of dictionaries."""
+    """A custom data set: neither a list, nor of dictionaries."""
 
     def __len__(self):
         return 23
@@ -438,9 +438,9 @@ def test_build_train_loader_first_image_of_16_bits(on_disk):
     [
         ({"bbox_mode": None}, '"bbox_mode" None'),
         ({"bbox": [1, 2, 3]}, '"bbox" of 3 numbers'),
-        ({"bbox": ["1", "2", "3", "4"]}, '"bbox" that is no list of finite numbers'),
-        ({"bbox": np.array([1, 2, 3, 4])}, '"bbox" that is no list of finite numbers'),
-        ({"bbox": [1, 2, float("nan"), 4]}, '"bbox" that is no list of finite numbers'),
+        ({"bbox": ["1", "2", "3", "4"]}, '"bbox" that is not a list of finite numbers'),
+        ({"bbox": np.array([1, 2, 3, 4])}, '"bbox" that is not a list of finite numbers'),
+        ({"bbox": [1, 2, float("nan"), 4]}, '"bbox" that is not a list of finite numbers'),
     ],
 )
 def test_build_train_loader_records_of_code(on_disk, change, expected):

@@ -1,4 +1,4 @@
-"""The config that a run was started with, beside that of now."""
+"""The config that a run was started with, next to that of now."""
 
 from __future__ import annotations
 

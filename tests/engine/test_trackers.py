@@ -75,7 +75,7 @@ def in_wandb(folder: Path) -> list[Any]:
 
 def records(data: bytes) -> Iterator[Any]:
     """LevelDB's log format: blocks of 32 KiB; each piece has checksum, length and type."""
-    place, parts = 7, b""  # behind the file's header
+    place, parts = 7, b""  # after the file's header
     while place + 7 <= len(data):
         left = 32768 - place % 32768
         if left < 7:

@@ -129,7 +129,7 @@ def command_line(
 def modules_in_a_process(
     modules: tuple[str, str, str], settings: dict[str, Any], rank: int
 ) -> None:
-    """Instead of a run: :func:`by_modules`, under DDP where there are ranks."""
+    """Instead of a run: :func:`by_modules`, under DDP if there are ranks."""
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     by_modules(*modules, **settings)

@@ -228,7 +228,7 @@ def test_main_run_lengths_under_polygon(data, world: World, tmp_path) -> None:
 
 
 def register_by_code(data: DataSet, classes: int, name: str) -> list[Any]:
-    """Register the set as a script of one's own does, and return the options to train with it."""
+    """Register the set as a custom script does, and return the options to train with it."""
 
     def records() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = load_coco_json(str(data.json), str(data.images))

@@ -100,7 +100,7 @@ def test_train_teacher_not_finite(inject, world: World, tmp_path: Path) -> None:
     ("fault", "skips"), [("the distillation", True), ("all of the student", False)]
 )
 def test_train_not_finite_on_one_of_two(fault, skips, world: World, tmp_path: Path) -> None:
-    """Both skip the same step; where the student itself has stopped half-way, both end."""
+    """Both skip the same step; if the student itself has stopped half-way, both end."""
     line = world.arguments(tmp_path, *OPTIONS, "SOLVER.MAX_SKIPPED_STEPS", 2)
     prepare = partial(
         inside.all_of,

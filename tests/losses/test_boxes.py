@@ -66,7 +66,7 @@ def test_foreground_weights_are_the_formula_by_loops(size, stride):
 
 def test_foreground_weights_by_hand():
     found = foreground_weights([BOXES[:2]], 4, 4, 8)
-    # The smaller box wins where both are.
+    # The smaller box wins if both are.
     sixth, fourth = 1 / 6, 1 / 4
     expected = [[sixth, sixth, 0, 0], [sixth, fourth, fourth, 0], [sixth, fourth, fourth, 0]]
     torch.testing.assert_close(found, torch.tensor([[*expected, [0, 0, 0, 0]]]))

@@ -1,4 +1,4 @@
-"""Configs of teachers with keys beside Detectron2's: of its main branch, of the user's code."""
+"""Teachers' configs with other keys than Detectron2's: of its main branch, of the user's code."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_unused_stages_are_not_trained() -> None:
 
 @pytest.mark.parametrize("name", [LIGHT, "regnety_002"])
 def test_frozen_norms_keep_their_activations(name) -> None:
-    # regnety's norms hold the activation behind them.
+    # regnety's norms hold the activation after them.
     torch.manual_seed(0)
     trained = TimmBackbone(name, norm="BN").eval()
     frozen = TimmBackbone(name, norm="FrozenBN").train()

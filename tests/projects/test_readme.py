@@ -78,7 +78,7 @@ def test_summary_without_a_key(monkeypatch) -> None:
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch) -> str:
-    """The package that the README describes, as a folder beside the others."""
+    """The package that the README describes, as a folder next to the others."""
     folder = tmp_path / "MyKD" / "mykd"
     folder.mkdir(parents=True)
     blocks = [textwrap.dedent(b) for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL)]

@@ -58,7 +58,7 @@ def write_set(folder: Path, truth: list[dict] = TRUTH, *, names: tuple = CLASSES
         pixels = np.full((100, 100, 3), 40 * (number % 6), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "height": 100, "width": 100})
-    # Ids from 0, and no "iscrowd" where there is none, as own tools write.
+    # Ids from 0, and no "iscrowd" if there is none, as own tools write.
     content = {
         "images": images,
         "annotations": [{"id": i, **a} for i, a in enumerate(truth)],
@@ -141,7 +141,7 @@ def write_run(
 
 
 def write_pair(folder: Path) -> tuple[Path, Path, Path]:
-    """A distilled run, beside it its control, and its teacher; returns their folders."""
+    """A distilled run, next to it its control, and its teacher; returns their folders."""
     entry = write_set(folder / "data")
     teacher = write_run(folder / "teacher", config(entry), rows(ap=60.0))
     (teacher / "model_final.pth").touch()

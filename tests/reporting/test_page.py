@@ -170,7 +170,7 @@ def test_write_report_of_a_run_alone(tmp_path: Path) -> None:
         write_run(tmp_path / "run", config(entry, teacher="output/t"), rows(distils=True))
     )
     notes = page.sections["ap"]
-    assert "Teacher: not available: no metrics.json beside output/t" in notes
+    assert "Teacher: not available: no metrics.json next to output/t" in notes
     assert "--teacher" in notes and "--control" in notes
     assert "AP of the start weights: not available" in notes
 

@@ -47,7 +47,7 @@ def test_read_run_of_a_folder_that_is_none(tmp_path: Path, kind: str) -> None:
 
 
 def test_read_run_that_was_resumed(tmp_path: Path) -> None:
-    # Stopped behind 79, resumed from 40: what came after is written again, on another grid.
+    # Stopped after 79, resumed from 40: what came after is written again, on another grid.
     before = [{"iteration": i, "total_loss": 1.0, "old": 1.0} for i in (19, 39, 59, 79)]
     after = [{"iteration": i, "total_loss": 2.0} for i in (49, 69, 89)]
     run = run_of(tmp_path, before + after)

@@ -36,7 +36,7 @@ Outputs = Sequence[Sequence[torch.Tensor]]
 
 
 def activation_after(tower: nn.Sequential, depth: int) -> int:
-    """The index of the activation behind the ``depth``-th convolution of a tower.
+    """The index of the activation after the ``depth``-th convolution of a tower.
 
     Raises:
         ValueError: the tower has fewer convolutions.
@@ -93,7 +93,7 @@ def weighted_iou(
 class CrossKDDistiller(DenseHeadDistiller):
     """Predictions that the teacher's head makes of the student's features, against the teacher's.
 
-    The student's maps behind the ``depth``-th convolution of each tower take on the teacher's
+    The student's maps after the ``depth``-th convolution of each tower take on the teacher's
     moments and pass through the rest of the teacher's frozen tower, with gradient. The losses are
     :func:`quality_bce`, and :func:`weighted_giou` weighted by the teacher's highest class
     probability (FCOS: :func:`weighted_iou`); both over the anchors that are not ignored, divided

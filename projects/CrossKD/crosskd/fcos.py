@@ -27,7 +27,7 @@ def build_fcos(config_file: str, *, num_convs: int, norm: str = "BN", **kwargs: 
     Args:
         config_file: the RetinaNet's YAML; pixel mean and deviation are its too.
         num_convs: of each tower.
-        norm: behind the convolutions of the towers.
+        norm: after the convolutions of the towers.
         kwargs: further ones of :class:`FCOS`.
     """
     cfg = read_config(config_file)

@@ -62,7 +62,7 @@ def test_activation_after_counts_convolutions() -> None:
     tower = nn.Sequential(conv, norm, relu, conv, norm, relu)
     assert [activation_after(tower, depth) for depth in (1, 2)] == [2, 5]
     retinanet = nn.Sequential(*[conv, relu] * 4)
-    assert activation_after(retinanet, 3) == 5  # behind cls_subnet[4]
+    assert activation_after(retinanet, 3) == 5  # after cls_subnet[4]
     with pytest.raises(ValueError, match=r"depth is 3; expected 1 to 2"):
         activation_after(tower, 3)
 
@@ -162,7 +162,7 @@ def expected_losses(model: DistilledDetector, kind: str, inputs: list[Any]) -> t
         crossed = list(student.head(features)[:2])
     else:
         crossed = []
-        convs = 2 if kind == "fcos" else 1  # up to the pre-activation, behind FCOS' norm
+        convs = 2 if kind == "fcos" else 1  # up to the pre-activation, after FCOS' norm
         for tower, score in (("cls_subnet", "cls_score"), ("bbox_subnet", "bbox_pred")):
             levels = []
             for x, t, stride in zip(features, theirs, strides, strict=True):

@@ -49,7 +49,7 @@ def draw_queries(
     jitter: float,
     generator: torch.Generator,
 ) -> Queries:
-    """The ground truth of each image, and fake boxes beside it.
+    """The ground truth of each image, and fake boxes next to it.
 
     Args:
         boxes: of each image (R, 4), x0, y0, x1, y1 in pixels. Those without area are left out.
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
             channels: of the cells.
             dim: D.
             heads: h, of which D is a multiple.
-            hidden: width of the two layers behind the attention.
+            hidden: width of the two layers after the attention.
         """
         super().__init__()
         self.heads = heads

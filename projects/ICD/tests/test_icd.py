@@ -92,7 +92,7 @@ def draw(seed: int = 0, boxes=BOXES, **options: Any) -> Queries:
 
 def test_draw_queries_keeps_the_boxes_with_an_area_and_adds_fakes() -> None:
     found = draw()
-    # Two real boxes and 5 fakes for each; a single fake where there is none.
+    # Two real boxes and 5 fakes for each; a single fake if there is none.
     assert found.real.sum(dim=1).tolist() == [2, 0]
     assert found.valid.sum(dim=1).tolist() == [12, 1]
     assert found.real[0].tolist() == [True] * 2 + [False] * 10

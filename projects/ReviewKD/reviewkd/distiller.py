@@ -20,7 +20,7 @@ from ssim_kd.modeling import (
     check_number,
 )
 
-#: Sides of the maps to which both are pooled, beside their full size.
+#: Sides of the maps to which both are pooled, next to their full size.
 POOLED_SIDES = (4, 2, 1)
 
 
@@ -36,7 +36,7 @@ class Fusion(nn.Module):
             inner: of the map that passes to the level below.
             out: of the teacher's map.
             fuses: whether there is a level above.
-            norm: behind the convolutions.
+            norm: after the convolutions.
         """
         super().__init__()
 

@@ -26,7 +26,7 @@ from .vit import TOKENS, vit_teacher
 class VFMDistiller(PyramidDistiller):
     """1 - cosine of the student's cells, projected, and the patch tokens of a ViT.
 
-    The ViT is a teacher beside the detector, which this method does not use. It sees the student's
+    The ViT is a teacher next to the detector, which this method does not use. It sees the student's
     images. Its tokens are resized to the student's grid.
 
         VFMDistiller(vit=vit_teacher("vit_small_patch16_dinov3"), levels=["p4"])

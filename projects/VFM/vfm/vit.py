@@ -17,7 +17,7 @@ TOKENS = "tokens"
 
 
 class PatchTokens(nn.Module):
-    """The patch tokens of a ViT behind its last norm, (N, D, H / p, W / p); no prefix tokens."""
+    """The patch tokens of a ViT after its last norm, (N, D, H / p, W / p); no prefix tokens."""
 
     def __init__(self, vit: nn.Module) -> None:
         """
@@ -56,7 +56,7 @@ def vit_teacher(
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: a model that is no ViT for images of any size, or no such file.
+        ValueError: a model that is not a ViT for images of any size, or no such file.
     """
     timm = import_timm("MODEL.DISTILL.NAME VFMDistiller")
     arguments = {"num_classes": 0, "dynamic_img_size": True}

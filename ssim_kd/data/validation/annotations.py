@@ -51,9 +51,9 @@ def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, 
     for polygon in segmentation:
         points = polygon.tolist() if isinstance(polygon, np.ndarray) else polygon
         if not isinstance(points, list | tuple):
-            return MALFORMED, "is no list of polygons [[x1, y1, x2, y2, ...]]"
+            return MALFORMED, "is not a list of polygons [[x1, y1, x2, y2, ...]]"
         if not are_numbers(points):
-            return MALFORMED, "has a polygon that is no list of finite numbers"
+            return MALFORMED, "has a polygon that is not a list of finite numbers"
         if points and max(max(points), -min(points)) > FARTHEST:
             return MALFORMED, f"has a polygon with a coordinate beyond {FARTHEST} pixels"
         valid += len(points) >= 6 and len(points) % 2 == 0
@@ -76,7 +76,7 @@ def _rle_kind(rle: Annotation, height: Any, width: Any) -> tuple[str, str]:
         runs = counts
     else:
         return MALFORMED, 'is a run-length encoding without "counts"'
-    # pycocotools does not look, and may take minutes or read what lies behind.
+    # pycocotools does not look, and may take minutes or read what lies after.
     if sum(runs) != size[0] * size[1] or min(runs) < 0:
         return MALFORMED, 'has "counts" whose sum is not height * width'
     if tuple(size) != (height, width):
@@ -97,7 +97,7 @@ def is_empty(segmentation: Any, height: int, width: int) -> bool:
 
 
 def _decompressed(counts: str | bytes) -> list[int]:
-    """Return the runs of a compressed encoding; [-1] where it is none.
+    """Return the runs of a compressed encoding; [-1] if it is none.
 
     COCO's format: 5 bits a character from "0" on, least first, with a bit for more and a sign; from
     the fourth on a run is the difference to the one before the last.
@@ -128,7 +128,7 @@ def keypoints_fault(keypoints: Any, count: int) -> str:
         count: of the keypoints; 0: any.
     """
     if not isinstance(keypoints, list | tuple | np.ndarray) or not are_numbers(keypoints):
-        return "that is no list of finite numbers"
+        return "that is not a list of finite numbers"
     if count and len(keypoints) != 3 * count:
         return f"of {len(keypoints)} numbers, not 3 * {count}"
     return ""
@@ -197,7 +197,7 @@ def inspect_masks(
         found["untrainable"].append(
             f"The polygons of all {len(short)} annotations have fewer than three points (for "
             f"example {name(short[0][0])}), and Detectron2 leaves such annotations out: correct "
-            '"segmentation", or leave the key out where there are boxes alone.'
+            '"segmentation", or leave the key out if there are boxes alone.'
         )
     elif short:
         found["notes"].append(

@@ -23,7 +23,7 @@ def check_classes(needs: Needs, where: str, classes: Sequence[str]) -> None:
 
 
 def check_stuff_classes(needs: Needs, where: str, classes: Sequence[str]) -> None:
-    """Compare the count of a data set's semantic classes with the student's, where it has some.
+    """Compare the count of a data set's semantic classes with the student's, if it has some.
 
     Raises:
         ValueError: they differ.
@@ -37,7 +37,7 @@ def check_stuff_classes(needs: Needs, where: str, classes: Sequence[str]) -> Non
 
 
 def check_keypoint_names(needs: Needs, where: str, meta: Metadata) -> None:
-    """Check what Detectron2's mapper reads to flip keypoints, where the student predicts some.
+    """Check what Detectron2's mapper reads to flip keypoints, if the student predicts some.
 
     Raises:
         ValueError: the metadata does not have it.

@@ -156,7 +156,7 @@ def _texts(found: Findings, title: str, rows: Sequence[dict[str, Any]], key: str
     wrong = [row for row in rows if not isinstance(row.get(key, ""), str)]
     if wrong:
         found.problems.append(
-            f'{len(wrong)} of "{title}" have a "{key}" that is no text '
+            f'{len(wrong)} of "{title}" have a "{key}" that is not a text '
             f"(for example id {wrong[0]['id']}: {wrong[0][key]!r})"
         )
 
@@ -180,7 +180,9 @@ def _kinds_of_ids(found: Findings, content: dict[str, Any]) -> None:
             )
     odd = [a["id"] for a in annotations if isinstance(a["id"], list | dict)]
     if odd:
-        found.problems.append(f'{len(odd)} "annotations" have an "id" that is no number: {odd[0]}')
+        found.problems.append(
+            f'{len(odd)} "annotations" have an "id" that is not a number: {odd[0]}'
+        )
 
 
 def _kind(value: Any) -> str:
@@ -229,7 +231,7 @@ def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> N
     if wrong.any():
         first = images[int(np.argmax(wrong))]
         found.problems.append(
-            f'{int(wrong.sum())} of "images" have a width or height that is no positive whole '
+            f'{int(wrong.sum())} of "images" have a width or height that is not a positive whole '
             f"number (for example id {first['id']}: {first['width']!r} x {first['height']!r})"
         )
     elif needs.masks:
@@ -297,7 +299,9 @@ def _scored_ids(found: Findings, annotations: Sequence[Annotation], *, coco: boo
     wrong = [a for a in annotations if not (type(a["id"]) is int and a["id"] > 0)]
     if not wrong:
         return
-    text = f'{len(wrong)} annotations have an "id" that is no whole number > 0 ({name(wrong[0])})'
+    text = (
+        f'{len(wrong)} annotations have an "id" that is not a whole number > 0 ({name(wrong[0])})'
+    )
     if coco:
         found.notes.append(f"{text}: they are numbered anew to be scored")
     else:

@@ -181,7 +181,7 @@ def _check_registered(where: str, name: str) -> None:
 
 
 def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: bool) -> _Inspected:
-    """Inspect one set: its json file where there is one, its records where code registers it."""
+    """Inspect one set: its json file if there is one, its records where code registers it."""
     ensure_digits([name])
     meta = MetadataCatalog.get(name)
     kind = meta.get("evaluator_type", "coco")
@@ -256,7 +256,7 @@ def _check_folder(where: str, name: str) -> None:
 
 
 def _check_metadata(where: str, name: str, json_file: str, names: list[str]) -> None:
-    """Detectron2's reader sets these, and fails where they are set to something else."""
+    """Detectron2's reader sets these, and fails if they are set to something else."""
     meta = MetadataCatalog.get(name)
     given = meta.get("thing_classes")
     if given is not None and list(given) != names:
@@ -304,7 +304,7 @@ def _check_scoring(where: str, inspected: _Inspected) -> None:
     if not found.usable and not found.unscorable:
         raise ValueError(
             f'{where}: {source}: no "annotations" to be scored: the AP would be NaN. Expected at '
-            "least one that is no crowd."
+            "least one that is not a crowd."
         )
     _refuse(where, source, found.unscorable)
 
@@ -336,7 +336,7 @@ def _check_any_usable(summaries: Sequence[DatasetSummary]) -> None:
         names = ", ".join(repr(s.name) for s in training)
         raise ValueError(
             f"{training[0].key}: data set {names}: none of {sum(f.annotations for f in found)} "
-            '"annotations" can be trained on: expected at least one that is no crowd.'
+            '"annotations" can be trained on: expected at least one that is not a crowd.'
         )
 
 

@@ -61,7 +61,7 @@ def inspect_records(
             elif crowd and not converted:
                 continue
             elif not _is_whole(category):
-                what = '"category_id" that is no whole number'
+                what = '"category_id" that is not a whole number'
             elif not 0 <= category < (num_classes or category + 1):
                 what = f'"category_id" out of [0, {num_classes})'
             else:
@@ -95,7 +95,7 @@ def _inspect_scored(
 
 
 def inspect_for_mapper(records: Sequence[Record], needs: Needs) -> list[str]:
-    """Find what Detectron2's DatasetMapper fails at while it trains; a mapper of one's own may not.
+    """Find what Detectron2's DatasetMapper fails at while it trains; a custom mapper may not.
 
     Returns:
         one clause a kind of fault.
@@ -131,7 +131,7 @@ def box_fault(annotation: dict[str, Any], *, arrays: bool) -> str:
     if arrays and isinstance(box, np.ndarray):
         box = box.tolist()
     if not isinstance(box, list | tuple) or not are_numbers(box):
-        return '"bbox" that is no list of finite numbers'
+        return '"bbox" that is not a list of finite numbers'
     modes = [BoxMode.XYXY_ABS, BoxMode.XYWH_ABS]
     if mode not in (modes if len(box) == 4 else [BoxMode.XYWHA_ABS]) or len(box) not in (4, 5):
         return f'"bbox" of {len(box)} numbers with the "bbox_mode" {mode!r}'

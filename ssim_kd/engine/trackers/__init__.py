@@ -1,6 +1,6 @@
-"""Experiment trackers, MLflow and Weights & Biases, as writers beside TensorBoard's.
+"""Experiment trackers, MLflow and Weights & Biases, as writers next to TensorBoard's.
 
-``TRACKING.WRITERS ("mlflow",)`` adds them to the trainer. In a trainer of one's own they stand
+``TRACKING.WRITERS ("mlflow",)`` adds them to the trainer. In a custom trainer they stand
 first, since TensorBoard's writer clears the pictures::
 
     class Trainer(DefaultTrainer):

@@ -1,6 +1,6 @@
 """Triton kernels over whole planes: their ranges, and the gradient through their extrema.
 
-A program processes CB channels of one sample: 1, or several in channels-last maps, where they are
+A program processes CB channels of one sample: 1, or several in channels-last maps, if they are
 neighbours in memory.
 """
 

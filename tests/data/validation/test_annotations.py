@@ -1,4 +1,4 @@
-"""Masks and keypoints, beside what Detectron2's reader and pycocotools do with them."""
+"""Masks and keypoints, next to what Detectron2's reader and pycocotools do with them."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""A file in COCO's format: what is refused, noted and accepted, beside what its readers make of it.
+"""A file in COCO's format: what is refused, noted, accepted; and what its readers make of it.
 
 Each edit is tried on the consumers as well: Detectron2's reader and mapper, and COCO's evaluation
 of detections equal to the ground truth. What the inspection accepts has to train and to score 100;
@@ -36,7 +36,7 @@ def train(cfg):
 
 
 def perfect_ap(cfg, name="my_set"):
-    """AP of detections that equal the ground truth that is no crowd."""
+    """AP of detections that equal the ground truth that is not a crowd."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = build_evaluator(cfg, name)
         evaluator.reset()

@@ -122,7 +122,7 @@ def test_check_datasets_nothing_to_learn_or_score(use, cfg, tmp_path, kind):
     refused(cfg, "DATASETS.TEST", "'my_set'", "NaN", train=False)
     cfg.DATASETS.TEST = ()
     refused(cfg, "DATASETS.TRAIN", "'my_set'", '"annotations"')
-    # Beside objects, a set of background is a training set like any other.
+    # Next to objects, a set of background is a training set like any other.
     cfg.DATASETS.REGISTER_COCO = [
         ["my_set", *write(tmp_path / "set", data)],
         ["objects", *write(tmp_path / "objects", content())],
@@ -411,7 +411,7 @@ def test_check_datasets_code_without_classes_in_test(cfg):
 
 
 class Stream:
-    """A data set of one's own, of which nothing is known."""
+    """A custom data set, of which nothing is known."""
 
     def __len__(self):
         return 3

@@ -122,7 +122,7 @@ def test_quality_bce_differentiates_the_factor_as_well() -> None:
 
 
 def test_weighted_giou_by_hand() -> None:
-    # Equal: 0. Beside one another, 2 x 2 each in a hull of 6 x 2: IoU 0, GIoU -(12 - 8) / 12.
+    # Equal: 0. Side by side, 2 x 2 each in a hull of 6 x 2: IoU 0, GIoU -(12 - 8) / 12.
     # Half covered, 4 x 2 and 2 x 2 in it: IoU 4 / 8, the hull is the union.
     ours = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 4, 2]])
     theirs = torch.tensor([[0.0, 0, 2, 2], [4, 0, 6, 2], [1, 0, 3, 2]])
