@@ -72,8 +72,8 @@ class CheckedMapper:
 
     def _owner(self, file_name: str) -> str:
         for name in self._names:
-            root = MetadataCatalog.get(name).get("image_root")
-            if root and file_name.startswith(str(root)):
+            root = str(MetadataCatalog.get(name).get("image_root") or "").rstrip("/")
+            if root and file_name.startswith(f"{root}/"):
                 return repr(name)
         return " or ".join(repr(name) for name in self._names) or "(unknown)"
 

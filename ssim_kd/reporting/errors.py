@@ -16,6 +16,8 @@ from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data import coco_scores
+
 #: Kinds of errors, and what each means.
 KINDS = {
     "localisation": "right class, overlap (IoU) from 0.1 to 0.5 with a box of that class",
@@ -61,7 +63,7 @@ class _Detections:
 
 
 def evaluate_boxes(truth: COCO, found: COCO, *, limit: int = 100) -> dict[str, float]:
-    """COCO's box AP by pycocotools, 0 to 100, under the names of Detectron2.
+    """COCO's box AP, 0 to 100, under the names of Detectron2.
 
     Args:
         truth: the annotations.
@@ -72,9 +74,7 @@ def evaluate_boxes(truth: COCO, found: COCO, *, limit: int = 100) -> dict[str, f
         "AP", "AP50", "AP75", "APs", "APm", "APl", and "AP-NAME" of each class; NaN where there is
         no such box.
     """
-    evaluation = _evaluation(truth, found, limit)
-    _quietly(evaluation.evaluate)
-    _quietly(evaluation.accumulate)
+    evaluation = coco_scores.score(truth, found, "bbox", limits=[limit])
     precision = evaluation.eval["precision"][..., -1]  # IoU, recall, class, size
 
     def mean(values: NDArray[np.float64]) -> float:
