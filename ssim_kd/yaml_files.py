@@ -18,13 +18,20 @@ ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # An installed ssim_kd has its configs inside, a checkout next to it.
 _SHIPPED = (*(os.path.join(f, "configs") for f in (_PACKAGE, os.path.dirname(_PACKAGE))), ZOO)
+# Those of a method are in its folder: METHOD/configs.
+_METHODS = tuple(os.path.join(f, "projects") for f in (_PACKAGE, os.path.dirname(_PACKAGE)))
 # Values of a file may be so many by its aliases; without them, as many as it has.
 _MOST_BY_ALIASES = 100_000
 
 
 def shipped(name: str) -> str | None:
-    """A config file that ssim_kd or Detectron2's model zoo ships, by its path there."""
-    paths = (os.path.join(folder, name) for folder in _SHIPPED)
+    """A config file that ssim_kd or Detectron2's model zoo ships, by its path there.
+
+    One of a method has the name METHOD/FILE: "PKD/pkd_retinanet_R_50_FPN_1x.yaml".
+    """
+    method, _, file = name.partition("/")
+    paths = [os.path.join(folder, name) for folder in _SHIPPED]
+    paths += [os.path.join(folder, method, "configs", file) for folder in _METHODS if file]
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
@@ -32,6 +39,9 @@ def near_shipped(name: str, folders: Sequence[str] = _SHIPPED) -> str:
     """Names of shipped configs that are like one that is not there, for the end of a message."""
     files = [(folder, path) for folder in folders for path in Path(folder).rglob("*.*")]
     known = {str(path.relative_to(f)) for f, path in files if path.suffix in (".yaml", ".py")}
+    if folders is _SHIPPED:
+        of_methods = [path for folder in _METHODS for path in Path(folder).glob("*/configs/*.*")]
+        known |= {f"{path.parts[-3]}/{path.name}" for path in of_methods}
     near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.8)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 

@@ -14,8 +14,8 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
 from ssim_kd import yaml_files
-from ssim_kd.config_files import merge_file
-from ssim_kd.yaml_files import read_with_bases
+from ssim_kd.config_files import find_config_file, merge_file
+from ssim_kd.yaml_files import near_shipped, read_with_bases
 
 ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
 
@@ -170,3 +170,9 @@ def test_merge_file_alias_in_a_base(tmp_path) -> None:
 def test_merge_file_of_an_earlier_version(tmp_path) -> None:
     cfg = merged(tmp_path, config="VERSION: 1\nMODEL: {WEIGHT: a.pkl}\n")
     assert (cfg.MODEL.WEIGHTS, cfg.VERSION) == ("a.pkl", 2)
+
+
+def test_config_of_a_method_by_its_name() -> None:
+    name = "PKD/pkd_retinanet_R_50_FPN_1x.yaml"
+    assert find_config_file(name).endswith(name.replace("/", "/configs/"))
+    assert name in near_shipped("PKD/pkd_retinanet_R_50_FPN_1.yaml")

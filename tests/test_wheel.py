@@ -42,6 +42,9 @@ def test_wheel_holds_projects_and_configs(wheel: Path) -> None:
     for config in (ROOT / "configs").rglob("*.yaml"):
         assert f"ssim_kd/{config.relative_to(ROOT)}" in names
     assert {"ssim_kd/py.typed", "ssim_kd/ops/cpu/ssim.c"} <= names
+    for module in ("__main__", "command_line", "doctor", "sheets", "export/student"):
+        assert f"ssim_kd/{module}.py" in names
+    assert "ssim_kd/comparing/compare.py" in names
     assert {f"ssim_kd/reporting/report.{kind}" for kind in ("html", "css")} <= names
     assert not [n for n in names if "test" in n]
     (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
@@ -70,8 +73,8 @@ def test_installed_wheel_distils(wheel: Path, tmp_path: Path) -> None:
         "import ssim_kd; from ssim_kd.engine import argument_parser, load_config; "
         "from ssim_kd.projects import add_project_configs; "
         "a = argument_parser().parse_args(['--config-file', "
-        "'COCO-Detection/ssim_retinanet_R_50_FPN_1x.yaml']); "
-        "print(ssim_kd.__file__, load_config(a, add_project_configs).MODEL.DISTILL.LOSS)"
+        "'PKD/pkd_retinanet_R_50_FPN_1x.yaml']); "
+        "print(ssim_kd.__file__, load_config(a, add_project_configs).MODEL.DISTILL.NAME)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -81,4 +84,4 @@ def test_installed_wheel_distils(wheel: Path, tmp_path: Path) -> None:
         env={**env, "PYTHONPATH": str(site)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert str(site) in done.stdout and done.stdout.split()[-1] == "ssim"
+    assert str(site) in done.stdout and done.stdout.split()[-1] == "PKDDistiller"
