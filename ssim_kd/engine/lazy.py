@@ -51,7 +51,7 @@ from .coco_evaluation import ScoredCOCOEvaluator
 from .config_loading import load_lazy
 from .evaluation import set_up_evaluation, set_up_training
 from .optimizer import add_groups
-from .preflight import check_scored
+from .preflight import check_class_count, check_scored
 from .settings import Settings
 from .trackers import TrackerWriter
 from .training import Training
@@ -261,7 +261,9 @@ class LazyRecipe:
         return EvaluationLoader(loader) if isinstance(loader, DataLoader) else loader
 
     def check_evaluation(self, training: Training) -> None:
-        """Build the evaluator and its loader."""
+        """Build the evaluator and its loader; check what the built student predicts."""
+        key = "dataloader.train.dataset.names"
+        check_class_count(training.student, self._classes, key=key)
         if "evaluator" not in self.cfg.dataloader:
             return
         for key, build in (("test", self._test_loader), ("evaluator", self._evaluator)):

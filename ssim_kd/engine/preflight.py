@@ -26,6 +26,7 @@ from ..checkpoint import checkpoints_in, local_file, read_file
 from ..data import Needs
 from ..data.mapper import check_image_files
 from ..modeling import teacher_name, teacher_source
+from ..modeling.classes import num_classes
 from .evaluation import box_ap, check_teachers_classes
 from .settings import Settings
 from .trackers import check_trackers
@@ -221,6 +222,26 @@ def check_evaluation(cfg: CfgNode, trainer: Any, *, own_loader: bool) -> None:
             if isinstance(records, list):
                 check_image_files(where, records)
     _check_expected_results(cfg)
+
+
+def check_class_count(student: torch.nn.Module, classes: Sequence[str], *, key: str) -> None:
+    """Check that a built student of any architecture predicts every class of its data.
+
+    Args:
+        student: as it is trained.
+        classes: of the data; () if they are not known.
+        key: that names the training sets, for the message.
+
+    Raises:
+        ValueError: it predicts fewer.
+    """
+    count = num_classes(student)
+    if count is not None and count < len(classes):
+        raise ValueError(
+            f"{key} has {len(classes)} categories, but the student, a {type(student).__name__}, "
+            f"predicts {count}: it would learn {list(classes[count:])[:5]} as background. Expected "
+            f"num_classes {len(classes)} where it is built."
+        )
 
 
 def _check_expected_results(cfg: CfgNode) -> None:

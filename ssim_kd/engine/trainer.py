@@ -42,6 +42,7 @@ from .launch import once
 from .optimizer import build_optimizer
 from .preflight import (
     KEYS,
+    check_class_count,
     check_evaluation,
     check_schedule,
     check_scored,
@@ -237,7 +238,8 @@ class YamlRecipe:
         return training
 
     def check_evaluation(self, training: DistillTrainer) -> None:
-        """See :meth:`DistillTrainer.check_evaluation`."""
+        """Also what the built student predicts; see :meth:`DistillTrainer.check_evaluation`."""
+        check_class_count(training.student, self._classes, key="DATASETS.TRAIN")
         training.check_evaluation()
 
     def teacher_weights(self) -> str:

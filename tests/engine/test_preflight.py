@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from ssim_kd.data import Needs, register_datasets
-from ssim_kd.engine import DistillTrainer, preflight
+from ssim_kd.engine import DistillTrainer, argument_parser, main, preflight
 from ssim_kd.engine.preflight import check_evaluation, check_schedule, check_scored, settings_of
 from tests.engine.runs import World
 
@@ -71,6 +73,35 @@ def test_main_values_that_detectron2_does_not_name(
     no_training(monkeypatch)
     with pytest.raises(ValueError, match=named):
         world.main(tmp_path, "SOLVER.CLIP_GRADIENTS.ENABLED", "True", key, value)
+
+
+class OwnClasses(RetinaNet):
+    """An architecture of the user's, which reads a key of its own."""
+
+    @classmethod
+    def from_config(cls, cfg):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.OWN_CLASSES
+        return super().from_config(cfg)
+
+
+def test_main_classes_of_a_custom_architecture(world: World, tmp_path: Path, monkeypatch) -> None:
+    no_training(monkeypatch)
+    if "OwnClasses" not in META_ARCH_REGISTRY:
+        META_ARCH_REGISTRY.register(OwnClasses)
+
+    def add_config(cfg: CfgNode) -> None:
+        cfg.MODEL.OWN_CLASSES = 7
+
+    options = ("MODEL.DISTILL.STUDENT_META_ARCHITECTURE", "OwnClasses", "DATASETS.TEST", "()")
+    arguments = world.arguments(tmp_path, *options, config=world.retinanet)
+    args = argument_parser().parse_args(arguments)
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN has 10 .*OwnClasses.* 7: .*'7', '8'"):
+        main(args, add_config)
+    args.opts += ["MODEL.OWN_CLASSES", "10"]
+    with pytest.raises(AssertionError, match="the training began"):
+        main(args, add_config)
 
 
 def records(folder: Path, number: int = 3) -> list[dict[str, Any]]:
