@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,9 @@ def write_set(folder: Path, images: int, objects: int, *, polygons: bool, classe
     return path.stat().st_size
 
 
-def _annotations(draw: np.random.Generator, first: int, count: int, images: int, classes: int):
+def _annotations(
+    draw: np.random.Generator, first: int, count: int, images: int, classes: int
+) -> Callable[[bool], list[str]]:
     owner = draw.integers(0, images, count)
     size = np.array(_SIZES)[owner % 2]
     side = draw.uniform(0.05, 0.5, (count, 2)) * size

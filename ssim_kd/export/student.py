@@ -114,14 +114,14 @@ def _check_sets(args: argparse.Namespace, cfg: CfgNode) -> None:
         args.compare = 0
 
 
-def _registered_classes(names: Iterable[str]) -> Sequence[str]:
+def _registered_classes(names: Iterable[str]) -> list[str]:
     """The classes of the first set that has any and can be read."""
     for name in names:
         with contextlib.suppress(Exception):  # an export needs no data
             if not MetadataCatalog.get(name).get("thing_classes"):
                 DatasetCatalog.get(name)
             return list(MetadataCatalog.get(name).thing_classes)
-    return ()
+    return []
 
 
 def lazy_student(args: argparse.Namespace) -> Student:

@@ -62,7 +62,7 @@ class MLflowWriter(TrackerWriter):
             experiment = experiment or self._client.create_experiment(self.project)
         else:
             experiment = _get_experiment_id()
-        run = self._client.create_run(experiment, run_name=self.run_name, tags=resolve_tags())
+        run = self._client.create_run(str(experiment), run_name=self.run_name, tags=resolve_tags())
         return str(run.info.run_id)
 
     def _log(self, iteration: int, *, scalars: Any, pictures: Any, histograms: Any) -> None:

@@ -29,7 +29,8 @@ class WandbWriter(TrackerWriter):
         self._is_users = wandb.run is not None
         config = None if run_id else dict(leaves(self.params))
         if wandb.run is not None:
-            self._run, self._axes = wandb.run, set()
+            self._axes: set[str] = set()
+            self._run = wandb.run
             self._run.config.update(config or {}, allow_val_change=True)
         else:
             self._run = wandb.init(
