@@ -12,7 +12,7 @@ from typing import Any
 
 # Of torch and Detectron2, about each other; a user can do nothing about them.
 _NOISE = (
-    "`torch.jit.script` is deprecated",
+    r"`torch\.jit\.\w+` is deprecated",
     "torch.meshgrid: in an upcoming release",
     "TypedStorage is deprecated",
     "`broadcast_buffers` is deprecated",
