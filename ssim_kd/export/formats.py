@@ -169,11 +169,7 @@ def export_onnx(adapter: TracingAdapter, path: Path, classes: Sequence[str] = ()
             torch.onnx.export(
                 adapter,
                 adapter.flattened_inputs,
-<<<<<<< Updated upstream
                 content,  # type: ignore[arg-type]  # a file object works without dynamo
-=======
-                content,  # type: ignore[arg-type]
->>>>>>> Stashed changes
                 input_names=inputs,
                 output_names=output_names(adapter),
                 dynamic_axes=sides,

@@ -79,8 +79,8 @@ def yaml_student(args: argparse.Namespace) -> Student:
     cfg, model = student_for_evaluation(full, resume=False)
     register_datasets(full)
     _check_sets(args, cfg)
-    noted = read_classes(os.path.join(os.path.dirname(loaded.config_file), "student.yaml"))
-    classes = noted or _registered_classes((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
+    classes = read_classes(os.path.join(os.path.dirname(loaded.config_file), "student.yaml"))
+    classes = classes or _registered_classes((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
 
     def write_stock(path: Path) -> None:
         stock = cfg.clone()
@@ -134,8 +134,8 @@ def lazy_student(args: argparse.Namespace) -> Student:
     # As evaluated, without the augmentations of the training.
     train = {**cfg.dataloader.test, "dataset": cfg.dataloader.train.dataset}
 
-    noted = read_classes(os.path.join(os.path.dirname(loaded.config_file), "student.yaml"))
-    classes = noted or _registered_classes(_names(cfg.get("dataloader", {}).get("test")))
+    classes = read_classes(os.path.join(os.path.dirname(loaded.config_file), "student.yaml"))
+    classes = classes or _registered_classes(_names(cfg.get("dataloader", {}).get("test")))
 
     def write_stock(path: Path) -> None:
         LazyConfig.save(OmegaConf.create({"model": node}), str(path))

@@ -58,16 +58,11 @@ class MLflowWriter(TrackerWriter):
 
         if self.project:
             found = self._client.get_experiment_by_name(self.project)
-            create = self._client.create_experiment
-            experiment = str(found.experiment_id if found else create(self.project))
+            experiment = found.experiment_id if found else None
+            experiment = experiment or self._client.create_experiment(self.project)
         else:
-<<<<<<< Updated upstream
             experiment = _get_experiment_id()
         run = self._client.create_run(str(experiment), run_name=self.run_name, tags=resolve_tags())
-=======
-            experiment = str(_get_experiment_id())
-        run = self._client.create_run(experiment, run_name=self.run_name, tags=resolve_tags())
->>>>>>> Stashed changes
         return str(run.info.run_id)
 
     def _log(self, iteration: int, *, scalars: Any, pictures: Any, histograms: Any) -> None:

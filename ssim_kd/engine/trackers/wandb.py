@@ -27,13 +27,9 @@ class WandbWriter(TrackerWriter):
         # A server that is gone would keep the program from its end.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(PATIENCE))
         self._is_users = wandb.run is not None
-        self._axes: set[str] = set()
         config = None if run_id else dict(leaves(self.params))
         if wandb.run is not None:
-<<<<<<< Updated upstream
             self._axes: set[str] = set()
-=======
->>>>>>> Stashed changes
             self._run = wandb.run
             self._run.config.update(config or {}, allow_val_change=True)
         else:
