@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import count_classes, register_coco
 from ..data.coco import note_source
 from ..data.validation import num_classes_key
+from ..writing import is_remote
 
 _SET_KEYS = ("json", "images")
 _SPLITS = ("train", "val", "test")
@@ -56,10 +58,10 @@ def read_data_file(path: str, facts: dict[str, int]) -> DataFile:
         ValueError: a file that is not readable or not of this form.
     """
     sets = _read_sets(path)
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
     name = str(sets.pop("name", os.path.splitext(os.path.basename(path))[0]))
     entries = {
-        split: [f"{name}_{split}", *(os.path.join(folder, sets[split][k]) for k in _SET_KEYS)]
+        split: [f"{name}_{split}", *(_place(sets[split][k], folder) for k in _SET_KEYS)]
         for split in sets
     }
     for split, (entry, json_file, _) in entries.items():
@@ -176,9 +178,14 @@ def _replace_classes(node: Any, old: int, new: int) -> None:
             _replace_classes(part, old, new)
 
 
+def _place(path: str, folder: str) -> str:
+    path = os.path.expanduser(path)
+    return path if is_remote(path) else os.path.join(folder, path)
+
+
 def _read_sets(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with PathManager.open(path, "rb") as file:
             # YAML takes minutes to read the json of a big set, which may be given by mistake.
             sets = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
     except (OSError, yaml.YAMLError, ValueError) as error:

@@ -13,7 +13,6 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import FINAL
 from ..config import write_stock_config
@@ -28,6 +27,8 @@ from ..data import (
     register_datasets,
 )
 from ..modeling import DistilledDetector, resolved_config, teacher_source
+from ..sharing import without_queries
+from ..writing import write_atomically
 from .config_loading import AddConfig, load_yaml
 from .evaluation import (
     build_evaluator,
@@ -233,8 +234,9 @@ class YamlRecipe:
         """Build all parts; config.yaml gets what is the method's own."""
         training = self._trainer(self.cfg)
         if training.cfg != self.cfg and comm.is_main_process():
-            with PathManager.open(os.path.join(self.folder, "config.yaml"), "w") as file:
-                file.write(training.cfg.dump())
+            text = without_queries(training.cfg.dump())
+            path = os.path.join(self.folder, "config.yaml")
+            write_atomically(path, lambda file: file.write(text.encode()))
         return training
 
     def check_evaluation(self, training: DistillTrainer) -> None:
