@@ -7,7 +7,8 @@ from .digits import ensure_digits, register_digits
 from .json_file import count_classes
 from .mapper import CheckedMapper, UnreadableImageError
 from .needs import Needs
-from .train_loader import TrainLoader, build_train_loader
+from .resumable_loader import TrainLoader
+from .train_loader import build_train_loader
 from .training_sets import count_images, train_records
 from .validation import DatasetSummary, check_datasets, class_names
 from .workers import EvaluationLoader, build_evaluation_loader

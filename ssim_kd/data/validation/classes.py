@@ -1,8 +1,10 @@
 """Class counts and names of the data sets and of the student, which have to agree."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from detectron2.data import Metadata
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data.datasets.lvis import get_lvis_instances_meta
 
 from ..needs import Needs
 
@@ -82,3 +84,57 @@ def check_same_classes(needs: Needs, classes: dict[str, Sequence[str]]) -> None:
                 f"class {number} is {differs[0]!r} in the one and {differs[1]!r} in the other. "
                 "Expected the same."
             )
+
+
+def lvis_classes(where: str, name: str, json_file: str, ids: Sequence[Any]) -> tuple[str, ...]:
+    """Classes of Detectron2's LVIS reader: those of its version, of which a file may have some."""
+    try:
+        meta = get_lvis_instances_meta(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}: expected a name with 'v1' or 'v0.5'.") from None
+    classes = meta["thing_classes"]
+    known = meta.get("thing_dataset_id_to_contiguous_id", range(1, len(classes) + 1))
+    unknown = [number for number in ids if number not in known]
+    if unknown:
+        raise ValueError(
+            f'{where}: {json_file}: "categories" have the ids {unknown[:5]}, which are none of '
+            f"the {len(classes)} classes of this version of LVIS."
+        )
+    return tuple(classes)
+
+
+def check_metadata(where: str, name: str, json_file: str, names: list[str]) -> None:
+    """Detectron2's reader sets these, and fails if they are set to something else."""
+    meta = MetadataCatalog.get(name)
+    given = meta.get("thing_classes")
+    if given is not None and list(given) != names:
+        raise ValueError(
+            f"{where}: its metadata has {len(given)} thing_classes, {list(given)[:5]}, but "
+            f"{json_file} has {len(names)} categories, {names[:5]} by id. Leave thing_classes out "
+            "where the set is registered, or correct them."
+        )
+
+
+def check_ground_truth(
+    where: str, name: str, json_file: str, content: dict[str, Any], records: Sequence[Any]
+) -> None:
+    """Compare json that is ground truth alone with the records that code reads elsewhere."""
+    meta = MetadataCatalog.get(name)
+    strange = {r["image_id"] for r in records} - {image["id"] for image in content["images"]}
+    if strange:
+        raise ValueError(
+            f"{where}: {json_file} does not have {len(strange)} of the {len(records)} images that "
+            f'its records name by "image_id" (for example {next(iter(strange))!r}).'
+        )
+    ids = {c["id"]: c["name"] for c in content["categories"]}
+    # Without this map Detectron2 takes class numbers for the file's ids.
+    numbers = meta.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(ids))}
+    classes = meta.get("thing_classes") or [ids[i] for i in sorted(ids)]
+    expected = {i: classes[n] for i, n in numbers.items() if n < len(classes)}
+    if sorted(numbers.values()) != list(range(len(ids))) or expected != ids:
+        raise ValueError(
+            f"{where}: its thing_classes and thing_dataset_id_to_contiguous_id say that the "
+            f"categories of {json_file} are {expected}, but they are {ids}: detections would be "
+            "scored as other classes. Correct the metadata, for example by thing_dataset_id_to_"
+            f"contiguous_id={ {i: n for n, i in enumerate(sorted(ids))} }."
+        )

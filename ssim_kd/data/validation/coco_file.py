@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -18,51 +17,14 @@ from .annotations import (
     Annotation,
     are_numbers,
     inspect_keypoints,
-    inspect_masks,
     inspect_scoring,
     name,
 )
+from .findings import Findings
+from .masks import inspect_masks
 
 # Examples named in a message.
 EXAMPLES = 3
-
-
-@dataclass
-class Findings:
-    """What a data set holds and what is wrong with it.
-
-    Attributes:
-        images, annotations, categories: how many there are.
-        usable: annotations that are no crowds.
-        empty_images: images without any annotation.
-        clipped: boxes partly outside their image, which are clipped to it.
-        zero_area: boxes of zero area, or wholly outside their image.
-        scored: whether there are annotations at all (COCO's test-dev has none).
-        zero_area_examples: some of these, in words.
-        problems: what makes the file unusable, one clause each.
-        untrainable, unscorable: what makes it unusable for training or for being scored, one
-            sentence each.
-        notes: what deserves a line in the log, one clause each.
-    """
-
-    images: int = 0
-    annotations: int = 0
-    categories: int = 0
-    usable: int = 0
-    empty_images: int = 0
-    clipped: int = 0
-    zero_area: int = 0
-    scored: bool = True
-    zero_area_examples: str = ""
-    problems: list[str] = field(default_factory=list)
-    untrainable: list[str] = field(default_factory=list)
-    unscorable: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, found: dict[str, list[str]]) -> None:
-        """Add sentences to the lists that the keys name."""
-        for key, sentences in found.items():
-            getattr(self, key).extend(sentences)
 
 
 def inspect_coco(

@@ -8,7 +8,6 @@ from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets.lvis import get_lvis_instances_meta
 from detectron2.utils.file_io import PathManager
 
 from ..coco import own_json_file, read_records, reads_json_file, source_of_set
@@ -17,11 +16,15 @@ from ..json_file import read_instances
 from ..needs import Needs
 from .classes import (
     check_classes,
+    check_ground_truth,
     check_keypoint_names,
+    check_metadata,
     check_same_classes,
     check_stuff_classes,
+    lvis_classes,
 )
-from .coco_file import Findings, inspect_coco
+from .coco_file import inspect_coco
+from .findings import DatasetSummary, Findings
 from .json_sets import COCO_KINDS, load_json_set
 from .records import inspect_for_mapper, inspect_records
 from .scoring import check_test_keys
@@ -29,46 +32,6 @@ from .scoring import check_test_keys
 ZERO_AREA_POLICIES = ("error", "drop")
 MASK_FORMATS = ("polygon", "bitmask")
 _LVIS_READER = "detectron2.data.datasets.lvis"
-
-
-@dataclass(frozen=True)
-class DatasetSummary:
-    """What a checked data set holds. Its text is one line for the log.
-
-    ``findings`` is None for a set of which neither a json file of COCO's format nor records can be
-    inspected: then only its classes and its folder were checked. ``classes`` are the names of its
-    classes, by number.
-    """
-
-    key: str
-    name: str
-    findings: Findings | None
-    training: bool = False
-    classes: Sequence[str] = ()
-
-    def __str__(self) -> str:
-        found = self.findings
-        if found is None:
-            return f"{self.key}: {self.name}: registered; its content is not checked"
-        text = (
-            f"{self.key}: {self.name}: {found.images} images, {found.annotations} annotations, "
-            f"{found.categories} categories"
-        )
-        if not found.scored:
-            return f"{text}; no ground truth: predictions are written, not scored"
-        if found.empty_images:
-            text += f"; {found.empty_images} images without annotations"
-        if found.clipped:
-            text += f"; {found.clipped} boxes clipped to their images"
-        if found.zero_area:
-            fate = "left out" if self.training else "kept in the evaluation"
-            text += f"; {found.zero_area} boxes of zero area {fate}"
-        return "; ".join([text, *found.notes])
-
-
-def class_names(summaries: Sequence[DatasetSummary]) -> Sequence[str]:
-    """The names of the classes, by number, of the first set that has any; () if none has."""
-    return next((found.classes for found in summaries if found.classes), ())
 
 
 @dataclass(frozen=True)
@@ -196,9 +159,9 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
         _refuse_problems(where, json_file, json_set.findings)
         ids, names = zip(*json_set.categories, strict=True)
         if module == _LVIS_READER:
-            names = _lvis_classes(where, name, json_file, ids)
+            names = lvis_classes(where, name, json_file, ids)
         elif kind in COCO_KINDS:
-            _check_metadata(where, name, json_file, list(names))
+            check_metadata(where, name, json_file, list(names))
         return _Inspected(json_set.findings, names, json_file)
     if json_file and scored:
         content = read_instances(where, json_file, annotated=training)
@@ -226,26 +189,9 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
             f"MetadataCatalog.get({name!r}).set(thing_classes=[...])."
         )
     if content is not None and found is not None and kind in COCO_KINDS:
-        _check_ground_truth(where, name, json_file, content, records)
+        check_ground_truth(where, name, json_file, content, records)
         inspected = found
     return _Inspected(inspected, classes, json_file or "its records")
-
-
-def _lvis_classes(where: str, name: str, json_file: str, ids: Sequence[Any]) -> tuple[str, ...]:
-    """Classes of Detectron2's LVIS reader: those of its version, of which a file may have some."""
-    try:
-        meta = get_lvis_instances_meta(name)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}: expected a name with 'v1' or 'v0.5'.") from None
-    classes = meta["thing_classes"]
-    known = meta.get("thing_dataset_id_to_contiguous_id", range(1, len(classes) + 1))
-    unknown = [number for number in ids if number not in known]
-    if unknown:
-        raise ValueError(
-            f'{where}: {json_file}: "categories" have the ids {unknown[:5]}, which are none of '
-            f"the {len(classes)} classes of this version of LVIS."
-        )
-    return tuple(classes)
 
 
 def _check_folder(where: str, name: str) -> None:
@@ -253,43 +199,6 @@ def _check_folder(where: str, name: str) -> None:
     folder = meta.get("image_root") or meta.get("dirname") or meta.get("image_dir")
     if folder and not PathManager.isdir(folder):
         raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
-
-
-def _check_metadata(where: str, name: str, json_file: str, names: list[str]) -> None:
-    """Detectron2's reader sets these, and fails if they are set to something else."""
-    meta = MetadataCatalog.get(name)
-    given = meta.get("thing_classes")
-    if given is not None and list(given) != names:
-        raise ValueError(
-            f"{where}: its metadata has {len(given)} thing_classes, {list(given)[:5]}, but "
-            f"{json_file} has {len(names)} categories, {names[:5]} by id. Leave thing_classes out "
-            "where the set is registered, or correct them."
-        )
-
-
-def _check_ground_truth(
-    where: str, name: str, json_file: str, content: dict[str, Any], records: Sequence[Any]
-) -> None:
-    """Compare json that is ground truth alone with the records that code reads elsewhere."""
-    meta = MetadataCatalog.get(name)
-    strange = {r["image_id"] for r in records} - {image["id"] for image in content["images"]}
-    if strange:
-        raise ValueError(
-            f"{where}: {json_file} does not have {len(strange)} of the {len(records)} images that "
-            f'its records name by "image_id" (for example {next(iter(strange))!r}).'
-        )
-    ids = {c["id"]: c["name"] for c in content["categories"]}
-    # Without this map Detectron2 takes class numbers for the file's ids.
-    numbers = meta.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(ids))}
-    classes = meta.get("thing_classes") or [ids[i] for i in sorted(ids)]
-    expected = {i: classes[n] for i, n in numbers.items() if n < len(classes)}
-    if sorted(numbers.values()) != list(range(len(ids))) or expected != ids:
-        raise ValueError(
-            f"{where}: its thing_classes and thing_dataset_id_to_contiguous_id say that the "
-            f"categories of {json_file} are {expected}, but they are {ids}: detections would be "
-            "scored as other classes. Correct the metadata, for example by thing_dataset_id_to_"
-            f"contiguous_id={ {i: n for n, i in enumerate(sorted(ids))} }."
-        )
 
 
 def _refuse_problems(where: str, source: str, found: Findings) -> None:

@@ -11,7 +11,8 @@ from ..coco import is_coco_instances, own_json_file
 from ..json_file import file_stamp, no_garbage_collection, no_list, read_instances
 from ..needs import Needs
 from ..records import Records, records_of
-from .coco_file import Findings, inspect_coco
+from .coco_file import inspect_coco
+from .findings import Findings
 
 # Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.
 COCO_KINDS = ("coco", "coco_panoptic_seg")

@@ -8,18 +8,9 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from ..needs import Needs
-from .annotations import (
-    MALFORMED,
-    NONE,
-    OTHER_SIZE,
-    RLE,
-    SHORT,
-    are_numbers,
-    keypoints_fault,
-    segmentation_kind,
-    visible_keypoints,
-)
-from .coco_file import Findings
+from .annotations import are_numbers, keypoints_fault, visible_keypoints
+from .findings import Findings
+from .masks import MALFORMED, NONE, OTHER_SIZE, RLE, SHORT, segmentation_kind
 
 Record = dict[str, Any]
 

@@ -13,11 +13,10 @@ from ssim_kd.data.needs import Needs
 from ssim_kd.data.validation.annotations import (
     are_numbers,
     inspect_keypoints,
-    inspect_masks,
     inspect_scoring,
     keypoints_fault,
-    segmentation_kind,
 )
+from ssim_kd.data.validation.masks import inspect_masks, segmentation_kind
 from tests.data.coco_sets import content
 
 GOOD = [[1, 1, 9, 1, 9, 9]]

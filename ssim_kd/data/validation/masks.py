@@ -1,0 +1,242 @@
+"""Masks of annotations, as Detectron2's reader and pycocotools take them."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from ..needs import Needs
+from .annotations import PLAIN, Annotation, are_numbers, name
+
+# Kinds of "segmentation": of each, what Detectron2's reader does with the annotation.
+NONE = "none"  # keeps it without a mask
+POLYGONS = "polygons"
+PARTLY = "partly"  # leaves out those of its polygons that have fewer than three points
+SHORT = "short"  # leaves the annotation out, box and all
+RLE = "rle"
+OTHER_SIZE = "other size"  # a run-length encoding that is not of the image's size
+MALFORMED = "malformed"  # fails, or leaves it out
+
+# pycocotools walks along a polygon pixel by pixel: no image is as large.
+FARTHEST = 10**6
+
+# Bits of a run: pycocotools' own are of 32, and longer ones take quadratic time.
+_LONGEST = 64
+# Annotations whose polygons are looked at together.
+_CHUNK = 4096
+
+
+def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, str]:
+    """Return the kind of a "segmentation", and what is wrong with it (empty: nothing).
+
+    Args:
+        segmentation: polygons ``[[x1, y1, x2, y2, ...], ...]``, a run-length encoding
+            ``{"size": [height, width], "counts": ...}``, or whatever the file has.
+        height, width: of the image in pixels.
+    """
+    if isinstance(segmentation, dict):
+        return _rle_kind(segmentation, height, width) if segmentation else (NONE, "")
+    if isinstance(segmentation, np.ndarray):
+        return MALFORMED, "is an array, which Detectron2 does not take: encode it"
+    if not isinstance(segmentation, list | tuple):
+        return (MALFORMED, f"is a {type(segmentation).__name__}") if segmentation else (NONE, "")
+    if not segmentation:
+        return NONE, ""
+    valid = pairs = 0
+    for polygon in segmentation:
+        points = polygon.tolist() if isinstance(polygon, np.ndarray) else polygon
+        if not isinstance(points, list | tuple):
+            return MALFORMED, "is not a list of polygons [[x1, y1, x2, y2, ...]]"
+        if not are_numbers(points):
+            return MALFORMED, "has a polygon that is not a list of finite numbers"
+        if points and max(max(points), -min(points)) > FARTHEST:
+            return MALFORMED, f"has a polygon with a coordinate beyond {FARTHEST} pixels"
+        valid += len(points) >= 6 and len(points) % 2 == 0
+        pairs += len(points) == 2
+    if pairs == len(segmentation) > 2:
+        return MALFORMED, "has points as pairs, not polygons [[x1, y1, x2, y2, ...]]"
+    short = "has polygons of fewer than three points"
+    if not valid:
+        return SHORT, short
+    return (POLYGONS, "") if valid == len(segmentation) else (PARTLY, short)
+
+
+def _rle_kind(rle: Annotation, height: Any, width: Any) -> tuple[str, str]:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not (isinstance(size, list | tuple) and len(size) == 2 and are_numbers(size)):
+        return MALFORMED, 'is a run-length encoding without "size": [height, width]'
+    if isinstance(counts, str | bytes):
+        runs = _decompressed(counts)
+    elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
+        runs = counts
+    else:
+        return MALFORMED, 'is a run-length encoding without "counts"'
+    # pycocotools does not look, and may take minutes or read what lies after.
+    if sum(runs) != size[0] * size[1] or min(runs) < 0:
+        return MALFORMED, 'has "counts" whose sum is not height * width'
+    if tuple(size) != (height, width):
+        return OTHER_SIZE, f'has "size" {list(size)}, but the image has [{height}, {width}]'
+    return RLE, ""
+
+
+def is_empty(segmentation: Any, height: int, width: int) -> bool:
+    """Whether a mask that can be read has no pixel: its polygons have no area in the image."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        return not any((counts if isinstance(counts, list) else _decompressed(counts))[1::2])
+    for polygon in segmentation:
+        x, y = polygon[::2], polygon[1::2]
+        if min(max(x), width) > max(min(x), 0) and min(max(y), height) > max(min(y), 0):
+            return False
+    return True
+
+
+def _decompressed(counts: str | bytes) -> list[int]:
+    """Return the runs of a compressed encoding; [-1] if it is none.
+
+    COCO's format: 5 bits a character from "0" on, least first, with a bit for more and a sign; from
+    the fourth on a run is the difference to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in counts.encode("latin-1", "replace") if isinstance(counts, str) else counts:
+        bits = code - 48
+        if not 0 <= bits < 64:
+            return [-1]
+        value |= (bits & 31) << shift
+        shift += 5
+        if shift > _LONGEST:
+            return [-1]
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return [-1] if shift or not runs else runs
+
+
+def inspect_masks(
+    annotations: Sequence[Annotation], sizes: Sequence[tuple[Any, Any]], needs: Needs
+) -> dict[str, list[str]]:
+    """Find what is wrong with "segmentation".
+
+    Args:
+        annotations: each with "id" and "image_id".
+        sizes: (height, width) of each one's image.
+        needs: of the student.
+
+    Returns:
+        sentences under "problems" (Detectron2 cannot read it), "untrainable", "unscorable" and
+        "notes".
+    """
+    by_kind: dict[str, list[tuple[Annotation, str]]] = {}
+    empty: list[Annotation] = []
+    for place in _doubtful(annotations, sizes, needs):
+        annotation, size = annotations[place], sizes[place]
+        kind, fault = segmentation_kind(annotation.get("segmentation"), *size)
+        by_kind.setdefault(kind, []).append((annotation, fault))
+        if needs.masks and kind in (POLYGONS, RLE) and is_empty(annotation["segmentation"], *size):
+            empty.append(annotation)
+
+    def several(*kinds: str, crowds: bool = True) -> list[tuple[Annotation, str]]:
+        found = [pair for kind in kinds for pair in by_kind.get(kind, ())]
+        return [pair for pair in found if crowds or not pair[0].get("iscrowd", 0)]
+
+    found: dict[str, list[str]] = {
+        "problems": [],
+        "untrainable": [],
+        "unscorable": [],
+        "notes": [],
+    }
+    if malformed := several(MALFORMED):
+        first, fault = malformed[0]
+        found["problems"].append(
+            f'{len(malformed)} annotations have a "segmentation" that cannot be read (for example '
+            f"{name(first)}: it {fault})"
+        )
+    short = several(SHORT)
+    if short and len(short) == len(annotations):
+        found["untrainable"].append(
+            f"The polygons of all {len(short)} annotations have fewer than three points (for "
+            f"example {name(short[0][0])}), and Detectron2 leaves such annotations out: correct "
+            '"segmentation", or leave the key out if there are boxes alone.'
+        )
+    elif short:
+        found["notes"].append(
+            f"{len(short)} annotations left out by Detectron2, whose polygons have fewer than "
+            f"three points ({name(short[0][0])})"
+        )
+    if not needs.masks:
+        return found
+    if partly := several(PARTLY):
+        found["notes"].append(
+            f"{len(partly)} annotations lose polygons of fewer than three points "
+            f"({name(partly[0][0])})"
+        )
+    if empty:
+        found["notes"].append(f"{len(empty)} masks without a pixel in the image ({name(empty[0])})")
+    # Crowds are scored, but not trained on.
+    for key, wrong in (
+        ("untrainable", several(NONE, OTHER_SIZE, crowds=False)),
+        ("unscorable", several(NONE, SHORT, PARTLY, OTHER_SIZE)),
+    ):
+        if wrong:
+            first, fault = wrong[0]
+            detail = f": it {fault}" if fault else ""
+            found[key].append(
+                f'{len(wrong)} of {len(annotations)} annotations have no usable "segmentation" '
+                f"(for example {name(first)}{detail}), but {needs.key('MODEL.MASK_ON')} is True: "
+                "correct it, or learn no masks."
+            )
+    if needs.mask_format == "polygon" and (rle := several(RLE, crowds=False)):
+        found["untrainable"].append(
+            f'{len(rle)} annotations have a run-length encoding as "segmentation" (for example '
+            f"{name(rle[0][0])}), but {needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to "
+            "'bitmask'."
+        )
+    return found
+
+
+def _doubtful(
+    annotations: Sequence[Annotation], sizes: Sequence[tuple[Any, Any]], needs: Needs
+) -> Iterator[int]:
+    """Yield the places of annotations that have to be looked at singly: all but good polygons."""
+    for start in range(0, len(annotations), _CHUNK):
+        masks = [a.get("segmentation") for a in annotations[start : start + _CHUNK]]
+        if not needs.masks and not any(masks) and set(map(type, masks)) <= {type(None), list}:
+            continue
+        listed = [place for place, mask in enumerate(masks) if type(mask) is list and mask]
+        rows = [sizes[start + place] for place in listed]
+        good = _good_polygons([masks[place] for place in listed], rows)
+        fine = {place for place, is_good in zip(listed, good, strict=True) if is_good}
+        yield from (start + place for place in range(len(masks)) if place not in fine)
+
+
+def _good_polygons(masks: Sequence[Any], sizes: Sequence[tuple[Any, Any]]) -> Sequence[bool]:
+    """Whether each is polygons without a fault, and with a pixel. False: not known."""
+    unknown = [False] * len(masks)
+    polygons = list(chain.from_iterable(masks))
+    if not polygons or set(map(type, polygons)) != {list}:
+        return unknown
+    lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
+    if (lengths < 6).any() or (lengths % 2).any():
+        return unknown
+    if not set(map(type, chain.from_iterable(polygons))) <= PLAIN:
+        return unknown
+    try:
+        points = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
+    except OverflowError:
+        return unknown
+    if not (abs(points) <= FARTHEST).all():
+        return unknown
+    counts = np.fromiter(map(len, masks), np.int64, len(masks))
+    starts = (np.cumsum(lengths) - lengths) // 2
+    seen = np.ones(len(polygons), dtype=bool)
+    for axis in (0, 1):
+        limit = np.repeat([size[1 - axis] for size in sizes], counts)
+        last = np.maximum.reduceat(points[axis::2], starts)
+        first = np.minimum.reduceat(points[axis::2], starts)
+        seen &= np.minimum(last, limit) > np.maximum(first, 0)
+    found: list[bool] = np.logical_or.reduceat(seen, np.cumsum(counts) - counts).tolist()
+    return found
