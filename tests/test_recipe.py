@@ -258,7 +258,7 @@ def test_passwords_are_not_shown() -> None:
 
 
 def test_pip_configuration_can_be_switched_off() -> None:
-    assert index_settings.pip_config_files({"PIP_NAME": "/dev/null"}) == []
+    assert index_settings.pip_config_files({"PIP_CONFIG_FILE": "/dev/null"}) == []
 
 
 # -- the build that is installed
