@@ -40,12 +40,15 @@ def measure(
         "measured", a record without what was asked for, and "machine".
     """
     series = read_metrics(folder).series
+    sets = _datasets(folder).TEST
+    # Of several sets the last: its detections are those that the folder holds.
+    box = f"{sets[-1]}/bbox" if len(sets) > 1 else "bbox"
     # Detectron2 has NaN if nothing is detected.
-    metrics = {name: _or_zero(series[f"bbox/{name}"].values[-1]) for name in NAMES}
+    metrics = {name: _or_zero(series[f"{box}/{name}"].values[-1]) for name in NAMES}
     metrics |= by_size(folder, Path(code), request["small_box"])
     own = {
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
-        "curve": [[i, round(_or_zero(ap), 2)] for i, ap in series["bbox/AP"].pairs()],
+        "curve": [[i, round(_or_zero(ap), 2)] for i, ap in series[f"{box}/AP"].pairs()],
         **measured,
         "weights_sha256": weights_hash(folder / "model_final.pth"),
         "commit": read_run_file(folder).get("commit", ""),
@@ -86,22 +89,26 @@ def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
+def _datasets(folder: Path) -> CfgNode:
+    with open(folder / "config.yaml") as file:
+        return CfgNode.load_cfg(file).DATASETS
+
+
 def ground_truth(folder: Path) -> str:
-    """The annotations of the first data set that a training was tested on.
+    """The annotations of the last data set that a training was tested on.
 
     Raises:
         ValueError: it is none of the digits, nor of ``DATASETS.REGISTER_COCO``.
     """
-    with open(folder / "config.yaml") as file:
-        datasets = CfgNode.load_cfg(file).DATASETS
-    name = datasets.TEST[0]
+    datasets = _datasets(folder)
+    name = datasets.TEST[-1]
     registered = {entry[0]: str(entry[1]) for entry in datasets.REGISTER_COCO}
     if name in registered:
         return registered[name]
     if name not in DIGITS_NAMES:
         raise ValueError(
             f"DATASETS.TEST is {datasets.TEST}: expected one of {DIGITS_NAMES}, or a set of "
-            "DATASETS.REGISTER_COCO first."
+            "DATASETS.REGISTER_COCO last."
         )
     splits = splits_from_config(CfgNode({"DATASETS": datasets}))
     return str(splits[DIGITS_NAMES.index(name)].json_file)

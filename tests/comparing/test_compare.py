@@ -298,6 +298,7 @@ def test_weights_hash_is_that_of_the_student(tmp_path: Path) -> None:
 def test_a_student_that_detects_nothing_has_an_ap_of_zero(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "model_final.pth")
     row = {"iteration": 9, **{f"bbox/{name}": float("nan") for name in ("AP", "AP50", "AP75")}}
+    (tmp_path / "config.yaml").write_text("DATASETS: {TEST: [own]}")
     (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference" / "coco_instances_results.json").write_text("[]")

@@ -31,7 +31,7 @@ def test_the_shuffled_teacher_is_one_image_off() -> None:
 
     def loss(teacher: torch.Tensor) -> float:
         mask = torch.ones(3, 12, 12, dtype=torch.bool)
-        maps = [LevelMaps("p2", student, teacher, mask, padded=False)]
+        maps = [LevelMaps("p2", student, teacher, mask)]
         distiller.level_weights = [1.0]
         return float(distiller.pyramid_loss(maps, None)[0])
 
