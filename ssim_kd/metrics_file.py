@@ -73,7 +73,7 @@ def _row(line: str) -> dict[str, float] | None:
         row = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
         row["iteration"] = int(row["iteration"])
         return row
-    except (ValueError, AttributeError, KeyError, OverflowError):
+    except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
         return None
 
 

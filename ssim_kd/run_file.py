@@ -57,6 +57,6 @@ def read_run_file(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no keys")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return found

@@ -8,6 +8,7 @@ import pytest
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 
+from ssim_kd.engine.trackers import TrackerWriter
 from ssim_kd.sharing import without_queries
 
 SIGNED = "https://host.org/a/t.pth?sig=SECRET&x=1"
@@ -55,3 +56,11 @@ def test_without_queries_of_frozen_and_lazy() -> None:
     assert without_queries(frozen).is_frozen()
     lazy = OmegaConf.create({"C": SIGNED, "I": "${C}"})
     assert OmegaConf.to_yaml(without_queries(lazy)).count("${C}") == 1
+
+
+def test_parameters_of_a_tracker(tmp_path) -> None:
+    class Writer(TrackerWriter):
+        name = "json"  # a package that is installed
+
+    writer = Writer(folder=str(tmp_path), params=CfgNode(nested(SIGNED)))
+    assert "SECRET" not in str(writer.params) and "t.pth" in str(writer.params)

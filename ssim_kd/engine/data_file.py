@@ -188,7 +188,7 @@ def _read_sets(path: str) -> dict[str, Any]:
         with PathManager.open(path, "rb") as file:
             # YAML takes minutes to read the json of a big set, which may be given by mistake.
             sets = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
-    except (OSError, yaml.YAMLError, ValueError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"DATASETS.DATA_FILE (--data) {path} is not readable: {error}") from error
     valid = (
         isinstance(sets, dict)

@@ -11,6 +11,7 @@ import yaml
 from ..metrics_file import METRICS_FILE, Series, read_metrics
 from ..run_file import RUN_FILE, read_run_file
 from ..sharing import without_queries
+from ..yaml_files import refuse_aliases_of_aliases
 
 #: Where Detectron2's COCOEvaluator leaves the detections, below the folder of a run.
 PREDICTIONS = "inference/coco_instances_results.json"
@@ -123,7 +124,17 @@ def read_run(folder: Path) -> Run:
 
 def read_yaml(text: str) -> Any:
     """Parse YAML without running code: a value with a tag is kept as what it is made of."""
-    return yaml.load(text, Loader=_PlainLoader)
+    loader = _PlainLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        refuse_aliases_of_aliases(root, "it")
+        return loader.construct_document(root)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    finally:
+        loader.dispose()
 
 
 class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -26,7 +26,7 @@ def test_read_run(tmp_path: Path) -> None:
     assert run.commit == "1234567890+" and run.memory == 1200 and "x.yaml" in run.command
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"commit": '])
+@pytest.mark.parametrize("text", ["", "[1]", '{"commit": ', "[" * 90_000])
 def test_read_run_with_a_damaged_run_file(tmp_path: Path, text: str) -> None:
     folder = write_run(tmp_path / "run", config(write_set(tmp_path / "data")), rows())
     (folder / "run.json").write_text(text)
@@ -127,7 +127,14 @@ train: {max_iter: 90, device: cuda}
     assert not Path("code_was_run").exists()
 
 
-@pytest.mark.parametrize("text", ["a: [1, 2", "- 1", "", "\x01"])
+# Two to the power of 300 values.
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 300))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [1, 2", "- 1", "", "\x01", BOMB, "a: &a [*a]", "a: " + "[" * 900, "a: " + "9" * 5000],
+)
 def test_read_run_with_a_damaged_config(tmp_path: Path, text: str) -> None:
     run = read_run(write_run(tmp_path / "run", text, rows()))
     assert run.config == {} and any("config.yaml" in problem for problem in run.problems)

@@ -209,7 +209,7 @@ def _read_runs(path: str) -> dict[str, str]:
     try:
         with PathManager.open(path) as file:
             return dict(json.load(file))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         logger.warning("%s cannot be read (%s): the trackers get new runs.", path, error)
         return {}
 
