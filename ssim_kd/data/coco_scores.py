@@ -14,8 +14,8 @@ from pycocotools.cocoeval import COCOeval
 
 logger = logging.getLogger(__name__)
 
-# Whole numbers below it have a float of their own.
-_EXACT = 2**53
+#: Whole numbers below it have a float of their own.
+EXACT = 2**53
 
 
 def score(
@@ -61,8 +61,8 @@ def score(
 def is_fast(truth: COCO) -> bool:
     """Whether faster-coco-eval is installed, and takes the ids of a file: it makes them floats."""
     installed = importlib.util.find_spec("faster_coco_eval") is not None
-    ids = (*truth.imgs, *truth.cats)
-    return installed and all(type(i) is int and abs(i) < _EXACT for i in ids)
+    ids = (*truth.imgs, *truth.cats, *truth.anns)
+    return installed and all(type(i) is int and abs(i) < EXACT for i in ids)
 
 
 def _evaluate_fast(truth: COCO, found: COCO, task: str, params: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
 from ..data.coco import own_json_file
-from ..data.coco_scores import is_fast, score
+from ..data.coco_scores import EXACT, is_fast, score
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ class ScoredCOCOEvaluator(COCOEvaluator):
 
     pycocotools stores the id of what a detection has matched, and takes 0 for no match; text fails.
     Files that count from 0 are common. The ids name nothing in the results, so that they are
-    numbered anew where one is no whole number > 0.
+    numbered anew unless all are whole numbers > 0 that a float can hold.
     """
 
     def __init__(self, dataset_name: str, **options: Any) -> None:
         super().__init__(dataset_name, **options)
         annotations = self._coco_api.dataset.get("annotations", [])
-        if any(not (type(a["id"]) is int and a["id"] > 0) for a in annotations):
+        if any(not (type(a["id"]) is int and 0 < a["id"] < EXACT) for a in annotations):
             for number, annotation in enumerate(annotations, start=1):
                 annotation["id"] = number
             self._coco_api.createIndex()

@@ -71,6 +71,11 @@ def ids_negative(data):
         annotation["id"] *= -1
 
 
+def ids_of_64_bits(data):
+    for annotation in data["annotations"]:
+        annotation["id"] += 2**63 - 2
+
+
 def image_ids_of_text(data):
     for image in data["images"]:
         image["id"] = f"i{image['id']}"
@@ -134,6 +139,7 @@ ACCEPTED = [
     ids_of_text,
     ids_null,
     ids_negative,
+    ids_of_64_bits,
     image_ids_of_text,
     image_ids_of_64_bits,
     category_ids_of_text,
