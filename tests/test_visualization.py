@@ -108,7 +108,7 @@ def test_the_maps_are_what_the_loss_averages(model: nn.Module) -> None:
     distiller = model.distillers["ssim"]
     with torch.no_grad(), Tap(model.student, distiller.levels) as ours:
         model.student.backbone(model.student.preprocess_image(batch).tensor)
-    theirs = model.teacher([x["image"] for x in batch])
+    theirs = model.load_teacher()([x["image"] for x in batch])
     with torch.no_grad():
         _, by_level = distiller(ours, theirs, DistillBatch.from_inputs(batch))
     assert list(maps) == distiller.levels
