@@ -31,7 +31,7 @@ MAX_REPLACEMENTS = 20
 
 
 class TrainLoader:
-    """Iterates over the batches of this rank, for ever: lists of the mapper's outputs.
+    """Iterates over the batches of this rank without end: lists of the mapper's outputs.
 
     The order of images and the random numbers of the mapper depend on ``seed``, the number of the
     iteration and the number of ranks alone: not on the number of workers, nor on where the run was

@@ -235,10 +235,15 @@ class LazyRecipe:
         return instantiate(node)
 
     def _is_exact(self, node: DictConfig) -> bool:
-        """Whether our loader can compute the order of images ahead."""
+        """Whether our loader can compute the order of images ahead; makes the data set of it."""
         sampler = _target(node.get("sampler"))
-        known = sampler is None or sampler.__module__.startswith("detectron2.")
-        return known and hasattr(instantiate(node.dataset), "__getitem__")
+        if sampler is not None and not sampler.__module__.startswith("detectron2."):
+            return False
+        dataset = instantiate(node.dataset)
+        if _target(node.dataset) is not None:
+            # The loader takes this one: a set that code registers can be slow to make.
+            node.dataset["_target_"] = lambda **arguments: dataset
+        return hasattr(dataset, "__getitem__")
 
     def _evaluate(self, model: nn.Module, test: DictConfig | None = None) -> Mapping[str, Any]:
         if "evaluator" not in self.cfg.dataloader:

@@ -1,4 +1,4 @@
-"""What a training is told: plain values, whatever config language they come from."""
+"""The settings of a training: plain values, the same for every config language."""
 
 import inspect
 import json
