@@ -79,22 +79,22 @@ def launch_processes(
     processes = args.num_gpus * args.num_machines
     if processes <= 1:
         return main(*main_args)
-    forward_signals()
     guarded = (os.getpid(), main, main_args)
     try:
-        if cuda:
-            launch(
-                _guarded,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=guarded,
-                timeout=TIMEOUT,
-            )
-        else:
-            ranks = (processes, args.num_gpus, args.machine_rank, _free_url(args))
-            mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(*ranks, *guarded))
+        with forward_signals():
+            if cuda:
+                launch(
+                    _guarded,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=guarded,
+                    timeout=TIMEOUT,
+                )
+            else:
+                ranks = (processes, args.num_gpus, args.machine_rank, _free_url(args))
+                mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(*ranks, *guarded))
     except mp.ProcessExitedException as error:
         # A process that SIGTERM itself ended had not begun to train.
         if error.exit_code in (EXIT_STOPPED, -signal.SIGTERM):

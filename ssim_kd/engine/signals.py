@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -40,6 +40,23 @@ class Stopped(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(EXIT_STOPPED)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle SIGTERM and SIGINT; returns the handlers before.
+
+    SIGINT stays as it is if it is ignored, as in a shell's background, or has another handler than
+    Python's.
+    """
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class StopOnSignal(HookBase):
@@ -135,8 +152,7 @@ class SignalWatch:
 
     Python runs handlers only in the main thread, and not while that waits inside of torch for
     another process. Python does write the signal's number to a file at once, which wakes the
-    thread. SIGINT stays as it is if it is ignored, as in a shell's background, or has another
-    handler than Python's.
+    thread.
     """
 
     def __init__(
@@ -160,10 +176,7 @@ class SignalWatch:
         self._over = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        numbers = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            numbers.append(signal.SIGINT)
-        self._before = {n: signal.signal(n, lambda _signal, _frame: handler()) for n in numbers}
+        self._before = _handle(lambda _signal, _frame: handler())
         self._file_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._wait, name="SIGTERM", daemon=True)
         self._thread.start()
@@ -174,8 +187,7 @@ class SignalWatch:
         global _watching
         _watching = False
         signal.set_wakeup_fd(self._file_before)
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        _restore(self._before)
         self._over.set()
         with suppress(BlockingIOError):  # full: the thread is awake
             os.write(self._write, b"\0")
@@ -229,8 +241,9 @@ os.register_at_fork(
 )
 
 
-def forward_signals() -> None:
-    """Pass SIGTERM on from this process to those that it spawns, and Ctrl-C as SIGTERM.
+@contextmanager
+def forward_signals() -> Iterator[None]:
+    """Inside, pass SIGTERM on from this process to those that it spawns, and Ctrl-C as SIGTERM.
 
     Before there are any, this process ends (:class:`Stopped`). A second Ctrl-C ends all at once.
     """
@@ -247,9 +260,11 @@ def forward_signals() -> None:
         if not children:
             raise Stopped
 
-    signal.signal(signal.SIGTERM, forward)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, forward)
+    before = _handle(forward)
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 def die_with_parent(parent: int) -> None:

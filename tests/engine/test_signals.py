@@ -20,6 +20,7 @@ from ssim_kd.engine.signals import (
     EXIT_STOPPED,
     StopOnSignal,
     Stopped,
+    forward_signals,
 )
 
 
@@ -178,3 +179,12 @@ for seconds in (0.2, 0.6):
     code, seconds, _ = ended(WAITS["in compiled code"], more=twice)
     assert code == EXIT_INTERRUPTED == 130
     assert seconds < 20
+
+
+def test_forward_signals_gives_the_handlers_back() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(Stopped), forward_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert [signal.getsignal(number) for number in numbers] == before
