@@ -31,7 +31,7 @@ def add_distill_config(cfg: CN) -> None:
 
 
 def student_config(cfg: CN) -> CN:
-    """The config of the student alone, frozen: what stock Detectron2 builds and evaluates."""
+    """The frozen config of only the student: what stock Detectron2 builds and evaluates."""
     cfg = cfg.clone()
     if cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
         cfg.defrost()
@@ -158,7 +158,7 @@ def import_method(name: str) -> Callable[[CN], None]:
 def share_keys(add_config: Callable[[CN], None]) -> None:
     """Give the configs of teachers the keys of the run's config as well.
 
-    A backbone with config keys of its own can then be a teacher.
+    A backbone with custom config keys can then be a teacher.
 
     Args:
         add_config: adds keys with their defaults to a config.
@@ -215,8 +215,8 @@ def _add_model_keys(cfg: CN) -> None:
     # Of older configs: "ssim", "l1" or "l2" is NAME SSIMDistiller, L1Distiller or L2Distiller.
     distill.LOSS = ""
     # Parts of the student that are copied from the teacher before the first step, after
-    # MODEL.WEIGHTS: "fpn", "heads". Their shapes must be equal. Set a student that inherits never
-    # beside a plain one that does not.
+    # MODEL.WEIGHTS: "fpn", "heads". Their shapes must be equal. Compare such a student only with
+    # a plain one that inherits the same.
     distill.INIT_FROM_TEACHER = []
 
     schedule = distill.SCHEDULE = CN()
@@ -286,7 +286,7 @@ def _add_model_keys(cfg: CN) -> None:
     ssim.ALPHA = 1.0
     ssim.BETA = 1.0
     ssim.GAMMA = 1.0
-    # Border: "same" (mirrored, every cell counts) or "valid" (whole windows alone count).
+    # Border: "same" (mirrored, every cell counts) or "valid" (only whole windows count).
     ssim.PADDING = "same"
     # Implementation: "auto" (the fastest that runs here), "reference", "eager",
     # "native" (a CPU) or "triton" (a GPU).
@@ -319,7 +319,7 @@ def _add_solver_keys(cfg: CN) -> None:
 
 def _add_dataset_keys(cfg: CN) -> None:
     datasets = cfg.DATASETS
-    # A YAML file that describes one's own data once, for teacher and student: it sets TRAIN, TEST
+    # A YAML file that describes custom data once, for teacher and student: it sets TRAIN, TEST
     # and the number of classes. The same as --data. "": none.
     datasets.DATA_FILE = ""
     # Data sets in COCO format to register: [[name, json file, image folder], ...].
@@ -352,8 +352,8 @@ def _add_dataset_keys(cfg: CN) -> None:
 
 def _add_tracking_keys(cfg: CN) -> None:
     node = cfg.TRACKING = CN()
-    # Experiment trackers beside TensorBoard and metrics.json: "mlflow", "wandb" or both. Their own
-    # variables (MLFLOW_TRACKING_URI, WANDB_MODE, ...) say where they are.
+    # Experiment trackers next to TensorBoard and metrics.json: "mlflow", "wandb" or both. Their
+    # own variables (MLFLOW_TRACKING_URI, WANDB_MODE, ...) name the server.
     node.WRITERS = ()
     # Project of W&B, experiment of MLflow. "" is that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME,
     # else the tracker's default.
@@ -365,7 +365,7 @@ def _add_tracking_keys(cfg: CN) -> None:
 def add_timm_config(cfg: CN) -> None:
     """Add the keys of ``MODEL.TIMM``, read by the backbones of timm, to a config, in place."""
     node = cfg.MODEL.TIMM = CN()
-    # A model of timm that gives a pyramid of features, e.g. "convnext_atto"; a tag behind it
+    # A model of timm that gives a pyramid of features, e.g. "convnext_atto"; a tag after it
     # ("mobilenetv3_large_100.ra_in1k") chooses among timm's weights.
     node.NAME = "mobilenetv3_large_100"
     # Levels that the backbone gives, by stride: res2 (4), res3 (8), res4 (16), res5 (32).

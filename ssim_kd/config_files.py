@@ -31,7 +31,7 @@ def merge_file(cfg: CN, path: str) -> set[str]:
     """Merge a config file and its bases, see :func:`ssim_kd.yaml_files.read_with_bases`.
 
     Returns:
-        the dotted names of the keys that the file and its bases set, but for those that ssim_kd or
+        the dotted names of the keys that the file and its bases set, without bases that ssim_kd or
         Detectron2's zoo ships.
 
     Raises:
@@ -125,7 +125,7 @@ def did_you_mean(cfg: CN, message: str) -> str:
 
 
 def near_keys(key: str, known: Sequence[str], *, most: int, cutoff: float) -> list[str]:
-    """The known keys that are like one: those of its own section, else any.
+    """The known keys that resemble one: those of its section, else any.
 
     Args:
         key: dotted.
@@ -135,7 +135,7 @@ def near_keys(key: str, known: Sequence[str], *, most: int, cutoff: float) -> li
     """
     # TEMPERATURE is a name of several sections.
     section = key.rpartition(".")[0]
-    beside = [name for name in known if section and name.rpartition(".")[0] == section]
-    return difflib.get_close_matches(key, beside, most, cutoff) or difflib.get_close_matches(
+    section_keys = [name for name in known if section and name.rpartition(".")[0] == section]
+    return difflib.get_close_matches(key, section_keys, most, cutoff) or difflib.get_close_matches(
         key, known, most, cutoff
     )

@@ -45,7 +45,7 @@ class Metrics:
     Attributes:
         series: by the name of the metric; without an entry for what was never written.
         lines: that are not empty.
-        damaged: lines among them that are no row, as the last one while it is being written.
+        damaged: lines among them that cannot be read, as the last one while it is being written.
     """
 
     series: dict[str, Series] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def _merge(rows: Sequence[Mapping[str, float]]) -> dict[str, Series]:
     Of values that come twice the later one counts, and what an earlier part of the run wrote of
     later iterations is out of date. The rows themselves are in no order: Detectron2 writes those of
     several iterations at a time, such as an evaluation after the losses of later steps. A new part
-    begins where a metric of this part goes back.
+    begins when a metric of this part has an earlier iteration.
     """
     series: dict[str, Series] = {}
     part: set[str] = set()

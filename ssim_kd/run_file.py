@@ -45,7 +45,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         - **environment**: Detectron2's table of versions and devices.
         - **peak_memory_mb**: of the main process's GPU, once the training is over.
 
-        {} if there is no such file: a training of an older version.
+        {} if the file does not exist: a training of an older version.
 
     Raises:
         ValueError: the file cannot be read.

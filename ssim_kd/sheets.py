@@ -49,7 +49,7 @@ def load_model(cfg: CfgNode) -> torch.nn.Module:
     _, checkpoint = read_file(cfg.MODEL.WEIGHTS, key=key)
     model = build_model(cfg).eval()
     if getattr(model, "teacher", None) is None:
-        raise ValueError("MODEL.DISTILL.ENABLED is False: there is no teacher to compare with.")
+        raise ValueError("MODEL.DISTILL.ENABLED is False: nothing to compare with.")
     load_strictly(model.student, read_weights(cfg.MODEL.WEIGHTS, key=key))
     state = checkpoint.get("distillers", {})
     missing = set(model.distillers.state_dict()) - set(state)

@@ -199,7 +199,7 @@ def read_torch_file(path: str, *, mmap: bool) -> Any:
 
 
 def _finished(value: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
-    """Put the arrays where what reads them stands; ``seen`` keeps objects and what they become."""
+    """Replace each reader by its array; ``seen`` keeps objects and their replacements."""
     kind: Any = type(value)
     if id(value) in seen:
         return seen[id(value)][1]

@@ -22,7 +22,7 @@ from .modeling import DistillBatch, PyramidDistiller, SSIMDistiller, Tap
 
 Picture = NDArray[np.uint8]
 
-#: Ends of the colour scale: 0 where the maps agree, 0.5 where they have nothing in common.
+#: Ends of the colour scale: 0 if the maps agree, 0.5 if they have nothing in common.
 LOSS_RANGE = (0.0, 0.5)
 #: Channels that SSIM's maps are made of at a time.
 CHANNELS_AT_ONCE = 32
@@ -151,7 +151,7 @@ def loss_maps(model: Any, batched_inputs: list[dict[str, Any]]) -> dict[str, Los
     inputs = [{**x, "image": x["image"].to(model.device)} for x in batched_inputs]
     teacher_features = model.load_teacher()([x["image"] for x in inputs])
     with _eval_mode(student), Tap(student, distiller.levels) as student_features:
-        student(inputs)  # heads as well: not every meta-architecture shows its preprocessing
+        student(inputs)  # heads too: some meta-architectures do not expose their preprocessing
 
     options = {"scaling": "channel"}
     if isinstance(distiller, SSIMDistiller):
@@ -174,7 +174,7 @@ def pyramid_distiller(model: Any) -> PyramidDistiller:
     found = [d for d in model.distillers.values() if isinstance(d, PyramidDistiller)]
     if model.teacher is None or not found:
         raise ValueError(
-            "There are no maps of a teacher to compare with: MODEL.DISTILL.ENABLED is False, or no "
+            "No maps of a teacher were recorded: MODEL.DISTILL.ENABLED is False, or no "
             "distiller compares maps by level."
         )
     return found[0]

@@ -79,7 +79,7 @@ def write_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     Args:
         folder: made if missing; its other files stay.
         names: of all files that may belong together. Those that are not written are removed. The
-            last is removed first and comes last: where it is, the others are whole and fit it.
+            last is removed first and written last: if it exists, the others are whole and fit it.
 
     Yields:
         an empty folder to write them into.

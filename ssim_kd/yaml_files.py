@@ -84,7 +84,7 @@ def read_with_bases(path: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
 
 
 def dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys of a nested dict whose values are no dicts."""
+    """The dotted names of all keys of a nested dict, without those of inner dicts."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
@@ -122,7 +122,7 @@ def _read(path: str, title: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{title} is nested too deeply; expected a config file.") from error
     except ValueError as error:
-        # Text that is no UTF-8, a number of 5,000 digits.
+        # Text that is not UTF-8, a number of 5,000 digits.
         raise error if title in str(error) else ValueError(f"{title}: {error}") from error
     return found
 
@@ -136,7 +136,7 @@ def _check(root: yaml.Node | None, title: str) -> None:
 
 
 def refuse_aliases_of_aliases(root: yaml.Node, title: str) -> None:
-    """Raise ValueError if a file of few values stands for too many, or for endless ones."""
+    """Raise ValueError if aliases make a file of few values too large or endless."""
     sizes: dict[int, int] = {}
     total = _size(root, sizes, title)
     if total > len(sizes) + _MOST_BY_ALIASES:
@@ -182,7 +182,7 @@ def _refuse_equal_keys(root: yaml.Node, title: str) -> None:
                 if same in lines and key.value != "<<":
                     raise ValueError(
                         f"{title} has the key {name} twice, in lines {lines[same]} and {line}, of "
-                        "which YAML takes the last alone; expected one. Merge the two."
+                        "which YAML takes only the last; expected one. Merge the two."
                     )
                 lines[same] = line
 
@@ -210,7 +210,7 @@ def _is_in(path: str, folder: str) -> bool:
 
 
 def _base_path(base: str, path: str) -> str:
-    """Where a base lies, as Detectron2 looks for it; else, what is shipped by that name."""
+    """The path of a base, as Detectron2 finds it; else the shipped config of that name."""
     base = os.path.expanduser(base)
     if os.path.isabs(base) or is_remote(base):
         return base

@@ -73,7 +73,7 @@ def check(exported: ExportedDetector, model: nn.Module, batch: list[dict], pixel
     assert [f.image_size for f in found] == [tuple(x["image"].shape[-2:]) for x in batch]
     row = agreement(found, expected, score=0.0)
     assert row["expected"] >= 20 * len(batch)
-    assert row["matched"] >= 0.98 * row["expected"] and row["beside"] <= 0.02 * row["expected"]
+    assert row["matched"] >= 0.98 * row["expected"] and row["more"] <= 0.02 * row["expected"]
     assert row["pixels"] <= pixels and row["score"] <= 1e-4
 
 
@@ -156,11 +156,11 @@ def test_agreement_pairs_by_class_and_place() -> None:
     expected = boxes((0, 0, 40, 40, 1, 0.9), (50, 50, 90, 90, 2, 0.8), (0, 0, 40, 40, 3, 0.01))
     same = boxes((50, 50, 90, 90.5, 2, 0.7), (0, 0, 40, 40, 1, 0.9))
     row = agreement([same], [expected])
-    assert (row["expected"], row["matched"], row["beside"]) == (2, 2, 0)
+    assert (row["expected"], row["matched"], row["more"]) == (2, 2, 0)
     assert row["pixels"] == pytest.approx(0.5) and row["score"] == pytest.approx(0.1)
     other = boxes((0, 0, 40, 40, 2, 0.9), (50, 50, 90, 60, 2, 0.8))
     row = agreement([other], [expected])
-    assert (row["matched"], row["beside"]) == (0, 2)
+    assert (row["matched"], row["more"]) == (0, 2)
     assert agreement([boxes()], [expected])["matched"] == 0
     flat = boxes((5, 5, 5, 40, 1, 0.9))  # no area, hence no overlap
     assert agreement([flat], [flat])["matched"] == 1
@@ -228,7 +228,7 @@ def test_main_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) ->
     assert set(found["agreement"]) == {"torchscript", "onnx", "int8"}
     assert set(found["AP"]) == {"pytorch", "torchscript", "onnx", "int8"}
     assert found["AP"]["torchscript"] == pytest.approx(found["AP"]["pytorch"], abs=0.5)
-    assert found["agreement"]["torchscript"]["beside"] == 0
+    assert found["agreement"]["torchscript"]["more"] == 0
 
     # Neither Detectron2 nor ssim_kd is needed to run it.
     code = (

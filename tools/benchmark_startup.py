@@ -39,7 +39,7 @@ INPUT: {MIN_SIZE_TRAIN: [96]}
 DATALOADER: {NUM_WORKERS: 0}
 VERSION: 2
 """
-# Run as a program of its own, of which only Detectron2 is imported but for the processes.
+# Run as a separate program that imports only Detectron2.
 _STOCK = """
 import sys, torch
 from detectron2.config import get_cfg

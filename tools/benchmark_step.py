@@ -94,7 +94,7 @@ def arms_of(name: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 class Stepper:
-    """Takes training steps that change nothing, with a model of its own optimizer."""
+    """Takes training steps that change nothing, with a separate model and optimizer."""
 
     def __init__(self, name: str, args: argparse.Namespace, model: nn.Module, clock: Clock) -> None:
         self.model, self.clock = model, clock
@@ -153,7 +153,7 @@ def measure_pair(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_peaks(name: str, args: argparse.Namespace) -> dict[str, int]:
-    """The most memory in bytes that each arm's step takes on a GPU, its own objects alone."""
+    """The most memory in bytes that each arm's step takes on a GPU, without other arms' objects."""
     peaks = {}
     for arm in arms_of(name, args):
         gc.collect()
@@ -161,7 +161,7 @@ def measure_peaks(name: str, args: argparse.Namespace) -> dict[str, int]:
         step = Stepper(name, args, build_arms(name, args, (arm,))[arm], Clock(args.device))
         torch.cuda.reset_peak_memory_stats()
         with EventStorage():
-            for _ in range(2):  # the second one holds the momenta as well
+            for _ in range(2):  # the second one also holds the momenta
                 step(arm)
         peaks[arm] = torch.cuda.max_memory_allocated() - before
         del step
@@ -171,7 +171,7 @@ def measure_peaks(name: str, args: argparse.Namespace) -> dict[str, int]:
 def measure_parts(
     model: Any, batch: list[dict[str, Any]], args: argparse.Namespace, amp: Any
 ) -> dict[str, Any]:
-    """Where the time of a step goes: teacher, student's forward, loss, backward of all."""
+    """Shares of a step's time: teacher, student's forward, loss, backward."""
     clock = Clock(args.device, cpu_time=args.cpu_time)
     timed = TimedTeacher(model.load_teacher(), clock)
     model.load_teacher = lambda: timed

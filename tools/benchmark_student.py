@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def exported(args: argparse.Namespace) -> dict[str, ExportedDetector]:
-    """What lies in the folder ``--exported``, by format."""
+    """The models in the folder ``--exported``, by format."""
     if args.exported is None:
         return {}
     found = {}

@@ -45,7 +45,7 @@ PACKAGES = (
 
 
 def neutralise_malloc() -> bool:
-    """Keep glibc from giving freed memory back: its page faults punish whoever allocates much."""
+    """Keep glibc from giving freed memory back: page faults would slow down large allocations."""
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     try:
         libc = ctypes.CDLL(None)

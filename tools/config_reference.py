@@ -40,7 +40,7 @@ def read_keys(file: Path) -> Iterator[Keys]:
     for function in ast.parse(source).body:
         if not isinstance(function, ast.FunctionDef) or "add_" not in function.name:
             continue
-        names = {"cfg": ""}  # of variables: the node that each stands for
+        names = {"cfg": ""}  # the node that each variable names
         for line in (x for x in function.body if isinstance(x, ast.Assign)):
             *_, target = line.targets
             if not isinstance(line.value, ast.Call | ast.Attribute):

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. --resume goes on where it was.", file=sys.stderr)
+        print("\nStopped. Add --resume to continue.", file=sys.stderr)
         return 130
     summary["run"] = {
         "seed": args.seed,
@@ -112,7 +112,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep what is finished and go on where a training stopped; without it all three "
+        help="keep finished trainings and continue a stopped one; without it all three "
         "trainings start anew (the data is kept in either case)",
     )
     parser.add_argument("--quick", action="store_true", help="a few iterations: tests the demo")

@@ -36,7 +36,7 @@ SIDE, DPI = 1.75, 100
 
 
 def load_student(cfg: CfgNode, folder: Path) -> nn.Module:
-    """The plain detector that a training of the demo left behind, in eval mode."""
+    """The plain detector of a finished training of the demo, in eval mode."""
     model = build_model(student_config(cfg))
     load_strictly(model, read_weights(str(folder / "model_final.pth"), key="MODEL.WEIGHTS"))
     return model.eval()

@@ -1,4 +1,4 @@
-"""Trainings of the demo, each in a process of its own, with their progress on the console."""
+"""Trainings of the demo, each in its own process, with their progress on the console."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ class Console:
         print(text, flush=True)
 
     def progress(self, text: str) -> None:
-        """Show where the step is."""
+        """Show the step's progress."""
         if self.terminal:
             print(f"\r\033[K  {text}", end="", flush=True)
         elif time.monotonic() - self._last >= self.period:
@@ -88,12 +88,12 @@ def train(
     resume: bool,
     script: Path = ROOT / "train_net.py",
 ) -> None:
-    """Train and evaluate at once, each in a process of its own.
+    """Train and evaluate at the same time, each in its own process.
 
     Args:
         jobs: do not need each other.
         console: shows the progress.
-        resume: keep what is finished, and go on where it stopped; else start anew.
+        resume: keep what is finished and continue what was stopped; else start anew.
         script: train_net.py.
 
     Raises:
@@ -140,8 +140,8 @@ def start(job: Job, at_once: int, *, resume: bool, script: Path) -> subprocess.P
     # Trainings that run at once share the cores.
     threads = str(max((os.cpu_count() or 1) // at_once, 1))
     with open(job.log, "a") as file:
-        # In a session of its own: an interrupt from the keyboard reaches this process alone, which
-        # then asks the training to save and end.
+        # In a new session: Ctrl-C reaches only this process, which then asks the training to save
+        # and end.
         return subprocess.Popen(
             command + job.options,
             stdout=file,
@@ -166,7 +166,7 @@ def finish(job: Job, status: int, console: Console) -> None:
 
 
 def progress_of(job: Job) -> str:
-    """Where a training is, e.g. "teacher 20/1200, loss 1.250, 1:23 left"."""
+    """The progress of a training, e.g. "teacher 20/1200, loss 1.250, 1:23 left"."""
     iterations = job.cfg.SOLVER.MAX_ITER
     series = series_of(job.folder)
     if "total_loss" not in series:

@@ -1,4 +1,4 @@
-"""What mkdocs.yml does besides rendering docs/: pages from elsewhere in the repository, and links.
+"""The pages that mkdocs.yml adds to docs/ from elsewhere in the repository, and their links.
 
 README.md is the front page, the README of each project a page of the methods, and the reference of
 the config keys is made. Pages keep the links that they have in the repository: a link to a file
@@ -88,7 +88,7 @@ class RolesAsCode(griffe.Extension):
         if obj.docstring:
             text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
             text = re.sub(r"::$", ":", text, flags=re.M)
-            # "a, b: text" of attributes: griffe takes what stands after a space for a type.
+            # "a, b: text" of attributes: griffe takes what follows a space for a type.
             obj.docstring.value = re.sub(
                 r"^ +\w+(, \w+)+:", lambda m: m[0].replace(", ", ",\u2009"), text, flags=re.M
             )

@@ -196,7 +196,7 @@ def table() -> str:
 
 
 def notes() -> str:
-    """Where the figures of the table come from."""
+    """The sources of the table's figures."""
     found = []
     if STEP.is_file():
         step = json.loads(STEP.read_text())

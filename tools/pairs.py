@@ -312,9 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Detectron2 {'main' if main_only else detectron2.__version__} and PyTorch "
         f"{torch.__version__.split('+')[0]}. A cell names the levels that are compared where "
         "`IN_FEATURES` is [].",
-        "Others can be named: below the FPN of a ResNet or a timm backbone lie `res2` to `res5`. A "
+        "Others can be named: below the FPN, a ResNet or a timm backbone has `res2` to `res5`. A "
         "pair that cannot work",
-        "says why when it is built: its message stands below the table.",
+        "says why when it is built: its message is below the table.",
     ]
     for name in args.distillers:
         page += ["", f"## {DISTILLERS[name][0]}", "", table(students, teachers, name)]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Submit a training to SLURM, which goes on by itself after a preemption or at the time limit.
+"""Submit a training to SLURM, which resumes by itself after a preemption or the time limit.
 
     tools/slurm.py --nodes 2 --gpus-per-node 8 --partition gpu --time 24:00 -- \\
         --config-file my_detector.yaml --teacher output/teacher OUTPUT_DIR output/distilled
 
-Behind "--" is the command line of train_net.py, without --num-gpus and --num-machines: each GPU has
+After "--" comes the command line of train_net.py, without --num-gpus, --num-machines: each GPU has
 a task of SLURM. Before the limit and when it is preempted the training saves and ends, and the job
 is queued again with --resume. "--cluster local" does the same on this machine, without SLURM.
 """
@@ -40,7 +40,7 @@ class Training:
         Args:
             script: train_net.py.
             arguments: its command line.
-            resume: whether it goes on from a checkpoint.
+            resume: whether it continues from a checkpoint.
         """
         self.script, self.arguments, self.resume = script, arguments, resume
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,7 +86,7 @@ class Training:
 
 
 def _ignore_signals_of_submitit() -> None:
-    """In the training, which SLURM sends them to as well."""
+    """In the training, which receives them from SLURM too."""
     for name in {os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), "USR2", "USR1"}:
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
 
@@ -122,7 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cluster", default="slurm", choices=["slurm", "local"])
     parser.add_argument("--script", default=str(ROOT / "train_net.py"), help="a train_net.py")
-    parser.add_argument("--print", action="store_true", help="show the sbatch script alone")
+    parser.add_argument("--print", action="store_true", help="only show the sbatch script")
     place = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:place])
     args.arguments = argv[place + 1 :]

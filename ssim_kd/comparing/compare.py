@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        print("\nStopped. Run the same command again to continue.", file=sys.stderr)
         return 130
     finally:
         for number, handler in zip(numbers, before, strict=True):
@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     records = Records(args.records or args.study.parent / "results" / f"{study.name}.json")
     status, stages = 0, args.stages or [*study.content["stages"]]
     if not args.report:
-        # The report alone needs neither submitit nor Optuna.
+        # Only trainings need submitit and Optuna.
         from .running import Place, TrainingError, build_executor, finish
         from .tuning import tune
 

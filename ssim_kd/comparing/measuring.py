@@ -62,7 +62,7 @@ def by_size(folder: Path, code: Path, small_box: float) -> dict[str, float]:
     """AP of small and of large boxes, 0 to 100: those with an area below ``small_box``, and others.
 
     COCO's own areas do not part the small images of a study. ``code`` is the folder in which the
-    training ran, where a relative path of its data begins.
+    training ran; relative paths of its data begin there.
     """
     found = folder / "inference" / "coco_instances_results.json"
     if not json.loads(found.read_text()):

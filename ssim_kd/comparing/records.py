@@ -1,4 +1,4 @@
-"""The results of a study in one JSON file: what was asked for, what came out, where it ran."""
+"""The results of a study in one JSON file: request, metrics and machine of each training."""
 
 import json
 import os

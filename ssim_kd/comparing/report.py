@@ -1,4 +1,4 @@
-"""Writes what came out of a study: a page, its tables and its plots, from the records alone."""
+"""The page of a study, with its tables and plots, written from the records."""
 
 import os
 import shlex

@@ -72,7 +72,7 @@ def build_executor(
         folder: of submitit's logs and requests.
         workers: jobs at once on SLURM; 0 leaves that to it.
         parameters: of submitit; text that is a number becomes one.
-        max_timeouts: times that a job which can go on is queued again after its time limit.
+        max_timeouts: how often a job that can resume is queued again after its time limit.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -161,9 +161,9 @@ def overrides(run: Run, models: Mapping[str, Run], place: Place) -> dict[str, An
     """The KEY VALUE pairs of a training."""
     opts = {**run.opts, "SEED": run.seed, "OUTPUT_DIR": str(place.output / run.key), **place.opts}
     for key in _PATHS:
-        beside = run.folder / str(opts.get(key, ""))
-        if key in opts and beside.exists():
-            opts[key] = str(beside.resolve())
+        path = run.folder / str(opts.get(key, ""))
+        if key in opts and path.exists():
+            opts[key] = str(path.resolve())
     if run.start:
         opts["MODEL.WEIGHTS"] = str(_weights(models[run.start], place))
     if run.teacher:
@@ -213,7 +213,7 @@ def _attempt(request: Mapping[str, Any], folder: str, code: str) -> dict[str, An
 
 
 def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
-    """One training, in a process of its own; it goes on where it was cut off.
+    """Run one training in its own process, or continue one that was stopped.
 
     Returns:
         what :func:`~.measuring.measure` measures of it, and the machine it ran on.

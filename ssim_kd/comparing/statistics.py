@@ -29,7 +29,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Spread:
-    """Where the variance of students nested in teachers lies.
+    """The two parts of the variance of students nested in teachers.
 
     Attributes:
         teachers: standard deviation between teachers, without what their students add to it; NaN
@@ -65,7 +65,7 @@ def summarise(values: Sequence[float]) -> Summary:
     """Return number, mean and standard deviation.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: ``values`` is empty.
 
     Example:
         >>> summarise([1.0, 3.0])

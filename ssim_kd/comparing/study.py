@@ -36,7 +36,7 @@ class Run:
         config: file of its config.
         opts: overrides of the config, by key.
         seed: of the training.
-        arm: of which arm, or "" where it makes weights for others.
+        arm: name of its arm, or "" if it makes weights for others.
         teacher: name of the model that teaches it, or "".
         start: name of the model whose weights it starts from, or "".
         script: what trains it; "" is train_net.py.

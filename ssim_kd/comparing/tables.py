@@ -138,7 +138,7 @@ def _ok(holds: bool) -> str:
 
 
 def _mean_of(found: Sequence[Record], name: str) -> str:
-    """The mean of what was measured; None where a training was cut off and so lost it."""
+    """The mean of what was measured; a training that was killed has None."""
     values = [record[name] for record in found if record[name] is not None]
     return f"{summarise(values).mean:.0f}" if values else ""
 

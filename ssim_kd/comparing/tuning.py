@@ -1,4 +1,4 @@
-"""The weight of each arm: tuned by Optuna on a split and with seeds of its own."""
+"""Tune the weight of each arm by Optuna, on a separate split and separate seeds."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ def tune(study: Study, arms: Iterable[str], records: Records, place: Place) -> N
 
     Each arm gets the same budget: first the weights that the study lists, then ``refine`` more
     that Optuna's TPE suggests. A weight is worth the mean AP over the tuning seeds. What is frozen
-    stays, also where the study is changed later: remove it from the records to tune anew.
+    stays if the study changes later: remove it from the records to tune again.
     """
     tuning, models = study.content.get("tuning", {}), study.models
     for arm in arms:

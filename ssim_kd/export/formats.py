@@ -31,9 +31,9 @@ from ssim_kd.writing import write_atomically
 
 # The first with ROIAlign as Detectron2 aligns it (half a pixel) is 16.
 OPSET = 17
-# A detection below it is no part of the comparison: of near-ties any may be cut off.
+# Detections below it are not compared: of near-ties any may be cut off.
 SCORE = 0.05
-#: Where the exported models have the names of the classes, a JSON list.
+#: Name of the exported models' extra file or metadata with the class names, a JSON list.
 CLASSES = "classes.json"
 
 # Names of the outputs for those of Detectron2's Instances.
@@ -228,7 +228,7 @@ def quantize(path: Path, target: Path, images: Iterable[np.ndarray]) -> None:
 
 
 class ExportedDetector(nn.Module):
-    """An exported model behind the interface of a Detectron2 detector in eval mode."""
+    """An exported model with the interface of a Detectron2 detector in eval mode."""
 
     def __init__(
         self,
@@ -304,10 +304,10 @@ def agreement(
 
     Returns:
         the number ``expected``, the number ``matched`` with an IoU of 0.95 or more, the number
-        found ``beside`` them, and of the pairs the greatest difference of a box's corner in pixels
+        of ``more`` detections, and of the pairs the greatest difference of a box's corner in pixels
         and of a score.
     """
-    total = matched = beside = 0
+    total = matched = more = 0
     pixels = scores = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = ours[ours.scores >= score], theirs[theirs.scores >= score]
@@ -331,11 +331,11 @@ def agreement(
             overlaps[:, j] = 0
             pairs += 1
         matched += pairs
-        beside += len(ours) - pairs
+        more += len(ours) - pairs
     return {
         "expected": total,
         "matched": matched,
-        "beside": beside,
+        "more": more,
         "pixels": pixels,
         "score": scores,
     }

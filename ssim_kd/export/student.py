@@ -40,7 +40,7 @@ from .formats import (
 )
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx", "int8": "model_int8.onnx"}
-# That of the figures comes last: where it is, the others fit it.
+# export.json is written last: if it exists, the other files belong to it.
 WEIGHTS = "model.pth"
 WRITTEN = ("student.yaml", WEIGHTS, *FILES.values(), "export.json")
 
@@ -100,7 +100,7 @@ def yaml_student(args: argparse.Namespace) -> Student:
 
 
 def _check_sets(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Compare nothing if there is no set for it; raise for what was asked for."""
+    """Compare nothing if no set is given; raise if a flag asked for it."""
     for asked, key in ((args.evaluate, "TEST"), ("int8" in args.formats, "TRAIN")):
         first = cfg.DATASETS[key][:1]
         if asked and not (first and first[0] in DatasetCatalog):
@@ -260,7 +260,7 @@ def report(found: dict[str, Any]) -> None:
             print(f"{name:12s} not compared: the student detects nothing on these images")
             continue
         print(
-            f"{name:12s} {row['matched']} of {row['expected']} detections match, {row['beside']} "
+            f"{name:12s} {row['matched']} of {row['expected']} detections match, {row['more']} "
             f"more; boxes differ by {row['pixels']:.2g} pixels, scores by {row['score']:.2g}"
         )
     for name, value in found.get("AP", {}).items():

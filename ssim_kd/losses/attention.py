@@ -58,7 +58,7 @@ def spatial_attention(x: Tensor, *, temperature: float, mask: Tensor | None = No
 
     Returns:
         (N, 1, H, W), float32 (float64 for float64 input), mean 1 over the valid cells of a sample,
-        0 in the others. The gradient reaches ``x``; detach where the method does.
+        0 in the others. The gradient reaches ``x``; detach it if the method does.
 
     Raises:
         ValueError: ``mask`` has the wrong type, shape or device.

@@ -1,7 +1,7 @@
 """Ground-truth boxes on a level: the cells that they cover, how much each counts, and crops.
 
-Boxes are in pixels and are divided by the stride of the level, never by a share of the image: a map
-is padded, so that its cells are no share of any one image.
+Boxes are in pixels and are divided by the stride of the level, not by the image's size: a map
+is padded, so its size is not that of one image.
 
 Shapes: N images, R boxes, H x W cells.
 """
@@ -80,7 +80,7 @@ def foreground_weights(
         mask: (N, H, W) bool, True where a cell is valid; None: all cells are.
 
     Returns:
-        (N, H, W) float32, 0 where no box is, and in invalid cells.
+        (N, H, W) float32, 0 outside boxes and in invalid cells.
 
     Example:
         >>> foreground_weights([torch.tensor([[0.0, 0.0, 8.0, 16.0]])], 2, 3, stride=16)
@@ -104,7 +104,7 @@ def background_weights(foreground: Tensor, mask: Tensor | None = None) -> Tensor
     """1 / the number of background cells of an image, in each of them (FGD, eq. 4).
 
     Args:
-        foreground: (N, H, W), 0 where no box is.
+        foreground: (N, H, W), 0 outside boxes.
         mask: (N, H, W) bool, True where a cell is valid; None: all cells are.
 
     Returns:

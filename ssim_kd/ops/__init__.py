@@ -1,1 +1,1 @@
-"""Numerical kernels behind ``ssim_kd.losses``: torch alone; no configuration, no detector."""
+"""Numerical kernels of ``ssim_kd.losses``. They need only torch."""

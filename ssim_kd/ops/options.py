@@ -175,5 +175,5 @@ def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     if mask.device != x.device:
-        raise ValueError(f"mask must be on {x.device}, where the map is; got {mask.device}")
+        raise ValueError(f"mask must be on the map's device, {x.device}; got {mask.device}")
     return mask.reshape(n, h, w)

@@ -55,7 +55,7 @@ def _moments(x: Tensor, y: Tensor, options: SSIMOptions) -> _Moments:
 def _power(value: Tensor, exponent: float) -> Tensor:
     """``value ** exponent``, for a non-integer exponent sign(v) |v|^p, smooth around 0.
 
-    Luminance and structure can be negative, where a fractional power does not exist. The smoothing
+    Luminance and structure can be negative; a fractional power of that is not real. The smoothing
     keeps the slope below 1e4^(1-p).
     """
     if exponent == 1.0:

@@ -99,7 +99,7 @@ def check_ssim_options(**options: Any) -> SSIMOptions:
     impl, device = checked.impl, "cpu"
     if impl == "triton" and not _interpreted():
         if not torch.cuda.is_available():
-            _raise_unavailable(impl, "there is no CUDA or ROCm device")
+            _raise_unavailable(impl, "no CUDA or ROCm device was found")
         device = "cuda"
     if impl in WHY_NOT:
         reason = WHY_NOT[impl](device, torch.float32, checked)

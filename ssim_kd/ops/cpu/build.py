@@ -16,7 +16,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
 class BuildError(RuntimeError):
-    """There is no usable C compiler; the message has the reason."""
+    """No usable C compiler was found; the message has the reason."""
 
 
 def build(sources: Sequence[Path], **macros: int) -> ctypes.CDLL:
@@ -30,7 +30,7 @@ def build(sources: Sequence[Path], **macros: int) -> ctypes.CDLL:
         macros: integers to define.
 
     Raises:
-        BuildError: there is no compiler, it failed (it needs OpenMP), or the library cannot be
+        BuildError: no compiler was found, it failed (it needs OpenMP), or the library cannot be
             loaded.
     """
     try:

@@ -48,7 +48,7 @@ def _library(window_size: int) -> ctypes.CDLL | str:
 
 
 def why_not_built(window_size: int) -> str | None:
-    """Why there are no kernels for a window, or None. The first call compiles them."""
+    """Why no kernels exist for a window, or None. The first call compiles them."""
     library = _library(window_size)
     return library if isinstance(library, str) else None
 

@@ -4,8 +4,8 @@ A lane is one column of one plane; neighbouring lanes are neighbours in memory. 
 rows. In each row it computes the horizontal means of four products over the 2 R + 1 columns around
 it, and adds them to a vertical filter in registers: a tuple of partial sums, one for each output
 row that the window covers. ``K`` is the window's size, ``R`` = K // 2 its radius; all loops over K
-are unrolled. The tables of weights include the reflected border, so that no map is padded. There
-are no atomics: the same input gives the same bits.
+are unrolled. The tables of weights include the reflected border, so that no map is padded. Without
+atomics, the same input gives the same bits.
 """
 
 # Triton types its arguments at each launch and has no use for annotations.
