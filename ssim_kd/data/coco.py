@@ -1,19 +1,17 @@
 """COCO data sets of the config: ``DATASETS.REGISTER_COCO`` and ``DATASETS.ZERO_AREA_BOXES``."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
-from numpy.typing import NDArray
 
 from .json_file import no_garbage_collection
-from .proposals import add_proposals
 from .records import Records
 
 logger = logging.getLogger(__name__)
@@ -96,49 +94,20 @@ def own_json_file(name: str) -> str:
     return "" if converted and not reads_json_file(name) else path
 
 
-def read_records(where: str, name: str) -> Any:
-    """Load the records of a registered set, ``DatasetCatalog.get(name)``.
+@contextlib.contextmanager
+def loading(where: str) -> Iterator[None]:
+    """Turn what goes wrong while records are loaded into an error that names the set.
 
     Raises:
-        ValueError: its reader failed; the message names the set, the cause is attached.
+        ValueError: begins with ``where``; the cause is attached.
     """
     try:
         with no_garbage_collection():
-            return DatasetCatalog.get(name)
+            yield
     except Exception as error:
-        raise ValueError(f"{where}: its reader failed: {error!r}.") from error
-
-
-def load_records(
-    where: str,
-    names: str | Sequence[str],
-    *,
-    proposal_files: Sequence[str] | None = None,
-    **options: Any,
-) -> Any:
-    """Load sets as Detectron2 does, ``get_detection_dataset_dicts(names, **options)``.
-
-    Args:
-        where: begins the message of an error.
-        names: of the sets.
-        proposal_files: precomputed proposals, a file for each set.
-        options: further ones of Detectron2's function.
-
-    Raises:
-        ValueError: a reader or Detectron2 failed; the message names the sets.
-    """
-    try:
-        with no_garbage_collection():
-            if proposal_files is None:
-                return get_detection_dataset_dicts(names, **options)
-            names = [names] if isinstance(names, str) else names
-            return [
-                record
-                for name, file in zip(names, proposal_files, strict=True)
-                for record in add_proposals(get_detection_dataset_dicts(name, **options), file)
-            ]
-    except Exception as error:
-        raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}.") from error
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: it cannot be loaded: {error!r}.") from error
 
 
 def note_source(name: str, json_file: str, source: str) -> None:
@@ -170,18 +139,6 @@ def _parse(position: int, entry: Any) -> tuple[str, str, str]:
     return name, os.path.expanduser(json_file), os.path.expanduser(image_root)
 
 
-def box_extent(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Clip boxes to their images and return what is left of their (width, height).
-
-    Args:
-        boxes: (K, 4), x, y, width, height in pixels.
-        sizes: (K, 2), width and height of each box's image in pixels.
-    """
-    left_top = np.clip(boxes[:, :2], 0, sizes)
-    right_bottom = np.clip(boxes[:, :2] + boxes[:, 2:], 0, sizes)
-    return np.asarray(right_bottom - left_top)
-
-
 def drop_zero_area_boxes(
     records: Sequence[dict[str, Any]], *, drop_emptied: bool
 ) -> Sequence[dict[str, Any]]:
@@ -198,10 +155,10 @@ def drop_zero_area_boxes(
         return records
     kept, boxes, images = [], 0, 0
     for record in records:
-        empty = _empty_boxes(record)
-        if empty.any():
-            annotations = [a for a, e in zip(record["annotations"], empty, strict=True) if not e]
-            boxes += int(empty.sum())
+        before = record.get("annotations", [])
+        annotations = [a for a in before if _has_area(a, record)]
+        if len(annotations) < len(before):
+            boxes += len(before) - len(annotations)
             if drop_emptied and all(a.get("iscrowd", 0) for a in annotations):
                 images += 1
                 continue
@@ -214,15 +171,11 @@ def drop_zero_area_boxes(
     return kept
 
 
-def _empty_boxes(record: dict[str, Any]) -> NDArray[np.bool_]:
-    annotations = record.get("annotations", [])
-    if not annotations or "width" not in record or "height" not in record:
-        return np.zeros(len(annotations), dtype=bool)
-    modes = {a.get("bbox_mode") for a in annotations}
-    if modes != {BoxMode.XYWH_ABS}:
-        return np.zeros(len(annotations), dtype=bool)
-    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64)
-    size = np.array([[record["width"], record["height"]]], dtype=np.float64)
-    crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations])
-    empty = (box_extent(boxes, np.broadcast_to(size, (len(boxes), 2))) <= LEAST_SIDE).any(axis=1)
-    return np.asarray(empty & ~crowd)
+def _has_area(annotation: dict[str, Any], record: dict[str, Any]) -> bool:
+    known = annotation.get("bbox_mode") == BoxMode.XYWH_ABS and {"width", "height"} <= set(record)
+    if annotation.get("iscrowd", 0) or not known:
+        return True
+    x, y, width, height = annotation["bbox"]
+    across = min(x + width, record["width"]) - max(x, 0)
+    down = min(y + height, record["height"]) - max(y, 0)
+    return min(across, down) > LEAST_SIDE

@@ -1,30 +1,19 @@
 """A training loader that can be resumed exactly: ``build_train_loader(cfg, start_iter=...)``."""
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper
-from detectron2.data.samplers import (
-    RandomSubsetTrainingSampler,
-    RepeatFactorTrainingSampler,
-    TrainingSampler,
-)
+from detectron2.data.build import _train_loader_from_config
 from detectron2.utils import comm
 
 from .coco import reads_json_file
-from .mapper import (
-    CheckedMapper,
-    Mapper,
-    Record,
-    check_image_files,
-    reads_images,
-)
+from .mapper import CheckedMapper, Mapper, Record, check_image_files, reads_images, seeded
 from .needs import Needs
 from .records import Records
 from .resumable_loader import TrainLoader
-from .samplers import aspect_groups, index_stream
+from .samplers import aspect_groups, stream_of
 from .training_sets import records_needed
 from .validation import check_records_for_mapper
 
@@ -34,6 +23,7 @@ def _from_config(
     *,
     mapper: Mapper | None = None,
     dataset: Sequence[Record] | None = None,
+    sampler: Any = None,
     seed: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -43,14 +33,19 @@ def _from_config(
     checked = dataset is None and seen
     if dataset is None:
         dataset = records_needed(needs)
-    if "sampler" not in options and _is_map_style(dataset):
-        options["sampler"] = index_stream(cfg, _outline(dataset))
+    _check_map_style(dataset)
+    mapper = mapper or DatasetMapper(cfg, True)
+    try:
+        with seeded(0):  # a sampler draws a seed that is not taken
+            values = _train_loader_from_config(cfg, mapper, dataset=dataset, sampler=sampler)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}, which cannot be made "
+            f"({error}): expected TrainingSampler, RepeatFactorTrainingSampler or, in a Detectron2 "
+            "with DATALOADER.RANDOM_SUBSET_RATIO, RandomSubsetTrainingSampler."
+        ) from error
     return {
-        "dataset": dataset,
-        "mapper": mapper or DatasetMapper(cfg, True),
-        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
-        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        **values,
         "seed": cfg.SEED if seed is None and cfg.SEED >= 0 else seed,
         "skip_corrupt": cfg.DATALOADER.SKIP_CORRUPT,
         "needs": needs,
@@ -111,13 +106,7 @@ def build_train_loader(
             f"{needs.key('SOLVER.IMS_PER_BATCH')} is {total_batch_size}: expected a multiple of "
             f"the {world_size} processes, at least one image each."
         )
-    if not _is_map_style(dataset):
-        raise TypeError(
-            f"The data set is a {type(dataset).__name__}: expected a list of records, or what has "
-            "a length and items, since the order of any other kind cannot be computed ahead. For a "
-            "stream let YourTrainer.build_train_loader return "
-            "detectron2.data.build_detection_train_loader(...), which cannot be resumed exactly."
-        )
+    _check_map_style(dataset)
     checked = checked or isinstance(dataset, Records)
     if reads_images(mapper) and isinstance(dataset, Sequence):
         names = ", ".join(map(repr, needs.train)) or "that build_train_loader was given"
@@ -126,8 +115,8 @@ def build_train_loader(
             check_image_files(where, dataset)
         if not checked:
             check_records_for_mapper(needs, where, dataset)
-    groups = aspect_groups(_outline(dataset)) if aspect_ratio_grouping else None
-    indices = _stream_of(sampler, len(dataset))
+    groups = aspect_groups(dataset) if aspect_ratio_grouping else None
+    indices = stream_of(sampler, len(dataset))
     # A list is held serialised, as by Detectron2; a custom data set as it is.
     if isinstance(dataset, Sequence) and not isinstance(dataset, Records):
         dataset = DatasetFromList(list(dataset), serialize=True)
@@ -146,42 +135,11 @@ def build_train_loader(
     )
 
 
-def _is_map_style(dataset: Any) -> bool:
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-
-
-def _stream_of(sampler: Any, size: int) -> Callable[[int], Iterable[int]]:
-    """Return what makes this rank's endless stream of indices from a seed.
-
-    Args:
-        sampler: as of :func:`build_train_loader`.
-        size: of the data set.
-
-    Raises:
-        ValueError: a sampler that cannot be seeded anew.
-    """
-    if sampler is None:
-        return lambda seed: TrainingSampler(size, seed=seed)
-    if type(sampler) is RandomSubsetTrainingSampler:
-        share = (len(sampler._indexes_subset) + 0.5) / size
-        return lambda seed: RandomSubsetTrainingSampler(
-            size, share, shuffle=sampler._shuffle, seed_shuffle=seed, seed_subset=seed
+def _check_map_style(dataset: Any) -> None:
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"The data set is a {type(dataset).__name__}: expected a list of records, or what has "
+            "a length and items, since the order of any other kind cannot be computed ahead. For a "
+            "stream let YourTrainer.build_train_loader return "
+            "detectron2.data.build_detection_train_loader(...), which cannot be resumed exactly."
         )
-    if type(sampler) in (TrainingSampler, RepeatFactorTrainingSampler):
-        return lambda seed: _seeded_anew(sampler, seed)
-    if callable(sampler):
-        return sampler  # type: ignore[no-any-return]
-    raise ValueError(
-        f"The sampler is a {type(sampler).__name__}: expected one of Detectron2's for "
-        "training, or a function from a seed to an endless stream of indices."
-    )
-
-
-def _outline(dataset: Any) -> Any:
-    return dataset.outline() if isinstance(dataset, Records) else dataset
-
-
-def _seeded_anew(sampler: Any, seed: int) -> Any:
-    other = copy.copy(sampler)
-    other._seed = seed
-    return other

@@ -4,14 +4,15 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import print_instances_class_histogram
 from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils import comm
 
-from .coco import drop_zero_area_boxes, is_coco_instances, load_records
+from .coco import drop_zero_area_boxes, is_coco_instances, loading
 from .digits import ensure_digits
 from .needs import Needs
+from .proposals import add_proposals
 from .records import Records, concatenate, shared
 from .validation.json_sets import load_json_set
 
@@ -52,12 +53,12 @@ def train_records(
     if records is not None:
         records = _filtered(where, records, filter_empty, min_keypoints)
     else:
-        records = load_records(
+        records = _load_dicts(
             where,
             names,
+            proposal_files,
             filter_empty=filter_empty,
             min_keypoints=min_keypoints,
-            proposal_files=proposal_files,
             check_consistency=check_consistency,
         )
     if needs is not None and needs.zero_area == "drop" and isinstance(records, Sequence):
@@ -73,7 +74,7 @@ def test_records(where: str, name: str, proposal_files: Sequence[str] | None) ->
     """
     records = _load(where, [name], None) if proposal_files is None else None
     if records is None:
-        return load_records(where, name, filter_empty=False, proposal_files=proposal_files)
+        return _load_dicts(where, [name], proposal_files, filter_empty=False)
     return records
 
 
@@ -97,6 +98,20 @@ def count_images(needs: Needs) -> int:
     return len(records_needed(needs))
 
 
+def _load_dicts(
+    where: str, names: list[str], proposal_files: Sequence[str] | None, **options: Any
+) -> Any:
+    """Load sets as Detectron2 does; precomputed proposals, a file for each, by our reader."""
+    with loading(where):
+        if proposal_files is None:
+            return get_detection_dataset_dicts(names, **options)
+        return [
+            record
+            for name, file in zip(names, proposal_files, strict=True)
+            for record in add_proposals(get_detection_dataset_dicts(name, **options), file)
+        ]
+
+
 def _load(
     where: str, names: list[str], needs: Needs | None, *, check_consistency: bool = True
 ) -> Records | None:
@@ -110,7 +125,7 @@ def _load(
         whole = [records for records in found if records is not None]
         return concatenate(whole) if len(whole) == len(found) else None
 
-    try:
+    with loading(where):
         records = shared(read)
         for name, (classes, ids) in (records.sets if records is not None else {}).items():
             numbers = {number: i for i, number in enumerate(ids)}
@@ -118,22 +133,22 @@ def _load(
             meta.set(thing_classes=classes, thing_dataset_id_to_contiguous_id=numbers)
         if records is not None and check_consistency:
             check_metadata_consistency("thing_classes", names)
-    except (AssertionError, AttributeError, OSError) as error:
-        raise ValueError(f"{where}: it cannot be loaded: {error!r}.") from error
     return records
 
 
 def _filtered(where: str, records: Records, filter_empty: bool, min_keypoints: int) -> Records:
-    kept = records.visible >= min_keypoints
+    kept = records.rows["visible"] >= min_keypoints
     if filter_empty:
-        kept &= records.with_objects()
+        kept &= records.rows["trainable"] > 0
     if not kept.any():
         raise ValueError(f"{where}: no image has an object that can be trained on.")
     if not kept.all():
         logger.info("%d images are left out: too few objects in them.", (~kept).sum())
         records = records.chosen(kept)
     if comm.is_main_process():
-        (classes, _), *_ = records.sets.values()
-        objects = [a for record in records.outline() for a in record["annotations"]]
-        print_instances_class_histogram([{"annotations": objects}], classes)
+        (names, _), *_ = records.sets.values()
+        one = [{"category_id": number} for number in range(len(names))]
+        places = records.rows[["first", "last"]].tolist()
+        objects = [one[i] for first, last in places for i in records.classes[first:last].tolist()]
+        print_instances_class_histogram([{"annotations": objects}], names)
     return records

@@ -13,8 +13,8 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.structures import BoxMode
 
-from ssim_kd.data.coco import load_records
 from ssim_kd.data.proposals import add_proposals
+from ssim_kd.data.training_sets import train_records
 
 RECORDS = [{"image_id": 7, "file_name": "7.png"}, {"image_id": "b", "file_name": "b.png"}]
 
@@ -66,14 +66,13 @@ class Code:
         ({**proposals(), "objectness_logits": [np.zeros(1)] * 3}, r"p\.pkl .* image 7"),
     ],
 )
-def test_load_records_names_unfit_proposals(content, match, tmp_path, monkeypatch) -> None:
+def test_train_records_names_unfit_proposals(content, match, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     DatasetCatalog.register("of proposals", lambda: copy.deepcopy(RECORDS))
     try:
         with pytest.raises(ValueError, match="DATASETS.TRAIN.*" + match):
-            load_records(
-                "DATASETS.TRAIN",
-                ["of proposals"],
+            train_records(
+                "of proposals",
                 filter_empty=False,
                 proposal_files=[write(tmp_path, content)],
                 check_consistency=False,

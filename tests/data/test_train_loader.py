@@ -79,11 +79,7 @@ def test_train_loader_random_subset(small):
 def test_train_loader_random_subset_where_detectron2_has_its_key(small):
     small.DATALOADER.pop("RANDOM_SUBSET_RATIO", None)
     small.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
-    with pytest.raises(ValueError, match=r"one of TrainingSampler, RepeatFactorTrainingSampler\."):
-        build(small)
-    small.DATALOADER.RANDOM_SUBSET_RATIO = 0.3
-    small.DATALOADER.SAMPLER_TRAIN = "NoSampler"
-    with pytest.raises(ValueError, match="RepeatFactorTrainingSampler, RandomSubsetTraining"):
+    with pytest.raises(ValueError, match=r"'RandomSubset.*RANDOM_SUBSET_RATIO"):
         build(small)
 
 
@@ -168,6 +164,7 @@ def test_train_loader_ranks_share_the_stream(small, monkeypatch):
         for record in batch:
             by_id.setdefault(record["id"], []).append(record["numbers"])
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: 0)
     shards = []
     for rank in (0, 1):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
@@ -218,7 +215,7 @@ def test_train_loader_nothing_runs_before_the_first_batch(small):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("DATALOADER.SAMPLER_TRAIN", "NoSampler", "'NoSampler': expected one of TrainingSampler"),
+        ("DATALOADER.SAMPLER_TRAIN", "NoSampler", "'NoSampler'.* expected TrainingSampler"),
         ("SOLVER.IMS_PER_BATCH", 0, "IMS_PER_BATCH is 0"),
     ],
 )

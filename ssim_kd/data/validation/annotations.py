@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..needs import Needs
+from ..records import visible_keypoints
 
 Annotation = dict[str, Any]
 
@@ -35,11 +36,6 @@ def are_numbers(values: Any) -> bool:
     ):
         return False
     return math.isfinite(sum(values))
-
-
-def visible_keypoints(annotation: Annotation) -> int:
-    """Return how many keypoints are labelled, as Detectron2 counts them."""
-    return sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
 
 
 def name(annotation: Annotation) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coco import LEAST_SIDE, box_extent
+from ..coco import LEAST_SIDE
 from ..needs import Needs
 from .annotations import (
     Annotation,
@@ -229,7 +229,10 @@ def _boxes(
     negative = finite & np.asarray((boxes[:, 2:] < 0).any(axis=1))
     _report(found, annotations, negative, "bbox", "of negative width or height")
     usable = finite & ~negative
-    extent = box_extent(np.where(usable[:, None], boxes, 0.0), sizes)
+    inside = np.where(usable[:, None], boxes, 0.0)
+    inside[:, 2:] += inside[:, :2]
+    inside = np.clip(inside, 0, np.tile(sizes, 2))
+    extent = inside[:, 2:] - inside[:, :2]
     zero = usable & np.asarray((extent <= LEAST_SIDE).any(axis=1))
     found.zero_area = int(zero.sum())
     found.zero_area_examples = _examples(annotations, zero, "bbox")

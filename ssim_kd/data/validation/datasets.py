@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..coco import own_json_file, read_records, reads_json_file, source_of_set
+from ..coco import loading, own_json_file, reads_json_file, source_of_set
 from ..digits import ensure_digits
 from ..json_file import read_instances
 from ..needs import Needs
@@ -174,7 +174,8 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
         # That of Cityscapes takes minutes; the classes are known.
         if kind.startswith("cityscapes"):
             return _Inspected(found, meta.get("thing_classes", ()), json_file)
-    records = read_records(where, name)
+    with loading(where):
+        records = DatasetCatalog.get(name)
     classes = () if kind == "sem_seg" else meta.get("thing_classes", ())
     if not isinstance(records, Sequence):
         return _Inspected(found, classes, json_file)

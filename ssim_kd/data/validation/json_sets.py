@@ -1,7 +1,7 @@
 """Sets of json files: each is read, inspected and turned into records once in a process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -81,5 +81,5 @@ def _inspect(
     root = str(MetadataCatalog.get(name).get("image_root", ""))
     if not is_coco:
         return JsonSet(findings, categories, None)
-    records = records_of(content, root, name)
-    return JsonSet(findings, categories, replace(records, zero_area=findings.zero_area))
+    records = records_of(content, root, name, zero_area=findings.zero_area)
+    return JsonSet(findings, categories, records)

@@ -8,7 +8,8 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from ..needs import Needs
-from .annotations import are_numbers, keypoints_fault, visible_keypoints
+from ..records import visible_keypoints
+from .annotations import are_numbers, keypoints_fault
 from .findings import Findings
 from .masks import MALFORMED, NONE, OTHER_SIZE, RLE, SHORT, segmentation_kind
 
