@@ -4,6 +4,8 @@ Importing those takes seconds; help and wrong arguments are answered without the
 """
 
 import argparse
+import itertools
+import logging
 import os
 import sys
 import warnings
@@ -18,6 +20,8 @@ _NOISE = (
     "`broadcast_buffers` is deprecated",
     ".*USDT",
 )
+
+FORMATS = ("stock", "torchscript", "onnx", "int8")
 
 _EXAMPLES = """
 Examples:
@@ -86,13 +90,15 @@ file (--report makes them without any training).
 
 
 def quiet_libraries() -> None:
-    """Leave out the warnings that importing torch and Detectron2 causes."""
+    """Leave out the warnings that importing torch and Detectron2 causes, also in what they log."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
 
 
 class _Pairs(argparse.Action):
-    """KEY VALUE pairs; a flag among them would not be read."""
+    """KEY VALUE pairs; a flag among them would not be read. They may come in several parts."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
@@ -100,7 +106,21 @@ class _Pairs(argparse.Action):
         flags = [text for text in values if text.startswith("--")]
         if flags:
             parser.error(f"{flags[0]} comes after the overrides; expected flags before them.")
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values])
+
+
+class _Formats(argparse.Action):
+    """Names of formats; KEY VALUE pairs may follow them."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        names = list(itertools.takewhile(lambda text: text.isalnum() and text.islower(), values))
+        unknown = [name for name in names or values if name not in FORMATS]
+        if unknown:
+            raise argparse.ArgumentError(self, f"{unknown}; expected some of {list(FORMATS)}")
+        namespace.formats = names
+        namespace.opts = [*(namespace.opts or []), *values[len(names) :]]
 
 
 def _parser(description: str | None, program: str | None, **more: Any) -> argparse.ArgumentParser:
@@ -189,12 +209,18 @@ def argument_parser(
 def export_parser(program: str | None = None) -> argparse.ArgumentParser:
     """Of ``ssim-kd export``."""
     parser = _parser(_EXPORT, program)
-    formats = ("stock", "torchscript", "onnx", "int8")
     add = parser.add_argument
     add("--config-file", required=True, help="of the training, or a stock one")
     add("--output", type=Path, required=True, help="folder")
     add("--import", dest="imports", action="append", default=[], help="as for a training")
-    add("--formats", nargs="+", choices=formats, default=formats[:3])
+    add(
+        "--formats",
+        nargs="+",
+        action=_Formats,
+        metavar="FORMAT",
+        default=FORMATS[:3],
+        help=f"of {', '.join(FORMATS)}; default: the first three",
+    )
     add("--batch", type=int, default=1, help="images that the model takes at once")
     add("--compare", type=int, default=16, help="images of DATASETS.TEST to compare on; 0: none")
     add("--calibrate", type=int, default=64, help="images of DATASETS.TRAIN for int8")
@@ -243,7 +269,6 @@ def compare_parser(program: str | None = None) -> argparse.ArgumentParser:
         type=Path,
         help="of the trainings, default: output/NAME next to the study",
     )
-    add("--code", type=Path, help="another checkout whose train_net.py trains")
     add("--cluster", default="local", choices=["local", "slurm"], help="submitit's executor")
     add("--workers", type=int, default=2, help="trainings at once")
     add("--submitit", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. slurm_partition=gpu")

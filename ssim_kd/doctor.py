@@ -42,8 +42,8 @@ def check_gpu() -> Finding:
 def check_operators() -> Finding:
     """Detectron2's compiled operators."""
     advice = (
-        "Only deformable convolution, rotated boxes and the fast COCO evaluation need them: build "
-        "Detectron2 as its INSTALL.md says."
+        "Only deformable convolution and rotated boxes need them: build Detectron2 as its "
+        "INSTALL.md says."
     )
     try:
         operators = importlib.import_module("detectron2._C")
@@ -76,6 +76,7 @@ def check_extras() -> Finding:
     """Optional packages."""
     names = {"timm": "timm", "detr": "transformers", "export": "onnxruntime", "study": "optuna"}
     names |= {"digits": "sklearn", "report": "jinja2", "mlflow": "mlflow", "wandb": "wandb"}
+    names |= {"fast-eval": "faster_coco_eval", "slurm": "submitit"}
     missing = [x for x, package in names.items() if importlib.util.find_spec(package) is None]
     advice = f"pip install 'ssim_kd[{','.join(missing)}]', if you need them."
     return not missing, f"extras: {', '.join(sorted(set(names) - set(missing))) or 'none'}", advice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from ssim_kd.__main__ import COMMANDS
-from ssim_kd.command_line import argument_parser
+from ssim_kd.command_line import argument_parser, export_parser, quiet_libraries
 from ssim_kd.engine import load_config
 from ssim_kd.modeling import build_distillers
 from ssim_kd.projects import add_project_configs
@@ -64,6 +65,26 @@ def test_argument_parser_has_what_detectron2_has() -> None:
     ours = vars(argument_parser().parse_args(given))
     theirs = vars(default_argument_parser().parse_args(given))
     assert {name: ours[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_export_parser_ends_formats_at_the_first_pair(order: int, capsys) -> None:
+    parts = [["--config-file", "c", "--output", "o"], ["--formats", "stock", "int8"]][::order]
+    pairs = ["MODEL.WEIGHTS", "a.pth", "SEED", "1"]
+    args = export_parser().parse_args([*parts[0], *parts[1], *pairs])
+    assert (args.formats, args.opts) == (["stock", "int8"], pairs)
+    for wrong, named in ((["stock", "onyx", *pairs], "onyx"), (pairs, "MODEL.WEIGHTS")):
+        with pytest.raises(SystemExit):
+            export_parser().parse_args([*parts[0], "--formats", *wrong])
+        assert named in capsys.readouterr().err
+
+
+def test_quiet_libraries_of_a_machine_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    quiet_libraries()
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/opt/cuda")
+    log.warning("another")
+    assert [record.message for record in caplog.records] == ["another"]
 
 
 METHOD = """

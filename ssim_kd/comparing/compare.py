@@ -45,7 +45,6 @@ def _run(args: argparse.Namespace) -> int:
         output = (args.output or args.study.parent / "output" / study.name).resolve()
         place = Place(
             output,
-            args.code and args.code.resolve(),
             build_executor(
                 args.cluster,
                 output / "jobs",
@@ -60,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
             # Of weights that are to be tuned, any will do.
             weights = {**dict.fromkeys(study.content["arms"], 1.0), **records.tuned}
             asked = [run for name in stages for run in _asked(study, name, weights, args)]
-            if args.code is None and records.missing(asked):
+            if records.missing(asked):
                 from .checking import check
 
                 check([*study.models.values(), *asked], study.models, place)

@@ -26,14 +26,14 @@ PACKAGES = ("torch", "torchvision", "detectron2", "numpy")
 
 
 def measure(
-    folder: Path, code: str, request: Mapping[str, Any], measured: Mapping[str, Any]
+    folder: Path, request: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read metrics, curve and weights of a training's folder.
 
     Args:
         folder: of the training.
-        code: the checkout that trained.
-        request: what was asked for; "small_box" is an area in pixels.
+        request: what was asked for; "small_box" is an area in pixels, "cwd" the folder in which the
+            training ran, and relative paths of its data begin.
         measured: seconds, CPU seconds and memory.
 
     Returns:
@@ -45,7 +45,7 @@ def measure(
     box = f"{sets[-1]}/bbox" if len(sets) > 1 else "bbox"
     # Detectron2 has NaN if nothing is detected.
     metrics = {name: _or_zero(series[f"{box}/{name}"].values[-1]) for name in NAMES}
-    metrics |= by_size(folder, Path(code), request["small_box"])
+    metrics |= by_size(folder, Path(request["cwd"]), request["small_box"])
     own = {
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
         "curve": [[i, round(_or_zero(ap), 2)] for i, ap in series[f"{box}/AP"].pairs()],
@@ -58,17 +58,16 @@ def measure(
     return {"measured": own, "machine": machine()}
 
 
-def by_size(folder: Path, code: Path, small_box: float) -> dict[str, float]:
+def by_size(folder: Path, cwd: Path, small_box: float) -> dict[str, float]:
     """AP of small and of large boxes, 0 to 100: those with an area below ``small_box``, and others.
 
-    COCO's own areas do not part the small images of a study. ``code`` is the folder in which the
-    training ran; relative paths of its data begin there.
+    COCO's own areas do not divide the small images of a study.
     """
     found = folder / "inference" / "coco_instances_results.json"
     if not json.loads(found.read_text()):
         return {"small": 0.0, "large": 0.0}
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        coco = COCO(code / ground_truth(folder))
+        coco = COCO(cwd / ground_truth(folder))
         for annotation in coco.dataset["annotations"]:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         evaluation = COCOeval(coco, coco.loadRes(str(found)), "bbox")
@@ -81,7 +80,8 @@ def by_size(folder: Path, code: Path, small_box: float) -> dict[str, float]:
     sizes = {}
     for place, name in enumerate(evaluation.params.areaRngLbl):
         values = precision[:, :, :, place, 0]
-        sizes[name] = 100 * float(np.mean(values[values > -1]))
+        values = values[values > -1]  # empty: the set has no box of that size
+        sizes[name] = 100 * float(np.mean(values)) if values.size else math.nan
     return sizes
 
 

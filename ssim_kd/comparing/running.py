@@ -42,7 +42,6 @@ class Place:
 
     Attributes:
         output: folder of their folders.
-        code: the checkout whose train_net.py trains; None: what is running now.
         executor: submits them.
         workers: how many at once; 0 leaves that to the executor.
         opts: overrides that change nothing but speed or place, e.g. MODEL.DEVICE.
@@ -50,7 +49,6 @@ class Place:
     """
 
     output: Path
-    code: Path | None
     executor: submitit.Executor
     workers: int
     opts: Mapping[str, Any]
@@ -184,8 +182,7 @@ def _submit(
 ) -> submitit.Job[dict[str, Any]]:
     folder = place.output / run.key
     opts = overrides(run, models, place)
-    script = run.script or (place.code and place.code / "train_net.py")
-    command = [sys.executable, *([str(script)] if script else ["-m", "ssim_kd"])]
+    command = [sys.executable, *([run.script] if run.script else ["-m", "ssim_kd"])]
     request = {
         "key": run.key,
         "fingerprint": run.fingerprint,
@@ -194,9 +191,9 @@ def _submit(
         "teacher_sha256": _recorded_hash(run.teacher, models, records),
         "small_box": place.small_box,
         # Relative paths of configs begin there.
-        "cwd": str(place.code or Path.cwd()),
+        "cwd": str(Path.cwd()),
     }
-    return place.executor.submit(_attempt, request, str(folder), str(place.code or ROOT))
+    return place.executor.submit(_attempt, request, str(folder))
 
 
 def _recorded_hash(name: str, models: Mapping[str, Run], records: Records) -> str:
@@ -204,15 +201,15 @@ def _recorded_hash(name: str, models: Mapping[str, Run], records: Records) -> st
     return record["weights_sha256"] if record else ""
 
 
-def _attempt(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
+def _attempt(request: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """:func:`train`; what failed is returned, without the trace of this process."""
     try:
-        return train(request, folder, code)
+        return train(request, folder)
     except TrainingError as error:
         return {"failed": str(error)}
 
 
-def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
+def train(request: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Run one training in its own process, or continue one that was stopped.
 
     Returns:
@@ -234,13 +231,13 @@ def train(request: Mapping[str, Any], folder: str, code: str) -> dict[str, Any]:
         out.mkdir()
     write_atomically(str(asked), lambda file: file.write(json.dumps(dict(request)).encode()))
     if not done.is_file():
-        _call([*request["command"], *request["opts"]], out, code, request.get("cwd", code))
+        _call([*request["command"], *request["opts"]], out, request["cwd"])
         done.touch()
     measured = read_json(out / MEASURED) or {"running": 1}
     if measured.pop("running", 0):
         # An attempt was killed together with the process that measures.
         measured |= {"seconds": None, "cpu_seconds": None}
-    return measure(out, request.get("cwd", code), request, measured)
+    return measure(out, request, measured)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -251,11 +248,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _call(command: Sequence[str], out: Path, code: str, cwd: str) -> None:
+def _call(command: Sequence[str], out: Path, cwd: str) -> None:
     started = time.monotonic()
     before = read_json(out / MEASURED)
     _write(out, {**before, "running": before.get("running", 0) + 1})
-    environment = {**os.environ, "PYTHONPATH": code}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(out / CONSOLE, "a") as log:
         process = subprocess.Popen(
             command,

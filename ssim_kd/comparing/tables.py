@@ -20,7 +20,7 @@ def arms_table(stage: Stage, study: Study, records: Records) -> str:
     rows = []
     for arm, by_metric in stage.summaries.items():
         found = distinct(stage.records[arm])
-        metrics = [f"{by_metric[name].mean:.1f}" for name in METRICS[1:]]
+        metrics = [_number(by_metric[name].mean, ".1f") for name in METRICS[1:]]
         rows.append(
             [
                 arm,
@@ -94,7 +94,7 @@ def models_table(study: Study, records: Records) -> str:
     for name, run in study.models.items():
         record = records.of(run)
         if record is not None:
-            metrics = [f"{record['metrics'][metric]:.1f}" for metric in METRICS]
+            metrics = [_number(record["metrics"][metric], ".1f") for metric in METRICS]
             rows.append(
                 [name, run.config.name, str(run.seed), *metrics, _mean_of([record], "cpu_seconds")]
             )
@@ -153,8 +153,8 @@ def _weight(arm: str, study: Study, records: Records) -> str:
 
 
 def _interval(found: Difference) -> str:
-    if found.n < 2:
-        return f"{found.mean:+.2f}"
+    if found.n < 2 or math.isnan(found.mean):
+        return _number(found.mean, "+.2f")
     return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
@@ -162,5 +162,5 @@ def _with_sd(found: Summary) -> str:
     return f"**{found.mean:.2f}**" + (f" ± {found.sd:.2f}" if found.n > 1 else "")
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, style: str = ".2f") -> str:
+    return "" if math.isnan(value) else f"{value:{style}}"

@@ -62,11 +62,11 @@ TRUTH = {
 STUDY: dict[str, Any] = {
     "small_box": 400,
     "models": {
-        "start": {"config": "student.yaml", "seed": 7},
-        "t1": {"config": "teacher.yaml", "seed": 1},
-        "t2": {"config": "teacher.yaml", "seed": 2},
+        "start": {"config": "student.yaml", "seed": 7, "script": "train.py"},
+        "t1": {"config": "teacher.yaml", "seed": 1, "script": "train.py"},
+        "t2": {"config": "teacher.yaml", "seed": 2, "script": "train.py"},
     },
-    "students": {"config": "student.yaml", "start": "start"},
+    "students": {"config": "student.yaml", "start": "start", "script": "train.py"},
     "arms": {
         "none": {"opts": {"MODEL.DISTILL.ENABLED": False}},
         "ssim": {"weight": "tuned"},
@@ -107,12 +107,11 @@ class Bench:
         self.root = root
         self.path = root / "studies" / "own.yaml"
         self.records = root / "own.json"
-        code = root / "code"
-        for folder in (self.path.parent, code):
-            folder.mkdir()
-        (code / "train_net.py").write_text(STAND_IN)
-        # Trainings run in the checkout, and name their data from there.
-        (code / "truth.json").write_text(json.dumps(TRUTH))
+        self.path.parent.mkdir()
+        self.script = self.path.parent / "train.py"
+        self.script.write_text(STAND_IN)
+        # Trainings name their data from the working directory.
+        (root / "truth.json").write_text(json.dumps(TRUTH))
         for name in ("student", "teacher"):
             (self.path.parent / f"{name}.yaml").write_text("SOLVER: {MAX_ITER: 3}")
         self.write(STUDY)
@@ -121,7 +120,7 @@ class Bench:
         self.path.write_text(yaml.safe_dump(content))
 
     def run(self, *more: str) -> int:
-        folders = ["--output", str(self.root / "output"), "--code", str(self.root / "code")]
+        folders = ["--output", str(self.root / "output")]
         records = ["--records", str(self.records), "--docs", str(self.root / "own.md")]
         more = (*records, "--workers", "3", *more)
         return main(["compare", str(self.path), *folders, *more])
@@ -141,6 +140,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("STAND_IN_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(running, "build_executor", lambda *args: Inline())
     monkeypatch.setattr(measuring, "weights_hash", lambda path: path.read_text())
     return Bench(tmp_path)
@@ -210,9 +210,10 @@ import torch
 torch.save({"model": {"x": torch.tensor([float(ap)])}}, folder / "model_final.pth")
 """
     )
-    (bench.root / "code" / "train_net.py").write_text(script)
+    bench.script.write_text(script)
     stage = {"arms": ["none"], "design": {"unit": "student", "students": {"": [1]}}, "title": "One"}
-    bench.write({**STUDY, "students": {"config": "student.yaml"}, "stages": {"one": stage}})
+    students = {"config": "student.yaml", "script": "train.py"}
+    bench.write({**STUDY, "students": students, "stages": {"one": stage}})
     assert bench.run() == 0
     record = Records(bench.records).runs["students/none/1"]
     assert record["metrics"]["AP"] == 41.0
@@ -302,7 +303,7 @@ def test_a_student_that_detects_nothing_has_an_ap_of_zero(tmp_path: Path) -> Non
     (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference" / "coco_instances_results.json").write_text("[]")
-    request = {"small_box": 400, "teacher_sha256": ""}
-    found = measuring.measure(tmp_path, str(tmp_path), request, {})["measured"]
+    request = {"small_box": 400, "teacher_sha256": "", "cwd": str(tmp_path)}
+    found = measuring.measure(tmp_path, request, {})["measured"]
     assert found["metrics"] == dict.fromkeys(("AP", "AP50", "AP75", "small", "large"), 0.0)
     assert found["curve"] == [[9, 0.0]]

@@ -41,21 +41,22 @@ def test_slurm_gets_one_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_time_adds_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed attempt leaves the time unknown; one that ended by itself is added."""
-    monkeypatch.setattr(running, "measure", lambda out, code, request, measured: dict(measured))
+    monkeypatch.setattr(running, "measure", lambda out, request, measured: dict(measured))
     script = tmp_path / "train.py"
     script.write_text("import time; sum(range(3_000_000)); import sys; sys.exit(int(sys.argv[1]))")
     request = {"fingerprint": "x", "command": [sys.executable, str(script)], "opts": ["1"]}
+    request["cwd"] = str(tmp_path)
     folder = tmp_path / "run"
     with pytest.raises(running.TrainingError, match="exit status 1"):
-        running.train(request, str(folder), str(tmp_path))
+        running.train(request, str(folder))
     first = json.loads((folder / running.MEASURED).read_text())
-    done = running.train({**request, "opts": ["0"]}, str(folder), str(tmp_path))
+    done = running.train({**request, "opts": ["0"]}, str(folder))
     assert done["seconds"] > first["seconds"] > 0
     assert "running" not in done
 
     (folder / running.FINISHED).unlink()
     (folder / running.MEASURED).write_text(json.dumps({**first, "running": 1}))
-    killed = running.train({**request, "opts": ["0"]}, str(folder), str(tmp_path))
+    killed = running.train({**request, "opts": ["0"]}, str(folder))
     assert killed["cpu_seconds"] is None and killed["seconds"] is None
     assert killed["peak_memory_mb"] > 0
 
@@ -76,7 +77,7 @@ def test_ctrl_c_lets_a_training_save(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys; from ssim_kd.comparing.running import _call; "
         "here = pathlib.Path.cwd();"
-        "_call([sys.executable, 'train.py'], here, str(here), str(here))"
+        "_call([sys.executable, 'train.py'], here, str(here))"
     )
     environment = {**os.environ, "PYTHONPATH": str(running.ROOT)}
     # A terminal sends it to all processes of the group.

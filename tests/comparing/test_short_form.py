@@ -96,5 +96,5 @@ def test_train_refuses_the_folder_of_another_program(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     request = {"fingerprint": "x", "command": [], "opts": []}
     with pytest.raises(running.TrainingError, match="holds files"):
-        running.train(request, str(tmp_path), str(tmp_path))
+        running.train(request, str(tmp_path))
     assert (tmp_path / "mine.txt").read_text() == "mine"
