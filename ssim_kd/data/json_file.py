@@ -1,7 +1,6 @@
 """Reads json files in COCO's format: fast, and with errors that name set and file."""
 
 import contextlib
-import functools
 import gc
 import json
 import logging
@@ -81,22 +80,17 @@ def count_classes(json_file: str) -> int:
     """
     try:
         path = PathManager.get_local_path(json_file)
-        return _count_classes(path, *file_stamp(path))
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            return len(msgspec.json.decode(data, type=_Categories).categories)
+        except msgspec.MsgspecError:  # Python's reader takes NaN
+            return len(json.loads(data)["categories"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{json_file} is not readable as a COCO-format file: {type(error).__name__}: {error}. "
             'Expected JSON with the lists "images", "annotations" and "categories".'
         ) from error
-
-
-@functools.lru_cache(maxsize=16)
-def _count_classes(path: str, *stamp: int) -> int:
-    with open(path, "rb") as file:
-        data = file.read()
-    try:
-        return len(msgspec.json.decode(data, type=_Categories).categories)
-    except msgspec.MsgspecError:  # Python's reader takes NaN
-        return len(json.loads(data)["categories"])
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -129,28 +123,18 @@ def _parse(data: bytes) -> Any:
     return json.loads(data.decode(), object_pairs_hook=_without_equal_keys)
 
 
-def _count_keys(content: Any) -> int:
+def _count_keys(value: Any) -> int:
     """Count keys as they are written, of which ``":`` is the end, if there is none twice.
 
     Spaces before a colon, ``":`` in a text and objects in a list of a row make another number:
     that is only slower.
     """
-    if not isinstance(content, dict):
-        return _count_all(content)
-    count = len(content)
-    for key, value in content.items():
-        if key in _LISTS and isinstance(value, list) and set(map(type, value)) == {dict}:
-            count += sum(map(len, value))
-            count += sum(_count_all(v) for row in value for v in row.values() if type(v) is dict)
-        else:
-            count += _count_all(value)
-    return count
-
-
-def _count_all(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum(map(_count_all, value.values()))
-    return sum(map(_count_all, value)) if isinstance(value, list) else 0
+    if type(value) is dict:
+        return len(value) + sum(map(_count_keys, value.values()))
+    if type(value) is not list or set(map(type, value)) != {dict}:
+        return 0
+    count = sum(map(len, value))
+    return count + sum(_count_keys(v) for row in value for v in row.values() if type(v) is dict)
 
 
 class _EqualKeysError(Exception):

@@ -26,7 +26,7 @@ from .classes import (
 from .coco_file import inspect_coco
 from .findings import DatasetSummary, Findings
 from .json_sets import COCO_KINDS, load_json_set
-from .records import inspect_for_mapper, inspect_records
+from .records import inspect_records
 from .scoring import check_test_keys
 
 ZERO_AREA_POLICIES = ("error", "drop")
@@ -120,12 +120,10 @@ def check_records_for_mapper(needs: Needs, where: str, records: Sequence[Any]) -
     Raises:
         ValueError: it would fail at one; the message names the record.
     """
-    found = inspect_records(records, needs.num_classes, scored=False, converted=False)
-    problems = found.problems + inspect_for_mapper(records, needs)
+    found = inspect_records(records, needs.num_classes, mapped=needs)
     if not found.scored and needs.num_classes is not None:
-        problems.append('none has "annotations", which a detector is trained with')
-    if problems:
-        raise ValueError(f"{where}: its records: {'; '.join(problems)}. Correct them.")
+        found.problems.append('none has "annotations", which a detector is trained with')
+    _refuse_problems(where, "its records", found)
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

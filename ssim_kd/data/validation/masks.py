@@ -1,13 +1,12 @@
 """Masks of annotations, as Detectron2's reader and pycocotools take them."""
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..needs import Needs
-from .annotations import PLAIN, Annotation, are_numbers, name
+from .annotations import Annotation, are_numbers, name
 
 # Kinds of "segmentation": of each, what Detectron2's reader does with the annotation.
 NONE = "none"  # keeps it without a mask
@@ -23,8 +22,6 @@ FARTHEST = 10**6
 
 # Bits of a run: pycocotools' own are of 32, and longer ones take quadratic time.
 _LONGEST = 64
-# Annotations whose polygons are looked at together.
-_CHUNK = 4096
 
 
 def segmentation_kind(segmentation: Any, height: Any, width: Any) -> tuple[str, str]:
@@ -132,10 +129,10 @@ def inspect_masks(
     """
     by_kind: dict[str, list[tuple[Annotation, str]]] = {}
     empty: list[Annotation] = []
-    for place in _doubtful(annotations, sizes, needs):
-        annotation, size = annotations[place], sizes[place]
+    for annotation, size in zip(annotations, sizes, strict=True):
         kind, fault = segmentation_kind(annotation.get("segmentation"), *size)
-        by_kind.setdefault(kind, []).append((annotation, fault))
+        if kind != POLYGONS:
+            by_kind.setdefault(kind, []).append((annotation, fault))
         if needs.masks and kind in (POLYGONS, RLE) and is_empty(annotation["segmentation"], *size):
             empty.append(annotation)
 
@@ -195,48 +192,4 @@ def inspect_masks(
             f"{name(rle[0][0])}), but {needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to "
             "'bitmask'."
         )
-    return found
-
-
-def _doubtful(
-    annotations: Sequence[Annotation], sizes: Sequence[tuple[Any, Any]], needs: Needs
-) -> Iterator[int]:
-    """Yield the places of annotations that have to be looked at singly: all but good polygons."""
-    for start in range(0, len(annotations), _CHUNK):
-        masks = [a.get("segmentation") for a in annotations[start : start + _CHUNK]]
-        if not needs.masks and not any(masks) and set(map(type, masks)) <= {type(None), list}:
-            continue
-        listed = [place for place, mask in enumerate(masks) if type(mask) is list and mask]
-        rows = [sizes[start + place] for place in listed]
-        good = _good_polygons([masks[place] for place in listed], rows)
-        fine = {place for place, is_good in zip(listed, good, strict=True) if is_good}
-        yield from (start + place for place in range(len(masks)) if place not in fine)
-
-
-def _good_polygons(masks: Sequence[Any], sizes: Sequence[tuple[Any, Any]]) -> Sequence[bool]:
-    """Whether each is polygons without a fault, and with a pixel. False: not known."""
-    unknown = [False] * len(masks)
-    polygons = list(chain.from_iterable(masks))
-    if not polygons or set(map(type, polygons)) != {list}:
-        return unknown
-    lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
-    if (lengths < 6).any() or (lengths % 2).any():
-        return unknown
-    if not set(map(type, chain.from_iterable(polygons))) <= PLAIN:
-        return unknown
-    try:
-        points = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
-    except OverflowError:
-        return unknown
-    if not (abs(points) <= FARTHEST).all():
-        return unknown
-    counts = np.fromiter(map(len, masks), np.int64, len(masks))
-    starts = (np.cumsum(lengths) - lengths) // 2
-    seen = np.ones(len(polygons), dtype=bool)
-    for axis in (0, 1):
-        limit = np.repeat([size[1 - axis] for size in sizes], counts)
-        last = np.maximum.reduceat(points[axis::2], starts)
-        first = np.minimum.reduceat(points[axis::2], starts)
-        seen &= np.minimum(last, limit) > np.maximum(first, 0)
-    found: list[bool] = np.logical_or.reduceat(seen, np.cumsum(counts) - counts).tolist()
     return found

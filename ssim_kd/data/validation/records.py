@@ -1,6 +1,7 @@
 """Looks for mistakes in the records of a data set that code registers, in Detectron2's format."""
 
 import numbers
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from detectron2.structures import BoxMode
 
 from ..needs import Needs
 from ..records import visible_keypoints
-from .annotations import are_numbers, keypoints_fault
+from .annotations import Annotation, are_numbers, keypoints_fault
 from .findings import Findings
 from .masks import MALFORMED, NONE, OTHER_SIZE, RLE, SHORT, segmentation_kind
 
@@ -17,7 +18,12 @@ Record = dict[str, Any]
 
 
 def inspect_records(
-    records: Sequence[Record], num_classes: int | None, *, scored: bool, converted: bool
+    records: Sequence[Record],
+    num_classes: int | None,
+    *,
+    scored: bool = False,
+    converted: bool = False,
+    mapped: Needs | None = None,
 ) -> Findings:
     """Inspect what Detectron2 asks for whoever maps the records to the model's input.
 
@@ -26,93 +32,89 @@ def inspect_records(
         num_classes: of the set, or else of the student; None: unknown.
         scored: whether COCO's evaluation scores the set.
         converted: whether it is converted to COCO's format for that.
+        mapped: of the student, if Detectron2's DatasetMapper reads them for its training.
 
     Returns:
         counts and problems, with the number of the record.
     """
     found = Findings(images=len(records), categories=num_classes or 0)
-    wrong: dict[str, list[str]] = {}
-    has_annotations = bool(records) and "annotations" in records[0]
-    found.scored = has_annotations
+    found.scored = bool(records) and "annotations" in records[0]
+    keys = {"annotations": "which the first record has"} if found.scored else {}
+    if mapped is not None:
+        keys["file_name"] = "which Detectron2's mapper reads"
+    if scored:
+        names = ("image_id", *(("file_name", "height", "width") if converted else ()))
+        keys |= dict.fromkeys(names, "which COCO's evaluation needs")
+    wrong: dict[str, list[str]] = defaultdict(list)
     ids: set[Any] = set()
+    largest = 0.0
     for i, record in enumerate(records):
         here = f"record {i} ({record.get('file_name', 'no file_name')})"
-        if has_annotations and "annotations" not in record:
-            wrong.setdefault('have no "annotations", which the first record has', []).append(here)
-        if scored:
-            _inspect_scored(record, here, ids, wrong, converted=converted)
+        for key in keys.keys() - record.keys():
+            wrong[f'have no "{key}", {keys[key]}'].append(here)
+        if scored and "image_id" in record:
+            if record["image_id"] in ids:
+                wrong['have an "image_id" that appears before'].append(here)
+            ids.add(record["image_id"])
+        shape = record.get("height"), record.get("width")
         annotations = record.get("annotations") or ()
         found.annotations += len(annotations)
         found.empty_images += not annotations
+        labelled = sum(map(visible_keypoints, annotations)) if mapped else 0
         for k, annotation in enumerate(annotations):
-            crowd = annotation.get("iscrowd", 0)
-            found.usable += crowd == 0
-            category = annotation.get("category_id")
-            if crowd not in (0, 1):
-                what = '"iscrowd" that is neither 0 nor 1'
-            elif crowd and not converted:
-                continue
-            elif not _is_whole(category):
-                what = '"category_id" that is not a whole number'
-            elif not 0 <= category < (num_classes or category + 1):
-                what = f'"category_id" out of [0, {num_classes})'
-            else:
-                continue
-            wrong.setdefault(f"have a {what}", []).append(
-                f"annotation {k} of {here}: {annotation.get('category_id')!r}"
-            )
-    found.problems += _clauses(wrong)
+            found.usable += annotation.get("iscrowd", 0) == 0
+            what = f"annotation {k} of {here}"
+            fault = _class_fault(annotation, num_classes, crowds=converted)
+            if fault:
+                what += f": {annotation.get('category_id')!r}"
+            if not fault and converted:
+                fault = _conversion_fault(annotation, shape)
+            if not fault and mapped and not annotation.get("iscrowd", 0):
+                fault = _mapper_fault(annotation, shape, mapped, labelled)
+                largest = max(largest, *annotation["bbox"]) if not fault else largest
+            if fault:
+                wrong[f"have a {fault}"].append(what)
+    found.problems += [
+        f"{len(cases)} {what} (for example {cases[0]})" for what, cases in wrong.items()
+    ]
+    if 0 < largest <= 1:
+        found.problems.append(
+            f'no "bbox" reaches beyond the first pixel (the largest number is {largest}): are they '
+            "fractions of the image? Expected pixels"
+        )
     return found
 
 
-def _inspect_scored(
-    record: Record, here: str, ids: set[Any], wrong: dict[str, list[str]], *, converted: bool
-) -> None:
-    keys = ["image_id", *(("file_name", "height", "width") if converted else ())]
-    for key in keys:
-        if key not in record:
-            wrong.setdefault(f'have no "{key}", which COCO\'s evaluation needs', []).append(here)
-    if "image_id" in record:
-        if record["image_id"] in ids:
-            wrong.setdefault('have an "image_id" that appears before', []).append(here)
-        ids.add(record["image_id"])
-    for k, annotation in enumerate(record.get("annotations") or () if converted else ()):
-        fault = box_fault(annotation, arrays=True)
-        if not fault:
-            size = record.get("height"), record.get("width")
-            kind, text = segmentation_kind(annotation.get("segmentation"), *size)
-            fault = f'"segmentation" that {text}' if kind in (MALFORMED, SHORT) else ""
-        if fault:
-            wrong.setdefault(f"have a {fault}", []).append(f"annotation {k} of {here}")
+def _class_fault(annotation: Annotation, num_classes: int | None, *, crowds: bool) -> str:
+    crowd, category = annotation.get("iscrowd", 0), annotation.get("category_id")
+    if crowd not in (0, 1):
+        return '"iscrowd" that is neither 0 nor 1'
+    if crowd and not crowds:
+        return ""
+    if not (isinstance(category, numbers.Real) and float(category).is_integer()):
+        return '"category_id" that is not a whole number'
+    if not 0 <= category < (num_classes or category + 1):
+        return f'"category_id" out of [0, {num_classes})'
+    return ""
 
 
-def inspect_for_mapper(records: Sequence[Record], needs: Needs) -> list[str]:
-    """Find what Detectron2's DatasetMapper fails at while it trains; a custom mapper may not.
-
-    Returns:
-        one clause a kind of fault.
-    """
-    wrong: dict[str, list[str]] = {}
-    for i, record in enumerate(records):
-        here = f"record {i} ({record.get('file_name', 'no file_name')})"
-        if "file_name" not in record:
-            wrong.setdefault('have no "file_name"', []).append(here)
-        shape = record.get("height"), record.get("width")
-        annotations = record.get("annotations") or ()
-        trained = sum(map(visible_keypoints, annotations)) >= needs.least_keypoints
-        for k, annotation in enumerate(annotations):
-            if annotation.get("iscrowd", 0):
-                continue
-            fault = box_fault(annotation, arrays=False) or _mask_fault(annotation, shape, needs)
-            if not fault and needs.keypoints and trained:
-                fault = keypoints_fault(annotation.get("keypoints"), needs.keypoints)
-                fault = fault and f'"keypoints" {fault}'
-            if fault:
-                wrong.setdefault(f"have a {fault}", []).append(f"annotation {k} of {here}")
-    return _clauses(wrong)
+def _conversion_fault(annotation: Annotation, shape: tuple[Any, Any]) -> str:
+    kind, text = segmentation_kind(annotation.get("segmentation"), *shape)
+    mask = f'"segmentation" that {text}' if kind in (MALFORMED, SHORT) else ""
+    return box_fault(annotation, arrays=True) or mask
 
 
-def box_fault(annotation: dict[str, Any], *, arrays: bool) -> str:
+def _mapper_fault(
+    annotation: Annotation, shape: tuple[Any, Any], needs: Needs, labelled: int
+) -> str:
+    fault = box_fault(annotation, arrays=False) or _mask_fault(annotation, shape, needs)
+    if not fault and needs.keypoints and labelled >= needs.least_keypoints:
+        fault = keypoints_fault(annotation.get("keypoints"), needs.keypoints)
+        fault = fault and f'"keypoints" {fault}'
+    return fault
+
+
+def box_fault(annotation: Annotation, *, arrays: bool) -> str:
     """Return what Detectron2 finds wrong with "bbox" and "bbox_mode"; empty: nothing.
 
     Args:
@@ -130,7 +132,7 @@ def box_fault(annotation: dict[str, Any], *, arrays: bool) -> str:
     return ""
 
 
-def _mask_fault(annotation: dict[str, Any], shape: tuple[Any, Any], needs: Needs) -> str:
+def _mask_fault(annotation: Annotation, shape: tuple[Any, Any], needs: Needs) -> str:
     if not needs.masks:
         return ""
     kind, fault = segmentation_kind(annotation.get("segmentation"), *shape)
@@ -144,11 +146,3 @@ def _mask_fault(annotation: dict[str, Any], shape: tuple[Any, Any], needs: Needs
             f"{needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to 'bitmask'"
         )
     return ""
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and float(value).is_integer()
-
-
-def _clauses(wrong: dict[str, list[str]]) -> list[str]:
-    return [f"{len(cases)} {what} (for example {cases[0]})" for what, cases in wrong.items()]

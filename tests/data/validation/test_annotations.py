@@ -270,11 +270,3 @@ def test_inspect_scoring_crowds_alone():
 def test_segmentation_kind_long_runs_are_refused_in_linear_time(counts):
     """A run has 32 bits: reading one of a million took minutes."""
     assert segmentation_kind({"size": [24, 32], "counts": counts}, 24, 32)[0] == "malformed"
-
-
-@pytest.mark.parametrize("odd", [*(case[0] for case in KINDS), [[100, 100, 120, 100, 120, 120]]])
-def test_inspect_masks_next_to_many(odd):
-    """Good ones are looked at together, and give what each gives by itself."""
-    alone, among = masks(GOOD, odd), masks(*[GOOD] * 9, odd, *[GOOD] * 9)
-    assert alone.keys() == among.keys()
-    assert all("id 10 of image 1" in sentence for sentence in among.values())

@@ -6,7 +6,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
 from ssim_kd.data.needs import Needs
-from ssim_kd.data.validation.records import inspect_for_mapper, inspect_records
+from ssim_kd.data.validation.records import inspect_records
 
 TRIANGLE = [[1, 1, 9, 1, 9, 9]]
 RLE = mask_util.encode(np.ones((24, 32), dtype=np.uint8, order="F"))
@@ -75,7 +75,7 @@ def test_inspect_records_one_of_two(change, scored, word):
     (problem,) = found.problems
     assert f'"{word}"' in problem and "record 1" in problem and problem.startswith("1 ")
     if scored:  # which training does not ask for
-        assert inspect_records(records(**change), 2, scored=False, converted=False).problems == []
+        assert inspect_records(records(**change), 2).problems == []
 
 
 @pytest.mark.parametrize(
@@ -95,22 +95,26 @@ def test_inspect_records_accepted(change):
 
 def test_inspect_records_crowds_are_not_learned():
     data = records(iscrowd=1, category_id=9)
-    assert inspect_records(data, 2, scored=False, converted=False).problems == []
+    assert inspect_records(data, 2).problems == []
     assert inspect_records(data, 2, scored=True, converted=True).problems
 
 
 def test_inspect_records_classes_unknown():
     data = records(category_id=99)
-    assert inspect_records(data, None, scored=False, converted=False).problems == []
+    assert inspect_records(data, None).problems == []
 
 
 def test_inspect_records_without_annotations():
     data = [{"file_name": "a"}, {"file_name": "b"}]
-    found = inspect_records(data, 2, scored=False, converted=False)
+    found = inspect_records(data, 2)
     assert found.problems == [] and not found.scored
 
 
 EVERYTHING = Needs(masks=True, keypoints=1)
+
+
+def mapped(data, needs=EVERYTHING):
+    return inspect_records(data, 2, mapped=needs).problems
 
 
 @pytest.mark.parametrize(
@@ -129,9 +133,9 @@ EVERYTHING = Needs(masks=True, keypoints=1)
         ({"keypoints": [5, 5, 2] * 2}, '"keypoints"'),
     ],
 )
-def test_inspect_for_mapper(change, word):
-    assert inspect_for_mapper(records(), EVERYTHING) == []
-    (problem,) = inspect_for_mapper(records(**change), EVERYTHING)
+def test_inspect_records_mapped(change, word):
+    assert mapped(records()) == []
+    (problem,) = mapped(records(**change))
     assert word in problem and "record 1" in problem and problem.startswith("1 ")
 
 
@@ -139,12 +143,22 @@ def test_inspect_for_mapper(change, word):
     "change",
     [{"bbox": ..., "iscrowd": 1}, {"height": ..., "width": ...}, {"bbox_mode": 0}],
 )
-def test_inspect_for_mapper_accepted(change):
-    assert inspect_for_mapper(records(**change), EVERYTHING) == []
+def test_inspect_records_mapped_accepted(change):
+    assert mapped(records(**change)) == []
 
 
-def test_inspect_for_mapper_boxes_alone():
-    change = {"segmentation": [1, 2], "keypoints": "x"}
-    assert inspect_for_mapper(records(**change), Needs()) == []
-    bitmask = Needs(masks=True, mask_format="bitmask")
-    assert inspect_for_mapper(records(segmentation=RLE), bitmask) == []
+def test_inspect_records_mapped_boxes_alone():
+    assert mapped(records(segmentation=[1, 2], keypoints="x"), Needs()) == []
+    assert mapped(records(segmentation=RLE), Needs(masks=True, mask_format="bitmask")) == []
+
+
+@pytest.mark.parametrize("mode", [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS])
+def test_inspect_records_fractions_of_the_image(mode):
+    data = records()
+    for record in data:
+        record["annotations"][0].update(bbox=[0.25, 0.25, 0.5, 0.75], bbox_mode=mode)
+    (problem,) = mapped(data, Needs())
+    assert '"bbox"' in problem and "fractions" in problem and "0.75" in problem
+    assert inspect_records(data, 2).problems == []  # a custom mapper may read them
+    data[0]["annotations"][0]["bbox"] = [1, 2, 5, 6]
+    assert mapped(data, Needs()) == []
