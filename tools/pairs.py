@@ -8,6 +8,7 @@ A pair that cannot work says so when it is built; the page has its message.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -253,8 +254,8 @@ def levels_in_words(levels: Sequence[str]) -> str:
 
 
 def table(students: Sequence[str], teachers: Sequence[str], distiller: str) -> str:
-    """The table of a distiller in Markdown: a row a student, a column a teacher, with its notes."""
-    notes: dict[str, int] = {}
+    """The table of a distiller in Markdown: a row a student, a column a teacher, with reasons."""
+    reasons = []
     rows = [
         "| student \\ teacher | " + " | ".join(DETECTORS[t][0] for t in teachers) + " |",
         "|---" * (len(teachers) + 1) + "|",
@@ -266,17 +267,18 @@ def table(students: Sequence[str], teachers: Sequence[str], distiller: str) -> s
             try:
                 cells.append(step(student, teacher, distiller))
             except ValueError as error:
-                number = notes.setdefault(str(error), len(notes) + 1)
-                cells.append(f"no ({number})")
-        title = DETECTORS[student][0]
-        if all(cell == cells[0] for cell in cells) and cells[0].startswith("no"):
-            without.append(f"{title} ({cells[0].strip('no ()')})")
+                # Without the names of this pair.
+                reasons.append(re.split(": |, but ", str(error))[0].strip("."))
+                cells.append("no")
+        if set(cells) == {"no"}:
+            without.append(DETECTORS[student][0])
         else:
-            rows.append(f"| {title} | " + " | ".join(cells) + " |")
+            rows.append(f"| {DETECTORS[student][0]} | " + " | ".join(cells) + " |")
     if without:
         rows += ["", f"From no teacher: {', '.join(without)}."]
-    reasons = [f"{number}. {reason}" for reason, number in notes.items()]
-    return "\n".join([*rows, "", *reasons]).rstrip()
+    if reasons:
+        rows += ["", f"no: {'; '.join(dict.fromkeys(reasons))}."]
+    return "\n".join(rows)
 
 
 def available(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -314,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "`IN_FEATURES` is [].",
         "Others can be named: below the FPN, a ResNet or a timm backbone has `res2` to `res5`. A "
         "pair that cannot work",
-        "says why when it is built: its message is below the table.",
+        "says why when it is built.",
     ]
     for name in args.distillers:
         page += ["", f"## {DISTILLERS[name][0]}", "", table(students, teachers, name)]

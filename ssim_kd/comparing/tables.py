@@ -73,19 +73,27 @@ def identical_table(stage: Stage, pairs: Sequence[Sequence[str]]) -> str:
 
 
 def tuning_table(study: Study, records: Records) -> str:
-    """Mean AP on the tuning split of each arm and weight; the frozen one is bold."""
+    """Mean AP on the tuning split, and that of each seed: a row an arm, a column a weight.
+
+    The weight that was frozen is bold.
+    """
+    found: dict[str, dict[float, list[float]]] = {}
+    for key, record in records.runs.items():
+        kind, arm, *rest = key.split("/")
+        if kind == "tuning":
+            by_weight = found.setdefault(arm, {})
+            by_weight.setdefault(float(rest[0]), []).append(record["metrics"]["AP"])
+    weights = sorted({weight for by_weight in found.values() for weight in by_weight})
     rows = []
-    for arm in study.content["arms"]:
-        by_weight: dict[float, list[float]] = {}
-        for key, record in records.runs.items():
-            parts = key.split("/")
-            if parts[:2] == ["tuning", arm]:
-                by_weight.setdefault(float(parts[2]), []).append(record["metrics"]["AP"])
-        for weight, values in sorted(by_weight.items()):
-            frozen = "**" if records.tuned.get(arm) == weight else ""
+    for arm in [arm for arm in study.content["arms"] if arm in found]:
+        cells = []
+        for weight in weights:
+            values = found[arm].get(weight, [])
+            bold = "**" if records.tuned.get(arm) == weight else ""
             each = ", ".join(f"{value:.1f}" for value in values)
-            rows.append([arm, f"{weight:g}", f"{frozen}{summarise(values).mean:.2f}{frozen}", each])
-    return table(["arm", "lambda", "mean AP", "each seed"], rows)
+            cells.append(f"{bold}{summarise(values).mean:.2f}{bold} ({each})" if values else "")
+        rows.append([arm, *cells])
+    return table(["arm", *(f"{weight:g}" for weight in weights)], rows)
 
 
 def models_table(study: Study, records: Records) -> str:
