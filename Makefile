@@ -1,4 +1,4 @@
-# Every target first makes its environment, .venv, where that is missing or older than the requirements.
+# Every target first makes its environment, .venv, if it is missing or older than the requirements.
 #
 #   make demo                 teacher, plain student and distilled student on the digits set, with one table at the end
 #   make test                 the tests; ARGS="-k ssim" passes options on, here and below
@@ -6,7 +6,7 @@
 #   make docs                 the documentation site, in site/; ARGS="--site-dir FOLDER" puts it elsewhere
 #   make faults               the tests that kill processes and break files
 #   make bench, bench-gpu     the benchmarks, on the CPU and on a GPU
-#   make setup, clean         the environment alone; remove it and the caches
+#   make setup, clean         only the environment; remove it and the caches
 #
 #   PYTHON=python3.11         the interpreter to make the environment with; otherwise the first of 3.10-3.12 on the path
 #   VENV=folder               the environment to use, made if missing

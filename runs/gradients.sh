@@ -1,5 +1,5 @@
 #!/bin/sh
-# docs/results.md, "Why", from studies/digits/gradients.json, which this writes: how strong each loss is beside the detection
+# docs/results.md, "Why", from studies/digits/gradients.json, which this writes: how strong each loss is next to the detection
 # losses, at the end of runs of runs/digits_study.sh. Those that have a record are not there; train them anew:
 # runs/digits_study.sh --records /tmp/anew.json --stages short --seeds 1 2 3
 set -e

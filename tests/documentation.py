@@ -1,4 +1,4 @@
-"""The pages of the documentation, what stands in their code blocks, and a user who follows them."""
+"""The pages of the documentation, their code blocks, and a user who follows them."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def distilled_config(
 
 
 def build(cfg: CfgNode, *, seed: int = 0) -> nn.Module:
-    """A model whose random weights depend on the seed alone."""
+    """A model whose random weights depend only on the seed."""
     torch.manual_seed(seed)
     return build_model(cfg)
 
@@ -164,7 +164,7 @@ def make_batch(
 def train_losses(
     model: nn.Module, batch: list[dict[str, Any]] | None = None, *, seed: int = 3
 ) -> dict[str, torch.Tensor]:
-    """The losses of a model in training mode; the proposals drawn depend on the seed alone."""
+    """The losses of a model in training mode; the proposals drawn depend only on the seed."""
     model.train()
     torch.manual_seed(seed)
     with EventStorage(0):

@@ -66,7 +66,7 @@ def test_the_teacher(small, tmp_path: Path, monkeypatch) -> None:
 
 
 def test_the_losses(tmp_path: Path) -> None:
-    """In a process of its own: it changes how memory is allocated."""
+    """In a separate process: it changes how memory is allocated."""
     script = ROOT / "tools" / "benchmark_losses.py"
     command = [sys.executable, str(script), "--device", "cpu", "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=200)

@@ -1,4 +1,4 @@
-"""The config keys: each is explained where it is added, and read by something."""
+"""The config keys: each has a comment, and is read by something."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KEYS = sorted(new_keys(full_config(), get_cfg()))
 def attributes_read(source: str) -> Iterator[str]:
     """ "OWNER.NAME" of every attribute that is read, and "OWNER.*" where all of OWNER is.
 
-    A variable stands for the attribute that it was assigned: a = b.OWNER makes a.NAME OWNER.NAME.
+    A variable is the attribute that it was assigned: a = b.OWNER makes a.NAME OWNER.NAME.
     """
     tree = ast.parse(source)
     aliases = {

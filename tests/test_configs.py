@@ -136,7 +136,7 @@ def detector(kind: str, fpn: int, seed: int) -> nn.Module:
 
 
 def take_a_step(kind: str, distillers: Sequence[nn.Module], *, inherits: Sequence[str]) -> None:
-    """One with an image that has no box, but for stock FCOS, which cannot take it."""
+    """One with an image that has no box, except for stock FCOS, which cannot take it."""
     student = detector(kind, 32, 0)
     # Of another width, unless parts of it are copied.
     teacher = detector(kind, 32 if inherits else 64, 1)

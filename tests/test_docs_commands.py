@@ -258,7 +258,7 @@ def test_own_code_lazy_config(user: World, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_own_code_distill(user: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(user.folder)
-    config = user.folder / "my_detector.yaml"  # evaluated at the end alone
+    config = user.folder / "my_detector.yaml"  # evaluated only at the end
     config.write_text(config.read_text() + "\nTEST: {EVAL_PERIOD: 100}\n")
     names = run_block("docs/own_code.md", 2)
     # 12 epochs of 6 images, a batch of 4.

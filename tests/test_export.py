@@ -42,7 +42,7 @@ FORMATS = ("stock", *student.FILES)
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
-# None of which the model was traced with; the second is no multiple of its stride.
+# None of which the model was traced with; the second is not a multiple of its stride.
 SIZES = ((96, 128), (70, 90), (128, 64))
 
 
@@ -236,8 +236,8 @@ def test_main_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) ->
         "import torch, torchvision; "
         f"print(len(torch.jit.load({str(output / 'model.ts')!r})(torch.rand(3, 48, 80) * 255)))"
     )
-    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(alone.stdout) == len(found["outputs"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(found["outputs"])
 
     stock = get_cfg()
     stock.merge_from_file(str(output / "student.yaml"))

@@ -19,7 +19,7 @@ RECIPE = Path(__file__).resolve().parent.parent / "third_party" / "detectron2"
 
 
 def load(name: str) -> ModuleType:
-    """Import a file of the recipe's folder, which is no package."""
+    """Import a file of the recipe's folder, which is not a package."""
     sys.path.insert(0, str(RECIPE))
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""tools/slurm.py: what SLURM is asked for, and a job of submitit that is preempted and goes on."""
+"""tools/slurm.py: what SLURM is asked for, and a job of submitit that is preempted and resumes."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_training_resumes_where_slurm_has_queued_it_again(
     ("status", "rank", "fails"), [(143, 0, True), (143, 1, False), (75, 1, False), (1, 1, True)]
 )
 def test_training_that_ends(status, rank, fails, tmp_path, monkeypatch) -> None:
-    """On SIGTERM alone (scancel) a job ends; other tasks of one that is queued again end well."""
+    """On SIGTERM (scancel) a job ends; other tasks of one that is queued again end well."""
     environment = lambda: SimpleNamespace(global_rank=rank)  # noqa: E731
     monkeypatch.setattr(slurm.submitit, "JobEnvironment", environment)
     # SLURM sends the signal of the requeue to the training too.

@@ -71,7 +71,7 @@ def spawn(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_student_in_the_hands_of_stock_detectron2(spawn: Path, tmp_path: Path) -> None:
-    """Detectron2 alone can use it."""
+    """Stock Detectron2 can use it."""
     stock = subprocess.run(
         [sys.executable, "-c", STOCK, str(spawn)],
         capture_output=True,

@@ -146,7 +146,7 @@ def test_read_attack(attack, form, tmp_path) -> None:
 
 
 def test_read_attack_would_run(tmp_path) -> None:
-    """The file does run code where it may."""
+    """The file does run code if it may."""
     pickle.loads(RUNS_CODE["function"] + b".")
     assert os.path.exists("ran")
     os.unlink("ran")

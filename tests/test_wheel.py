@@ -53,7 +53,7 @@ def test_wheel_holds_projects_and_configs(wheel: Path) -> None:
 
 def test_installed_wheel_distils(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    # As pip does with a wheel of Python alone.
+    # As pip does with a pure Python wheel.
     zipfile.ZipFile(wheel).extractall(site)
     world = World(tmp_path)
     short = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How strong is a loss on maps beside the detection losses? Norms of their gradients.
+"""How strong is a loss on maps next to the detection losses? Norms of their gradients.
 
 For each run, a distilled training of ``tools/compare.py studies/digits.yaml``: with its weights at
 the end, on batches of the training set, the norm of the gradient of the detection losses in the

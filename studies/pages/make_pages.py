@@ -10,7 +10,7 @@ widths and styles, and cuts it into tiles of SIZE x SIZE pixels that show a whol
 are those of the page's own elements. Writes train/, val/ and test/, each with images/ and
 annotations.json (COCO), data.yaml (for --data), samples_*.png and sha256.txt. That is of the tiles'
 names and boxes, the same for the same versions of packages, fonts and Chromium. Chromium draws a
-few pixels of one tile in twenty otherwise each time: a line at the seam of two of its own tiles.
+few pixels of one tile in twenty differently each time: a line at the seam of two raster tiles.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def unpacked(package: str, cache: Path) -> Path:
     """The folder of a package "name=version", downloaded once.
 
     Raises:
-        SystemExit: the version is no longer there.
+        SystemExit: the version is not available any more.
     """
     folder = cache / package.replace(":", "_")
     if not folder.is_dir():

@@ -86,7 +86,7 @@ STUDY: dict[str, Any] = {
 
 
 class Inline:
-    """An executor that takes no processes of its own, each of which would import torch."""
+    """An executor without processes, each of which would import torch."""
 
     def batch(self) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
@@ -101,7 +101,7 @@ class Inline:
 
 
 class Bench:
-    """A study in a folder of its own."""
+    """A study in a separate folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -178,7 +178,7 @@ def test_a_study_is_run_tuned_resumed_and_reported(
     assert "| ssim − none | 2 | +5.0" in page
     assert (bench.root / "assets" / "own_main.png").is_file()
 
-    # The records alone are enough: a machine that has lost the folders trains nothing anew.
+    # The records are enough: a machine that has lost the folders trains nothing again.
     before = bench.records.read_text()
     (bench.root / "output").rename(bench.root / "lost")
     assert bench.run() == 0

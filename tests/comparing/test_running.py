@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: what SLURM is asked for, times, an end in between."""
+"""Trainings in separate processes: what SLURM is asked for, times, an interruption."""
 
 from __future__ import annotations
 

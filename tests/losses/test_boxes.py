@@ -1,4 +1,4 @@
-"""Ground-truth boxes on a level: cells by hand, by loops, and where the image is padded."""
+"""Ground-truth boxes on a level: cells by hand, by loops, and in a padded image."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_foreground_weights_by_hand():
 
 
 def test_foreground_weights_do_not_depend_on_the_padding():
-    # The image has 32 x 24 pixels, whatever the map it lies in.
+    # The image has 32 x 24 pixels, whatever the size of its map.
     boxes = [torch.tensor([[4.0, 4.0, 20.0, 15.0]])]
     small, large = foreground_weights(boxes, 3, 4, 8), foreground_weights(boxes, 12, 16, 8)
     assert torch.equal(large[:, :3, :4], small)
@@ -93,7 +93,7 @@ def test_background_weights_in_padding_and_where_boxes_cover_all():
     boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 99.0, 99.0]])]
     foreground = foreground_weights(boxes, 2, 3, 64, mask=mask)
     assert foreground[0].tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0]]
-    # Both images are covered, but for the padding of the first.
+    # Both images are covered, except the padding of the first.
     assert not background_weights(foreground, mask).any()
     assert background_weights(foreground)[0].tolist() == [[0, 0, 0.5], [0, 0, 0.5]]
     boxes = [BOXES[:0], BOXES[:0]]

@@ -8,7 +8,7 @@ import torch
 from ssim_kd.losses import SSIMLoss, pyramid_ssim_loss, ssim_loss, ssim_map
 from tests.native import NATIVE
 
-FAST = ("eager", NATIVE)  # "native" is for float32 and half precision alone
+FAST = ("eager", NATIVE)  # "native" is only for float32 and half precision
 IMPLS = ("reference", "eager")
 
 

@@ -144,7 +144,7 @@ TRITON_CASES = [
 
 
 def test_triton_in_the_interpreter_equals_reference():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    """In a separate process: Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton", reason="Triton is not installed")
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ X, Y = (torch.rand(2, 3, 9, 10, generator=torch.Generator().manual_seed(i)) for 
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """As in a new process, where nothing was built or logged."""
+    """As in a new process: nothing was built or logged."""
     launch._library.cache_clear()
     monkeypatch.setattr(select, "_logged", set())
     yield

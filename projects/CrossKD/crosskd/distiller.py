@@ -221,7 +221,7 @@ class CrossKDDistiller(DenseHeadDistiller):
         maps: Sequence[torch.Tensor],
         batch: DistillBatch,
     ) -> tuple[Outputs, Outputs]:
-        """What the teacher's head predicts of the student's features, and of its own."""
+        """The teacher's head on the student's features, and on the teacher's."""
         crossed: list[Any] = []
         own: list[Any] = []
         for (tower, score), features in zip(TOWERS.items(), entering, strict=True):

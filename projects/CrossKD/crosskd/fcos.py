@@ -1,4 +1,4 @@
-"""An FCOS that is small: Detectron2 has FCOS as LazyConfig alone, where every ResNet is full."""
+"""A small FCOS: Detectron2's own FCOS is a LazyConfig with a full ResNet."""
 
 from typing import Any
 

@@ -231,7 +231,7 @@ def test_two_halves_of_a_batch_by_a_reference_are_the_whole_of_the_boxes_alone()
     ]
     for part in ("relation", "instance"):
         torch.testing.assert_close((halves[0][part] + halves[1][part]) / 2, whole[part])
-    # Each half has moments of its own, and the mean of roots is below the root of the mean.
+    # Each half has its own moments, and the mean of roots is below the root of the mean.
     pixel = (halves[0]["pixel"] + halves[1]["pixel"]) / 2
     assert 0.8 < float((pixel / whole["pixel"]).detach()) < 0.98
 

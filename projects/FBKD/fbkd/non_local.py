@@ -51,7 +51,7 @@ class NonLocal(nn.Module):
         return valid_cells(x, mask) + self.norm(valid_cells(self.out(found), mask))
 
     def _pool(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The maximum of the cells that count; 0 where none does. Maps smaller than the side, and
+        """The maximum of the cells that count; 0 if none does. Maps smaller than the side, and
         what is left over at the right and bottom, are pooled as they are."""
         if mask is None:
             return F.max_pool2d(x, self.stride, ceil_mode=True)

@@ -211,7 +211,7 @@ def test_masked_is_cropped() -> None:
     mask[:] = MASK[-1]
     cropped = maps_of(student[..., :3, :4], teacher[..., :3, :4])
     expected = distiller.level_loss(cropped, BATCH)
-    # The 3x3 convolution alone looks beyond the image, where the cropped map has zeros.
+    # Only the 3x3 convolution looks beyond the image; the cropped map has zeros there.
     student = student.masked_fill(~mask[:, None], 0.0)
     teacher = teacher.masked_fill(~mask[:, None], 1e3)
     found = distiller.level_loss(maps_of(student, teacher, mask), BATCH)
@@ -220,7 +220,7 @@ def test_masked_is_cropped() -> None:
 
 
 def test_two_halves_of_a_batch_are_less_than_the_whole() -> None:
-    """Of norms alone: the non-local part has a batch norm, whose statistics differ as well."""
+    """Only of norms: the non-local part has a batch norm, whose statistics differ too."""
     student, teacher = pair()
     distiller = make(reference=(2, 80, 160, 12))
     whole = distiller.level_loss(maps_of(student, teacher), BATCH)

@@ -17,7 +17,7 @@ def add_config(cfg: CN) -> None:
     icd.DIM = 256
     icd.HEADS = 8
     icd.HIDDEN_DIM = 1024
-    # Fake boxes for each real one, >= 0; fewer where an image would have more than MAX_BOXES boxes.
+    # Fake boxes for each real one, >= 0; fewer if an image would have more than MAX_BOXES boxes.
     # An image without real boxes has one fake box. R-CNN has at most 100 boxes, dense detectors
     # have 300.
     icd.FAKE_RATIO = 5.0
@@ -26,7 +26,7 @@ def add_config(cfg: CN) -> None:
     icd.FAKE_SIZE = [0.2, 0.2]
     # How far the centre of a box is moved at most, in widths and heights of the box. From 0 to 0.5.
     icd.JITTER = 0.3
-    # Iterations in which the decoder and the student's projection learn alone.
+    # Iterations in which only the decoder and the student's projection learn.
     icd.DETACH_ITERS = 1000
     # Of the decoder and the student's projection: AdamW with a cosine to 0, gradients clipped at a
     # norm. Not of the student.

@@ -100,7 +100,7 @@ class ICDDistiller(PyramidDistiller):
             fake_ratio, max_boxes, fake_size, jitter: see :func:`draw_queries`; max_boxes None for
                 the method's own.
             detach_iters: iterations in which the student does not learn of it.
-            lr, weight_decay, clip_norm: of the AdamW of its own modules.
+            lr, weight_decay, clip_norm: of the AdamW of the method's modules.
             kwargs: of :class:`PyramidDistiller`; part_weights of "value", "real" and "sides".
 
         Raises:

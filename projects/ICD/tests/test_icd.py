@@ -271,8 +271,8 @@ def test_forward_is_the_formula_by_loops(sizes) -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    # Two cells, one head of two channels: normalised (1, -1) and (-1, 1). They differ in the first
-    # cell alone, by 2 in each channel.
+    # Two cells, one head of two channels: normalised (1, -1) and (-1, 1). They differ only in
+    # the first cell, by 2 in each channel.
     student = torch.tensor([[[[5.0, 1.0]], [[0.0, 7.0]]]])
     teacher = torch.tensor([[[[1.0, 3.0]], [[2.0, 9.0]]]])
     weights = torch.tensor([[[0.75, 0.25]]])
@@ -407,7 +407,7 @@ def test_icd_trains_student_and_own_modules_alone(kind, autocast) -> None:
     own = {f"distillers.icd.{name}" for name in distiller.state_dict()}
     assert own <= set(model.state_dict()) and not own & set(model.student.state_dict())
 
-    # AdamW for all of its own and nothing else.
+    # AdamW for all of the method's parameters and nothing else.
     optimizer = build_optimizer(cfg, model)
     assert isinstance(optimizer, GroupedOptimizer)
     main, adamw = optimizer.optimizers

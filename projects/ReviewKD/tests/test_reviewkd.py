@@ -52,7 +52,7 @@ def batch_of(n: int, size: tuple[int, int] = (48, 56)) -> DistillBatch:
 
 
 def test_hierarchical_loss_worked_by_hand() -> None:
-    # Height 2: pooled to one cell alone. Differences 1, 3, 1, 3: MSE 5; their mean 2: 4.
+    # Height 2: pooled to a single cell. Differences 1, 3, 1, 3: MSE 5; their mean 2: 4.
     student = torch.tensor([[[[1.0, 3.0], [1.0, 3.0]]]])
     found = hierarchical_loss(student, torch.zeros_like(student))
     assert float(found) == pytest.approx((5 + 4 / 2) / (1 + 1 / 2))

@@ -92,7 +92,7 @@ def test_vit_teacher_gives_the_patch_tokens_of_rgb_images(name, weights) -> None
 
 
 def resized(tokens: Any, ratio: float) -> Any:
-    """Bilinear: a cell takes what lies at its centre."""
+    """Bilinear: a cell takes the value at its centre."""
     d, height, width = tokens.shape
     out = np.zeros((d, math.floor(height * ratio), math.floor(width * ratio)))
     for y in range(out.shape[1]):
@@ -215,7 +215,7 @@ def test_vfm_beside_ssim_by_a_config(weights, tmp_path) -> None:
     ]
     model = build(cfg)
     assert isinstance(model.distillers["ssim"], SSIMDistiller)
-    # The detector's levels, among which there is no p2, are not the ViT's.
+    # The detector's levels, which do not include p2, are not the ViT's.
     assert model.distillers["ssim"].levels == ["p3", "p4", "p5", "p6"]
     model.teacher._load = lambda _: (build(stock_config("retinanet", fpn=48), seed=1), "")
     loss = train_losses(model)["loss_distill"]

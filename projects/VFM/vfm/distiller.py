@@ -49,7 +49,7 @@ class VFMDistiller(PyramidDistiller):
         Raises:
             ValueError: not exactly one level.
         """
-        # The projection is the adapter; ViTs have strides of their own.
+        # The projection is the adapter; a ViT's stride is not a level's.
         super().__init__(name=name, **{**kwargs, "adapter": "always", "resize": "bilinear"})
         if self.levels is not None and len(self.levels) != 1:
             raise ValueError(
@@ -63,7 +63,7 @@ class VFMDistiller(PyramidDistiller):
         """What :class:`PyramidDistiller` takes, and the ViT of ``MODEL.DISTILL.VFM``.
 
         Raises:
-            ValueError: OPTS that are no pairs; what :func:`vit_teacher` raises.
+            ValueError: OPTS are not pairs; what :func:`vit_teacher` raises.
         """
         node = cfg.MODEL.DISTILL.VFM
         if len(node.OPTS) % 2:

@@ -93,7 +93,7 @@ def vit_teacher(
     except Exception as error:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=3)
         raise ValueError(
-            f"MODEL.DISTILL.VFM.NAME is {name!r}, which is no ViT of timm {timm.__version__} for "
+            f"MODEL.DISTILL.VFM.NAME is {name!r}, not a ViT of timm {timm.__version__} for "
             f"images of any size with {arguments}: {type(error).__name__}: {error}. Near it are "
             f"{near}."
         ) from error
