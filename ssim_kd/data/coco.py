@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 # Detectron2's mapper leaves out boxes whose sides are not longer than this (pixels).
 LEAST_SIDE = 1e-5
 # Modules whose readers take all from the json file of the metadata.
+_COCO_READERS = ("detectron2.data.datasets.coco", "ssim_kd.data.digits.dataset")
 _JSON_READERS = (
-    "detectron2.data.datasets.coco",
+    *_COCO_READERS,
     "detectron2.data.datasets.coco_panoptic",
     "detectron2.data.datasets.lvis",
-    "ssim_kd.data.digits.dataset",
 )
 
 # What this process has registered: name -> (json file, image folder).
@@ -70,17 +70,18 @@ def register_coco(cfg: CfgNode) -> None:
 
 def reads_json_file(name: str) -> bool:
     """Whether a set's records are what Detectron2's reader makes of its ``json_file``."""
-    module = getattr(DatasetCatalog[name], "__module__", None)
-    return bool(MetadataCatalog.get(name).get("json_file")) and module in _JSON_READERS
+    return bool(MetadataCatalog.get(name).get("json_file")) and _reader(name) in _JSON_READERS
 
 
 def is_coco_instances(name: str) -> bool:
     """Whether a set's reader is that of ``register_coco_instances``, or of the digits."""
+    return _reader(name) in _COCO_READERS
+
+
+def _reader(name: str) -> str:
+    """The module of a set's reader; "" if it is not registered."""
     reader = DatasetCatalog[name] if name in DatasetCatalog else None  # noqa: SIM401
-    maker = str(getattr(reader, "__qualname__", "")).split(".")[0]
-    return maker == "register_coco_instances" or (
-        getattr(reader, "__module__", None) == "ssim_kd.data.digits.dataset"
-    )
+    return getattr(reader, "__module__", None) or ""
 
 
 def own_json_file(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
@@ -68,14 +68,14 @@ def inspect_coco(
         return found
     for title, rows, _ in tables:
         if title != "annotations" or unique_annotations:
-            _unique(found, title, _ids(rows, "id"))
-    _unique(found, "categories", np.array([c["name"] for c in categories]), key="name")
+            _unique(found, title, rows)
+    _unique(found, "categories", categories, key="name")
     size_of = _sizes(found, images, needs)
     found.empty_images = len(images)
     if not annotations or found.problems:
         return found
-    owner = _lookup(_ids(images, "id"), _ids(annotations, "image_id"))
-    kind = _lookup(_ids(categories, "id"), _ids(annotations, "category_id"))
+    owner = _owners(images, annotations, "image_id")
+    kind = _owners(categories, annotations, "category_id")
     _report(found, annotations, kind < 0, "category_id", "of no category in the file")
     orphans = owner < 0
     if orphans.all():
@@ -153,36 +153,25 @@ def _kind(value: Any) -> str:
     return "number" if type(value) in (int, float) and math.isfinite(value) else "other"
 
 
-def _ids(rows: Sequence[dict[str, Any]], key: str) -> NDArray[Any]:
-    """Ids as integers where all are, else as text: they may be either."""
-    values = [row[key] for row in rows]
-    array = np.array(values) if values else np.zeros(0, dtype=np.int64)
-    if array.ndim == 1 and array.dtype.kind in "iu":
-        return array.astype(np.int64)
-    # 1.0 is 1, as in a dictionary.
-    return np.array([repr(int(v) if type(v) is float and v.is_integer() else v) for v in values])
+def _unique(
+    found: Findings, title: str, rows: Sequence[dict[str, Any]], *, key: str = "id"
+) -> None:
+    counts = Counter(row[key] for row in rows)
+    if len(counts) == len(rows):
+        return
+    twice = [value for value, count in counts.items() if count > 1]
+    examples = ", ".join(str(value) for value in twice[:EXAMPLES])
+    message = f'{len(twice)} {key}s of "{title}" appear more than once (for example {examples})'
+    # Two classes of one name train, but the AP of one hides that of the other.
+    (found.problems if key == "id" else found.notes).append(message)
 
 
-def _unique(found: Findings, title: str, ids: NDArray[Any], *, key: str = "id") -> None:
-    values, counts = np.unique(ids, return_counts=True)
-    twice = values[counts > 1]
-    if len(twice):
-        examples = ", ".join(str(value) for value in twice[:EXAMPLES])
-        message = f'{len(twice)} {key}s of "{title}" appear more than once (for example {examples})'
-        # Two classes of one name train, but the AP of one hides that of the other.
-        (found.problems if key == "id" else found.notes).append(message)
-
-
-def _lookup(known: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the position in ``known`` of each wanted id, or -1."""
-    if known.dtype.kind != wanted.dtype.kind:
-        known, wanted = known.astype(str), wanted.astype(str)
-    if not len(known):
-        return np.full(len(wanted), -1, dtype=np.int64)
-    order = np.argsort(known, kind="stable")
-    position = np.minimum(np.searchsorted(known[order], wanted), len(known) - 1)
-    position = order[position]
-    return np.where(known[position] == wanted, position, -1).astype(np.int64)
+def _owners(
+    known: Sequence[dict[str, Any]], rows: Sequence[Annotation], key: str
+) -> NDArray[np.int64]:
+    """Return the position in ``known`` of what each row refers to by its id, or -1."""
+    place = {row["id"]: i for i, row in enumerate(known)}
+    return np.fromiter((place.get(row[key], -1) for row in rows), np.int64, len(rows))
 
 
 def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> NDArray[np.float64]:

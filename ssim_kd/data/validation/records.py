@@ -1,5 +1,6 @@
 """Looks for mistakes in the records of a data set that code registers, in Detectron2's format."""
 
+import math
 import numbers
 from collections import defaultdict
 from collections.abc import Sequence
@@ -91,9 +92,9 @@ def _class_fault(annotation: Annotation, num_classes: int | None, *, crowds: boo
         return '"iscrowd" that is neither 0 nor 1'
     if crowd and not crowds:
         return ""
-    if not (isinstance(category, numbers.Real) and float(category).is_integer()):
+    if not isinstance(category, numbers.Real) or not float(category).is_integer():
         return '"category_id" that is not a whole number'
-    if not 0 <= category < (num_classes or category + 1):
+    if not 0 <= float(category) < (num_classes or math.inf):
         return f'"category_id" out of [0, {num_classes})'
     return ""
 
