@@ -65,7 +65,29 @@ def is_fast(truth: COCO) -> bool:
     return installed and all(type(i) is int and abs(i) < EXACT for i in ids)
 
 
-def _evaluate_fast(truth: COCO, found: COCO, task: str, params: Any) -> dict[str, Any]:
+def matches(truth: COCO, found: COCO, *, iou: float, limit: int) -> dict[Any, Any]:
+    """The annotation that each detection's box matches, by their ids; crowds are among them.
+
+    Args:
+        truth, found: as of :func:`score`.
+        iou: least overlap.
+        limit: of detections that count, of an image and class.
+    """
+    fast = is_fast(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        scores = _fast_scores(truth, found, "bbox") if fast else COCOeval(truth, found, "bbox")
+        scores.params.maxDets, scores.params.iouThrs = [limit], np.array([iou])
+        scores.params.areaRng, scores.params.areaRngLbl = [[0, 1e10]], ["all"]
+        scores.evaluate()
+    if fast:
+        pairs = (pair.split("_") for pair in scores.eval["matched"])
+        return {int(detection): int(annotation) for detection, annotation in pairs}
+    images = (image for image in scores.evalImgs if image)
+    rows = (zip(i["dtIds"], i["dtMatches"][0].tolist(), strict=True) for i in images)
+    return {detection: int(match) for row in rows for detection, match in row if match > 0}
+
+
+def _fast_scores(truth: COCO, found: COCO, task: str) -> Any:
     from faster_coco_eval import COCO as FastCOCO
     from faster_coco_eval import COCOeval_faster
 
@@ -75,9 +97,12 @@ def _evaluate_fast(truth: COCO, found: COCO, task: str, params: Any) -> dict[str
         other.createIndex()
         return other
 
-    scores = COCOeval_faster(
-        fast(truth), fast(found), task, print_function=logger.debug, rle_iou_max_workers=1
-    )
+    quiet: dict[str, Any] = {"print_function": logger.debug, "rle_iou_max_workers": 1}
+    return COCOeval_faster(fast(truth), fast(found), task, **quiet)
+
+
+def _evaluate_fast(truth: COCO, found: COCO, task: str, params: Any) -> dict[str, Any]:
+    scores = _fast_scores(truth, found, task)
     for key in ("maxDets", "imgIds", "catIds", "iouThrs", "recThrs", "areaRng", "areaRngLbl"):
         setattr(scores.params, key, getattr(params, key))
     if task == "keypoints":

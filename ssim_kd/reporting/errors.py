@@ -1,11 +1,10 @@
 """What goes wrong in a detector's boxes: kinds of errors and what each costs, and COCO's AP.
 
 The kinds and thresholds are those of Bolya et al., *TIDE: A General Toolbox for Identifying Object
-Detection Errors*, ECCV 2020, section 2; the matching is pycocotools'.
+Detection Errors*, ECCV 2020, section 2; the matching is COCO's.
 """
 
-import contextlib
-import io
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from ..data import coco_scores
 
@@ -97,32 +95,27 @@ def analyse(truth: COCO, found: COCO, *, limit: int = 100) -> ErrorAnalysis:
         truth, found, limit: as in :func:`evaluate_boxes`. Crowds match nothing; a detection inside
             one is ignored, as in COCO's AP.
     """
-    evaluation = _evaluation(truth, found, limit)
-    evaluation.params.iouThrs = np.array([FOREGROUND])
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    _quietly(evaluation.evaluate)
     result = ErrorAnalysis(float("nan"))
     dets = _Detections()
-    boxes: dict[int, int] = dict.fromkeys(evaluation.params.catIds, 0)  # ground truth by class
-    taken: set[int] = set()
-    for image in (e for e in evaluation.evalImgs if e):
-        boxes[image["category_id"]] += int((~np.asarray(image["gtIgnore"], bool)).sum())
-        rows = zip(
-            *(image["dtIds"], image["dtScores"]),
-            *(image["dtMatches"][0].tolist(), image["dtIgnore"][0].tolist()),
-            strict=True,
-        )
-        for number, score, match, ignored in rows:
-            if ignored:
+    counted = Counter(a["category_id"] for a in truth.anns.values() if not _is_ignored(a))
+    boxes = {category: counted[category] for category in truth.cats}
+    matched = coco_scores.matches(truth, found, iou=FOREGROUND, limit=limit)
+    groups: dict[tuple[Any, Any], list[Any]] = defaultdict(list)
+    for detection in found.anns.values():
+        groups[detection["category_id"], detection["image_id"]].append(detection)
+    for (category, _), rows in sorted(groups.items()):
+        for row in sorted(rows, key=lambda d: -float(d["score"]))[:limit]:
+            number, match = row["id"], matched.get(row["id"])
+            if _is_ignored(row if match is None else truth.anns[match]):
                 result.kinds[number] = IGNORED
                 continue
             dets.ids.append(number)
-            dets.classes.append(image["category_id"])
-            dets.scores.append(score)
-            dets.correct.append(match > 0)
-            if match > 0:
-                result.kinds[number], result.matches[number] = CORRECT, int(match)
-                taken.add(int(match))
+            dets.classes.append(category)
+            dets.scores.append(row["score"])
+            dets.correct.append(match is not None)
+            if match is not None:
+                result.kinds[number], result.matches[number] = CORRECT, match
+    taken = set(result.matches.values())
     targets = _classify(truth, found, result, dets, taken)
     _count(result, dets, boxes, targets, truth, taken)
     return result
@@ -227,13 +220,6 @@ def _ap50(
     return 100 * float(np.mean(found)) if found else float("nan")
 
 
-def _evaluation(truth: COCO, found: COCO, limit: int) -> COCOeval:
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, found, "bbox")
-    evaluation.params.maxDets = [limit]
-    return evaluation
-
-
-def _quietly(function: Any) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        function()
+def _is_ignored(box: dict[str, Any]) -> bool:
+    """Whether COCO's AP counts a box neither as found nor as missed."""
+    return bool(box["iscrowd"]) or not 0 <= box["area"] <= 1e10

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssim_kd.reporting.detections import PREDICTIONS, read_detections
-from ssim_kd.reporting.errors import KINDS, evaluate_boxes
+from ssim_kd.reporting.errors import KINDS, analyse, evaluate_boxes
 from tests.reporting.made import FOUND, TRUTH, box, read_set, write_run, write_set
 
 
@@ -86,7 +86,8 @@ def test_evaluate_boxes_by_class_and_size_by_hand(tmp_path: Path) -> None:
     assert ap == pytest.approx(expected)
 
 
-def test_analyse_agrees_with_evaluate_boxes(tmp_path: Path) -> None:
+def test_analyse_agrees_with_evaluate_boxes(tmp_path: Path, monkeypatch) -> None:
+    """And both implementations of COCO's AP with each other."""
     generator = np.random.default_rng(0)
 
     def boxes(count: int, **more: bool) -> list[dict]:
@@ -96,7 +97,11 @@ def test_analyse_agrees_with_evaluate_boxes(tmp_path: Path) -> None:
         scored = more.get("scored", False)
         return [
             box(int(k[0]), int(k[1]), *map(float, p), *map(float, s))
-            | ({"score": float(generator.random())} if scored else {})
+            | (
+                {"score": float(generator.random())}
+                if scored
+                else {"iscrowd": int(k[0] * k[1] == 4)}
+            )
             for p, s, k in zip(places, sizes, kinds, strict=True)
         ]
 
@@ -105,6 +110,9 @@ def test_analyse_agrees_with_evaluate_boxes(tmp_path: Path) -> None:
     coco, detections = analysed(tmp_path, truth, found)
     assert detections.errors.ap50 == pytest.approx(evaluate_boxes(coco, detections.found)["AP50"])
     assert 0 < detections.errors.ap50 < 100
+    assert "ignored" in detections.errors.kinds.values()
+    monkeypatch.setattr("ssim_kd.data.coco_scores.is_fast", lambda truth: False)
+    assert analyse(coco, detections.found) == detections.errors
 
 
 def test_analyse_agrees_with_tidecv(tmp_path: Path) -> None:
