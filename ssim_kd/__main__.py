@@ -120,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.run(args) or 0
     except (OSError, ValueError) as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+        from ssim_kd.sharing import without_queries
+
+        print(f"ERROR: {without_queries(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -9,7 +9,7 @@ from .files import (
     read_weights,
     sha256_of,
 )
-from .folder import BEST, FINAL, checkpoints_in
+from .folder import BEST, FINAL, checkpoints_in, is_of_last_run
 from .strict import load_strictly
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "StudentCheckpointer",
     "Weights",
     "checkpoints_in",
+    "is_of_last_run",
     "load_strictly",
     "local_file",
     "read_checkpoint",

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..sharing import without_queries
 from ..unpickling import plain
 from ..writing import remove_unfinished, write_atomically
 from .files import model_of, read_checkpoint
@@ -177,7 +178,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             # A "~" is known to no reader of Detectron2's.
             self.load(os.path.expanduser(path), checkpointables=[])
         except (ValueError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"{self._keys[0]} is {path!r}: {error}") from error
+            raise ValueError(f"{self._keys[0]} is {without_queries(path)!r}: {error}") from error
 
     def _begin_anew(self) -> None:
         """Keep a later resume from the checkpoints that an earlier run has left in the folder."""
@@ -263,8 +264,8 @@ class StudentCheckpointer(DetectionCheckpointer):
             data["matching_heuristics"] = True
         if options:
             raise ValueError(
-                f"{self._keys[0]} is {url.geturl()!r}, with the unknown options {sorted(options)}; "
-                "expected none, or '?matching_heuristics=True'."
+                f"{self._keys[0]} is {without_queries(url.geturl())!r}, with the unknown options "
+                f"{sorted(options)}; expected none, or '?matching_heuristics=True'."
             )
         return data
 

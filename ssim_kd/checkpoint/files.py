@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 
+from ..sharing import without_queries
 from ..unpickling import read_pickle, read_torch_file, reason_of
 
 # Keys under which training programs keep the model, and what wrappers put before every name.
@@ -51,19 +52,22 @@ def local_file(path: str, *, key: str) -> str:
     """
     if not path:
         raise ValueError(f"{key} is empty; expected a .pth or .pkl file or a URL.")
+    shown = without_queries(path)
     try:
         local = PathManager.get_local_path(os.path.expanduser(path.removeprefix("file://")))
     except Exception as error:
         advice = f" Download it elsewhere, and set {key} to the file." if "://" in path else ""
+        # Some readers quote a part of the URL.
+        reason = without_queries(reason_of(error)).replace(path[len(path.split("?")[0]) :], "")
         raise ValueError(
-            f"{key} is {path!r}, which is not available: {reason_of(error)}.{advice}"
+            f"{key} is {shown!r}, which is not available: {reason}.{advice}"
         ) from error
     if not os.path.isfile(local):
         if "://" in str(local):
             reason = f"no handler of Detectron2's PathManager reads it. Set {key} to a file."
         else:
             reason = "no such file. Correct the path, or make the file first."
-        raise ValueError(f"{key} is {path!r}: {reason}")
+        raise ValueError(f"{key} is {shown!r}: {reason}")
     return str(local)
 
 
@@ -115,7 +119,7 @@ def read_file(path: str, *, key: str) -> tuple[str, dict[str, Any]]:
     try:
         return local, read_checkpoint(local)
     except ValueError as error:
-        raise ValueError(f"{key} is {path!r}: {error}") from error
+        raise ValueError(f"{key} is {without_queries(path)!r}: {error}") from error
 
 
 def is_zip(path: str) -> bool:
@@ -155,9 +159,10 @@ def read_weights(path: str, *, key: str) -> Weights:
     """
     local, data = read_file(path, key=key)
     where, tensors = model_of(data)
+    shown = without_queries(path)
     if not isinstance(tensors, Mapping):
         raise ValueError(
-            f"{key} is {path!r}, whose {where} is a {type(tensors).__name__} and no dict of "
+            f"{key} is {shown!r}, whose {where} is a {type(tensors).__name__} and no dict of "
             "tensors."
         )
     found = {
@@ -167,7 +172,7 @@ def read_weights(path: str, *, key: str) -> Weights:
     }
     if len(found) < len(tensors) or not any(value.dim() for value in found.values()):
         raise ValueError(
-            f"{key} is {path!r}, whose {where} is not a dict of tensors ({len(found)} of "
+            f"{key} is {shown!r}, whose {where} is not a dict of tensors ({len(found)} of "
             f"{len(tensors)} entries are tensors)."
         )
     return Weights(

@@ -49,6 +49,18 @@ def run_of(path: str) -> str:
     return _identity(path)[1]
 
 
+def is_of_last_run(path: str) -> bool:
+    """Whether a checkpoint is of the run that wrote last in its folder, and thus its config.yaml.
+
+    True if the files do not say so.
+    """
+    folder = os.path.dirname(path)
+    last = tagged_in(folder)
+    if last is None:
+        return tag_of(folder) != NONE_YET
+    return run_of(path) in ("", run_of(last))
+
+
 def tag_of(folder: str) -> str:
     """What ``last_checkpoint`` holds, "" if it is missing."""
     path = os.path.join(folder, TAG)

@@ -21,6 +21,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
+from ..sharing import without_queries
 from .signals import (
     EXIT_INTERRUPTED,
     EXIT_NOT_SAVED,
@@ -276,15 +277,17 @@ def start_up() -> Iterator[None]:
         explained = isinstance(error, _SELF_EXPLANATORY)
         if not logs and not explained:
             raise
+        message = without_queries(str(error))
         record = logger.makeRecord(
-            logger.name, logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info()
+            logger.name, logging.ERROR, __file__, 0, "%s", (message,), sys.exc_info()
         )
+        record.exc_text = without_queries(traceback.format_exc())
         for handler in logs:
             handler.handle(record)
-        text = str(error)
+        text = message
         if not explained:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            text = f"{type(error).__name__}: {message} ({place.filename}, line {place.lineno})"
         raise StartUpError(text) from None
 
 

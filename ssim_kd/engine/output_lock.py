@@ -34,19 +34,18 @@ def make_output_dir(folder: str, *, teacher: Sequence[str] = (), key: str = "OUT
         key: of the config, for messages.
 
     Raises:
-        ValueError: it cannot be made, or it is the teacher's own, whose config and weights the
-            training would overwrite.
+        ValueError: it cannot be made, or it is the teacher's own.
     """
     if not folder:
         return
     for name in teacher:
         path = os.path.expanduser(name)
-        file = _is_written(os.path.basename(path), "model_*.pth") and os.path.isfile(path)
-        own = path if os.path.isdir(path) else os.path.dirname(path) or "." if file else ""
-        if own and os.path.realpath(own) == os.path.realpath(folder):
+        own = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        if os.path.exists(path) and os.path.realpath(own) == os.path.realpath(folder):
             raise ValueError(
-                f"{key} is {folder!r}, the folder of the teacher {name!r}, whose files the "
-                "training would overwrite; expected another folder."
+                f"{key} is {folder!r}, the folder of the teacher {name!r}: the training would "
+                "overwrite its files, or leave its own config next to them. Expected another "
+                "folder."
             )
     try:
         PathManager.mkdirs(folder)
@@ -70,8 +69,8 @@ def make_output_dir(folder: str, *, teacher: Sequence[str] = (), key: str = "OUT
                 )
 
 
-def _is_written(name: str, *further: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in (*_WRITTEN, *further))
+def _is_written(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _WRITTEN)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint import BEST
+from ..checkpoint import BEST, is_of_last_run
 from ..yaml_files import ZOO, near_shipped
 
 KEY = "MODEL.DISTILL.TEACHER.NAME"
@@ -94,10 +94,13 @@ def _weights_of(weights: str, folder: str, name: str) -> str:
         pass
     found = [os.path.join(folder, file) for file in RUN_WEIGHTS] if not weights else []
     for path in found:
-        if is_file(path):
+        # An earlier run may have left its own, which config.yaml does not describe.
+        if is_file(path) and is_of_last_run(path):
             return path
     raise TeacherNotFoundError(
         f"MODEL.DISTILL.TEACHER.WEIGHTS is {weights!r}: the model zoo has no weights for "
-        f"{weights or name!r}" + (f", and none of {found} is there" if found else "") + "; "
+        f"{weights or name!r}"
+        + (f", and none of {found} is there, of the run of its config" if found else "")
+        + "; "
         "expected a .pth or .pkl file, a URL, or a name of the model zoo."
     )

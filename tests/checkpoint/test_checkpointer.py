@@ -17,6 +17,7 @@ from detectron2.checkpoint import detection_checkpoint
 from detectron2.config import get_cfg
 from torch import nn
 
+from ssim_kd.checkpoint import BEST, is_of_last_run
 from ssim_kd.checkpoint.checkpointer import StudentCheckpointer
 from ssim_kd.engine.preflight import check_start, settings_of
 
@@ -227,6 +228,24 @@ def test_resume_or_load_anew_beside_an_earlier_run(tmp_path, caplog) -> None:
     # It saved: nothing but its own counts.
     save(tmp_path, 2)
     assert resume(tmp_path) == 2
+
+
+def test_is_of_last_run(tmp_path) -> None:
+    """A run without --resume leaves the best of an earlier one next to its own config."""
+
+    def found() -> dict[str, bool]:
+        return {path.name: is_of_last_run(str(path)) for path in tmp_path.glob("*.pth")}
+
+    save(tmp_path, 1)
+    make(tmp_path)[0].keep_best()
+    assert found() == {"model_0000001.pth": True, BEST: True}
+    checkpointer, _ = make(tmp_path)
+    checkpointer.resume_or_load("", resume=False)
+    assert found() == {"model_0000001.pth": False, BEST: False}
+    checkpointer.save("model_0000002", iteration=2)
+    assert found() == {"model_0000001.pth": False, "model_0000002.pth": True, BEST: False}
+    checkpointer.keep_best()
+    assert found()[BEST]
 
 
 def test_resume_or_load_tag_without_checkpoint(tmp_path) -> None:

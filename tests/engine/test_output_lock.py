@@ -62,7 +62,7 @@ def test_make_output_dir_removes_links(name: str, tmp_path: Path, caplog) -> Non
         assert victim.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["", "config.yaml", "model_final.pth", "model_0000001.pth"])
+@pytest.mark.parametrize("name", ["", "config.yaml", "teacher.py", "model_0000001.pth"])
 @pytest.mark.parametrize("link", [False, True])
 def test_make_output_dir_of_the_teacher(link: bool, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
@@ -77,13 +77,7 @@ def test_make_output_dir_of_the_teacher(link: bool, name: str, tmp_path: Path) -
             teacher=["", str(teacher)],
             key="train.output_dir",
         )
-    make_output_dir(str(tmp_path / "other"), teacher=[str(teacher)])
-
-
-def test_make_output_dir_next_to_a_teacher(tmp_path: Path) -> None:
-    """Whose file has a name that no run writes."""
-    (tmp_path / "teacher.pth").touch()
-    make_output_dir(str(tmp_path), teacher=[str(tmp_path / "teacher.pth"), "no such.yaml"])
+    make_output_dir(str(tmp_path / "other"), teacher=[str(teacher), "no such.yaml"])
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])

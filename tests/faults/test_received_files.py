@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from ssim_kd.engine import argument_parser, run
+from ssim_kd.projects import add_project_configs
 from ssim_kd.writing import write_together
 from tests.engine.runs import World, assert_same, checkpoint, log
 from tests.faults.store import store
@@ -83,6 +85,22 @@ def test_signed_url_stays_out_of_what_is_written(world: World, tmp_path) -> None
     holding = [path.name for path in files if b"SECRET" in path.read_bytes()]
     assert {"config.yaml", "model_final.pth", "report.html"} <= {path.name for path in files}
     assert not holding
+
+
+@pytest.mark.parametrize("key", ["MODEL.DISTILL.TEACHER.WEIGHTS", "MODEL.WEIGHTS"])
+@pytest.mark.parametrize("content", [None, b"cut", b"\x80\x02K\x01."])
+def test_signed_url_stays_out_of_messages(
+    content: bytes | None, key: str, world: World, tmp_path, capfd
+) -> None:
+    out = tmp_path / "out"
+    with store(tmp_path) as root, pytest.raises(SystemExit):
+        if content is not None:
+            (root / "teacher.pth").write_bytes(content)
+        arguments = world.arguments(out, *OPTIONS, key, "store://teacher.pth?sig=SECRET")
+        run(argument_parser().parse_args(arguments), add_project_configs)
+    shown = capfd.readouterr()
+    assert "ERROR: " in shown.err and "store://teacher.pth" in shown.err
+    assert "SECRET" not in shown.err + shown.out + log(out)
 
 
 def test_remote_folder_resumed(world: World, tmp_path) -> None:
