@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from ssim_kd.modeling import DistillBatch, LevelMaps, PyramidDistiller
 
 D = TypeVar("D", bound=PyramidDistiller)
+STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64}
 
 
 def bind(
@@ -31,6 +32,23 @@ def bind(
     )
     distiller.bind_shapes(*specs)
     return distiller
+
+
+def pyramid(channels: int, size: tuple[int, int], n: int = 2) -> dict[str, torch.Tensor]:
+    """Maps of :data:`STRIDES` for images of this size in pixels, with gradients."""
+    sizes = {level: tuple(-(-x // stride) for x in size) for level, stride in STRIDES.items()}
+    return {k: torch.randn(n, channels, *hw, requires_grad=True) for k, hw in sizes.items()}
+
+
+def frozen(maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {level: value.detach().clone() for level, value in maps.items()}
+
+
+def random_parameters(module: Any) -> Any:
+    """The module, none of whose parts is at its start: some begin as 0."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return module
 
 
 def maps_of(

@@ -72,7 +72,8 @@ def size_scales(
     if reference is None:
         return 1.0, 1.0, 1.0
     n, channels, height, width = maps.shape
-    cells = height * width if mask is None else mask.sum() / n
+    # A tensor also without a mask: the same bits as with one that is True everywhere.
+    cells = maps.new_full((), height * width) if mask is None else mask.sum() / n
     return reference.images / n, reference.channels / channels, reference.cells(stride) / cells
 
 

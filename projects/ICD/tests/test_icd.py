@@ -1,112 +1,166 @@
-"""ICD: the boxes asked for, the decoder and the three losses by hand and by loops; a training."""
+"""ICD: the boxes asked for, the decoder and the three losses; where the gradient goes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes, Instances
 
-from ssim_kd.engine.optimizer import GroupedOptimizer, build_optimizer
-from ssim_kd.modeling import DistillBatch, DistilledDetector, FrozenTeacher, build_distillers
 from ssim_kd.projects.icd import ICDDistiller
 from ssim_kd.projects.icd.distiller import real_loss, sides_loss, value_loss
-from ssim_kd.projects.icd.modules import (
-    Queries,
-    cell_positions,
-    draw_queries,
-    sine_encoding,
-)
-from tests.helpers import (
-    TEACHER_FPN,
-    bfloat16_without_onednn,
-    build,
-    full_config,
-    gradients,
-    make_batch,
-    stock_config,
-    train_losses,
-)
+from ssim_kd.projects.icd.modules import Queries, draw_queries
+from tests.level_maps import STRIDES, batch_of
+from tests.projects.float64 import affine, cells, normed, softmax
+from tests.projects.maps import MethodOfMaps
 
-STRIDES = {"p3": 8, "p4": 16}
-#: Image 0 fills maps of 4 x 6 cells; the second leaves padding.
-SIZES = [(32, 48), (20, 30)]
-#: Two boxes of which one has no area; none.
+#: Three boxes of which one has no area; none.
 BOXES = [[[4.0, 2.0, 28.0, 18.0], [9.0, 9.0, 9.0, 30.0], [40.0, 20.0, 48.0, 30.0]], []]
-SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden_dim": 6}
-DRAWING: dict[str, Any] = {
-    "fake_ratio": 5.0,
-    "max_boxes": 300,
-    "fake_size": (0.2, 0.2),
-    "jitter": 0.3,
-}
 
 
-def batch_of(
-    boxes: Sequence[Sequence[Sequence[float]]] = BOXES,
-    sizes: Sequence[tuple[int, int]] = SIZES,
-    **kwargs: Any,
-) -> DistillBatch:
-    instances = []
-    for found, size in zip(boxes, sizes, strict=True):
-        image = Instances(size)
-        image.gt_boxes = Boxes(torch.tensor(found, dtype=torch.float32).reshape(-1, 4))
-        image.gt_classes = torch.arange(len(found)) % 3
-        instances.append(image)
-    return DistillBatch(sizes, instances, **kwargs)
-
-
-def bound(channels: tuple[int, int] = (3, 5), **options: Any) -> ICDDistiller:
-    distiller = ICDDistiller(num_classes=3, **{**SMALL, **options})
-    distiller.bind_shapes(
-        *({k: ShapeSpec(channels=c, stride=s) for k, s in STRIDES.items()} for c in channels)
-    )
-    return distiller
-
-
-def pyramid(channels: int, n: int = 2) -> dict[str, torch.Tensor]:
-    return {
-        "p3": torch.randn(n, channels, 4, 6, requires_grad=True),
-        "p4": torch.randn(n, channels, 2, 3, requires_grad=True),
-    }
-
-
-def draw(seed: int = 0, boxes=BOXES, **options: Any) -> Queries:
-    instances = batch_of(boxes).ground_truth("")
+def draw(boxes=BOXES, **options: Any) -> Queries:
+    drawing = {"fake_ratio": 5.0, "max_boxes": 300, "fake_size": (0.2, 0.2), "jitter": 0.3}
+    tensors = [torch.tensor(found).reshape(-1, 4) for found in boxes]
     return draw_queries(
-        [x.gt_boxes.tensor for x in instances],
-        [x.gt_classes for x in instances],
-        SIZES,
+        tensors,
+        [torch.arange(len(found)) % 3 for found in boxes],
+        [(32, 48), (20, 30)],
         num_classes=3,
-        generator=torch.Generator().manual_seed(seed),
-        **{**DRAWING, **options},
+        generator=torch.Generator().manual_seed(0),
+        **{**drawing, **options},
     )
 
 
-# The boxes that are asked for
+def through(layers: Any, x: np.ndarray) -> np.ndarray:
+    for layer in layers:
+        x = affine(layer, x) if isinstance(layer, torch.nn.Linear) else x.clip(0)
+    return x
+
+
+def sines(x: np.ndarray, dim: int) -> np.ndarray:
+    """(..., 2) to (..., 2 dim)."""
+    angles = 2 * np.pi * x[..., None] / 10000 ** (2 * np.arange(dim // 2) / dim)
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1).reshape(*x.shape[:-1], -1)
+
+
+class TestICD(MethodOfMaps):
+    method = ICDDistiller
+    options = {"num_classes": 3, "dim": 8, "heads": 2, "hidden_dim": 6, "detach_iters": 0}
+    bad = [
+        ("part_weights.value", -1.0, "ICD.VALUE_WEIGHT"),
+        ("part_weights.sides", math.nan, "ICD.SIDES_WEIGHT"),
+        ("dim", 10, "ICD.DIM"),
+        ("heads", 0, "ICD.HEADS"),
+        ("hidden_dim", 2.5, "ICD.HIDDEN_DIM"),
+        ("fake_ratio", -1, "ICD.FAKE_RATIO"),
+        ("max_boxes", 0, "ICD.MAX_BOXES"),
+        ("fake_size", [0.2], "ICD.FAKE_SIZE"),
+        ("jitter", 0.6, "ICD.JITTER"),
+        ("detach_iters", -1, "ICD.DETACH_ITERS"),
+        ("clip_norm", 0, "ICD.CLIP_NORM"),
+        ("level_weights", [1.0, 2.0], "LEVEL_WEIGHTS"),
+    ]
+    at_rest = crops = needs_boxes = asks = True
+
+    def rest(self, distiller) -> None:
+        distiller.student_value.load_state_dict(distiller.decoder.value.state_dict())
+
+    def test_by_hand(self) -> None:
+        # Two cells, one head of two channels: normalised (1, -1) and (-1, 1). They differ in the
+        # first cell alone, by 2 in each channel.
+        student = torch.tensor([[[[5.0, 1.0]], [[0.0, 7.0]]]])
+        teacher = torch.tensor([[[[1.0, 3.0]], [[2.0, 9.0]]]])
+        weights = torch.tensor([[[0.75, 0.25]]])
+        assert float(value_loss(student, teacher, weights)) == pytest.approx(0.75 * 4, rel=1e-4)
+        # Only their ratio counts; an image without any counts as 0.
+        both = torch.cat([4 * weights, 0 * weights])
+        pair = (x.expand(2, -1, -1, -1) for x in (student, teacher))
+        assert float(value_loss(*pair, both)) == pytest.approx(0.75 * 4 / 2, rel=1e-4)
+        queries = draw()._replace(
+            boxes=torch.tensor([[[0.25, 0.0, 0.75, 0.25], [0.0, 0.0, 1.0, 1.0]]]),
+            centers=torch.tensor([[[0.5, 0.125], [0.5, 0.5]]]),
+            real=torch.tensor([[True, False]]),
+            valid=torch.tensor([[True, False]]),
+        )
+        assert float(real_loss(torch.zeros(1, 2), queries)) == pytest.approx(math.log(2))
+        # sigmoid(0) = 1/2: off by 1/4 of a width of 1/2, by 3/8 of a height of 1/4, twice each.
+        expected = 2 * (0.25 / 0.5 + 0.375 / 0.25)
+        assert float(sides_loss(torch.zeros(1, 2, 4), queries)) == pytest.approx(expected)
+
+    def formula(self, distiller, student, teacher, batch):
+        queries = draw_queries(
+            batch.boxes(""),
+            [x.gt_classes for x in batch.instances],
+            batch.image_sizes,
+            num_classes=3,
+            max_boxes=300,
+            generator=batch.generator("icd"),
+            **distiller.drawing,
+        )
+        decoder, width = distiller.decoder, distiller.dim // distiller.heads
+        value, real, sides = [], [], []
+        for i, (height, breadth) in enumerate(batch.image_sizes):
+            ours, theirs, at = [], [], []
+            for level, stride in STRIDES.items():
+                h, w = -(-height // stride), -(-breadth // stride)
+                ours.append(cells(student[level][i, :, :h, :w]))
+                theirs.append(cells(teacher[level][i, :, :h, :w]))
+                y, x = np.mgrid[1 : h + 1, 1 : w + 1]
+                at.append(np.stack([x.ravel() / w, y.ravel() / h], axis=1))
+            ours, theirs, at = (np.concatenate(x) for x in (ours, theirs, at))
+            boxes, centers, pixels, classes, is_real = (
+                x[i][queries.valid[i]].double().numpy() for x in queries[:5]
+            )
+            scales = (np.log2(pixels) - 5).clip(0, 4).astype(int)
+            asked = [np.eye(3)[classes.astype(int)], sines(centers, distiller.dim // 2)]
+            asked = np.concatenate([*asked, np.eye(5)[scales].reshape(-1, 10)], axis=1)
+            asked = through(distiller.encoder.layers, asked)
+            query, own = affine(decoder.query, asked), affine(decoder.value, theirs)
+            position = affine(decoder.position, sines(at, distiller.dim // 2))
+            key, mine = (
+                affine(decoder.key, theirs + position),
+                affine(distiller.student_value, ours),
+            )
+            found = []
+            for h in range(distiller.heads):
+                part = slice(h * width, (h + 1) * width)
+                weights = softmax(query[:, part] @ key[:, part].T / math.sqrt(width), 1)
+                found.append(weights @ own[:, part])
+                looked = (weights * is_real[:, None]).sum(0)
+                error = (normed(None, mine[:, part], -1) - normed(None, own[:, part], -1)) ** 2
+                value.append((looked @ error.mean(1)) / looked.sum())
+            x = normed(
+                decoder.norm1, asked + affine(decoder.out, np.concatenate(found, axis=1)), -1
+            )
+            x = normed(decoder.norm2, x + through(decoder.feed_forward, x), -1)
+            predicted = through(distiller.predictor, x)
+            sure = 1 / (1 + np.exp(-predicted))
+            real += list(-np.log(np.where(is_real, sure[:, 0], 1 - sure[:, 0])))
+            distances = np.concatenate([centers - boxes[:, :2], boxes[:, 2:] - centers], axis=1)
+            extents = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+            off = (abs(sure[:, 1:] - distances) / extents).sum(1)
+            sides += list(off[is_real.astype(bool)])
+        return {"value": np.mean(value), "real": np.mean(real), "sides": np.mean(sides)}
 
 
 def test_draw_queries_keeps_the_boxes_with_an_area_and_adds_fakes() -> None:
     found = draw()
     # Two real boxes and 5 fakes for each; a single fake if there is none.
-    assert found.real.sum(dim=1).tolist() == [2, 0]
     assert found.valid.sum(dim=1).tolist() == [12, 1]
-    assert found.real[0].tolist() == [True] * 2 + [False] * 10
-    width, height = 48, 32
-    expected = torch.tensor([[4 / width, 2 / height, 28 / width, 18 / height]])
-    torch.testing.assert_close(found.boxes[0, :1], expected)
+    assert found.real[0].tolist() == [True] * 2 + [False] * 10 and not found.real[1].any()
+    torch.testing.assert_close(found.boxes[0, 0], torch.tensor([4 / 48, 2 / 32, 28 / 48, 18 / 32]))
     torch.testing.assert_close(found.pixels[0, :2], torch.tensor([[24.0, 16.0], [8.0, 10.0]]))
     assert found.classes[0, :2].tolist() == [0, 2]
-
-
-def test_draw_queries_at_most_max_boxes_but_every_real_one() -> None:
-    assert draw(max_boxes=7).valid.sum(dim=1).tolist() == [7, 1]
-    assert draw(max_boxes=1).valid.sum(dim=1).tolist() == [2, 1]
-    assert draw(fake_ratio=0.0).valid.sum(dim=1).tolist() == [2, 1]
+    # At most so many, but every real one.
+    for options, expected in (
+        ({"max_boxes": 7}, 7),
+        ({"max_boxes": 1}, 2),
+        ({"fake_ratio": 0.0}, 2),
+    ):
+        assert draw(**options).valid.sum(dim=1).tolist() == [expected, 1]
 
 
 def test_draw_queries_fakes_lie_in_the_image_and_centres_in_the_boxes() -> None:
@@ -122,239 +176,32 @@ def test_draw_queries_fakes_lie_in_the_image_and_centres_in_the_boxes() -> None:
     assert sides[0][fakes].max() < 0.61 and 0.15 < sides[0][fakes].mean() < 0.25
 
 
-# Encodings
-
-
-def test_sine_encoding_by_hand() -> None:
-    found = sine_encoding(torch.tensor([[0.25, 0.5]]), 4)
-    # Frequencies 1 and 1/100: sin(pi/2), sin(pi/200), cos of these; the same for pi.
-    x, y = math.pi / 2, math.pi
-    expected = [f(v / k) for v in (x, y) for f in (math.sin, math.cos) for k in (1, 100)]
-    torch.testing.assert_close(found[0], torch.tensor(expected))
-
-
-def test_cell_positions_of_a_padded_image_end_at_1_with_its_cells() -> None:
-    mask = torch.zeros(1, 3, 4, dtype=torch.bool)
-    mask[:, :2, :2] = True
-    found = cell_positions(mask)
-    assert found[0, 0, :, 0].tolist() == [0.5, 1, 1, 1]
-    assert found[0, :, 1, 1].tolist() == [0.5, 1, 1]
-
-
 def test_scales_of_boxes_by_hand() -> None:
-    # 8 and 63 pixels: the first; 64 to 127: the second; 2000: the last.
-    distiller = bound()
+    # 8 and 63.9 pixels: the first; 64 to 127: the second; 2000: the last.
+    encoder, seen = TestICD().make().encoder, []
     queries = draw()._replace(pixels=torch.tensor([[[8.0, 63.9]], [[64.0, 2000.0]]]))
     queries = queries._replace(classes=torch.tensor([[2], [0]]), centers=torch.zeros(2, 1, 2))
-    seen = []
-    distiller.encoder.layers.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
-    distiller.encoder(queries)
-    assert seen[0].shape == (2, 1, 3 + 8 + 10)
-    assert seen[0][0, 0, :3].tolist() == [0, 0, 1] and seen[0][0, 0, 3:11].sum() == 4
+    encoder.layers.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
+    encoder(queries)
     assert [row[0, 11:].nonzero().flatten().tolist() for row in seen[0]] == [[0, 5], [1, 9]]
 
 
-# By loops, in float64
-
-
-def linear(layer: Any, x: Any) -> Any:
-    return layer.weight.detach().double() @ x + layer.bias.detach().double()
-
-
-def norm(x: Any, layer: Any = None) -> Any:
-    found = (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-5).sqrt()
-    if layer is None:
-        return found
-    return found * layer.weight.detach().double() + layer.bias.detach().double()
-
-
-def through(layers: Any, x: Any) -> Any:
-    for layer in layers:
-        x = linear(layer, x) if isinstance(layer, torch.nn.Linear) else x.clamp(min=0)
-    return x
-
-
-def sines(x: float, dim: int) -> list[float]:
-    angles = [2 * math.pi * x / 10000 ** (2 * i / dim) for i in range(dim // 2)]
-    return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-
-
-def loops(distiller: ICDDistiller, student, teacher, sizes, queries) -> dict[str, float]:
-    """The three parts, box by box and cell by cell."""
-    heads, width = distiller.heads, distiller.dim // distiller.heads
-    decoder = distiller.decoder
-    value, real, sides, boxes, positives = 0.0, 0.0, 0.0, 0, 0
-    for i, (height, breadth) in enumerate(sizes):
-        cells = []
-        for level, stride in STRIDES.items():
-            rows, columns = math.ceil(height / stride), math.ceil(breadth / stride)
-            for y in range(rows):
-                for x in range(columns):
-                    at = sines((x + 1) / columns, distiller.dim // 2)
-                    at += sines((y + 1) / rows, distiller.dim // 2)
-                    t = teacher[level][i, :, y, x].detach().double()
-                    s = student[level][i, :, y, x].detach().double()
-                    position = linear(decoder.position, torch.tensor(at, dtype=torch.float64))
-                    key, own = linear(decoder.key, t + position), linear(decoder.value, t)
-                    cells.append((key, own, linear(distiller.student_value, s)))
-        mask = [[0.0] * len(cells) for _ in range(heads)]
-        for q in range(int(queries.valid[i].sum())):
-            center = queries.centers[i, q].tolist()
-            scales = [min(max(int(math.log2(v) - 5), 0), 4) for v in queries.pixels[i, q].tolist()]
-            parts = [float(c == queries.classes[i, q]) for c in range(3)]
-            parts += [v for x in center for v in sines(x, distiller.dim // 2)]
-            parts += [float(k == scale) for scale in scales for k in range(5)]
-            asked = through(distiller.encoder.layers, torch.tensor(parts, dtype=torch.float64))
-            query, found = linear(decoder.query, asked), []
-            for h in range(heads):
-                part = slice(h * width, (h + 1) * width)
-                logits = [float(query[part] @ key[part]) / math.sqrt(width) for key, _, _ in cells]
-                total = sum(math.exp(v) for v in logits)
-                attention = [math.exp(v) / total for v in logits]
-                found.append(sum(a * c[1][part] for a, c in zip(attention, cells, strict=True)))
-                if queries.real[i, q]:
-                    mask[h] = [m + a for m, a in zip(mask[h], attention, strict=True)]
-            x = norm(asked + linear(decoder.out, torch.cat(found)), decoder.norm1)
-            x = norm(x + through(decoder.feed_forward, x), decoder.norm2)
-            logit, *predicted = through(distiller.predictor, x).tolist()
-            target = float(queries.real[i, q])
-            boxes += 1
-            real += max(logit, 0) - logit * target + math.log1p(math.exp(-abs(logit)))
-            if target:
-                positives += 1
-                x0, y0, x1, y1 = queries.boxes[i, q].tolist()
-                for k, (distance, extent) in enumerate(
-                    (
-                        (center[0] - x0, x1 - x0),
-                        (center[1] - y0, y1 - y0),
-                        (x1 - center[0], x1 - x0),
-                        (y1 - center[1], y1 - y0),
-                    )
-                ):
-                    sides += abs(1 / (1 + math.exp(-predicted[k])) - distance) / extent
-        for h in range(heads):
-            part = slice(h * width, (h + 1) * width)
-            for m, (_, t, s) in zip(mask[h], cells, strict=True):
-                if sum(mask[h]):
-                    error = (norm(s[part]) - norm(t[part])).square().mean()
-                    value += m / sum(mask[h]) * float(error) / heads / len(sizes)
-    return {"value": value, "real": real / boxes, "sides": sides / max(positives, 1)}
-
-
-@pytest.mark.parametrize("sizes", [SIZES, [(32, 48)] * 2], ids=["padded", "full"])
-def test_forward_is_the_formula_by_loops(sizes) -> None:
-    weights = {"value": 8.0, "real": 0.5, "sides": 2.0}
-    distiller = bound(part_weights=weights, detach_iters=0)
-    for p in distiller.parameters():
-        torch.nn.init.normal_(p, std=0.5)
-    student, teacher = pyramid(3), pyramid(5)
-    batch = batch_of(sizes=sizes, iteration=5)
-    instances = batch.ground_truth("")
-    queries = draw_queries(
-        [x.gt_boxes.tensor for x in instances],
-        [x.gt_classes for x in instances],
-        sizes,
-        num_classes=3,
-        generator=batch.generator("icd"),
-        **DRAWING,
-    )
-    expected = loops(distiller, student, teacher, sizes, queries)
-    total, parts = distiller(student, teacher, batch)
-    assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-4)
-    assert min(expected.values()) > 0.1
-    summed = sum(weights[k] * v for k, v in expected.items())
-    assert total.item() == pytest.approx(summed, rel=1e-4)
-    assert distiller.scalar_weights.items() >= weights.items()
-
-
-# By hand
-
-
-def test_value_loss_by_hand() -> None:
-    # Two cells, one head of two channels: normalised (1, -1) and (-1, 1). They differ only in
-    # the first cell, by 2 in each channel.
-    student = torch.tensor([[[[5.0, 1.0]], [[0.0, 7.0]]]])
-    teacher = torch.tensor([[[[1.0, 3.0]], [[2.0, 9.0]]]])
-    weights = torch.tensor([[[0.75, 0.25]]])
-    assert float(value_loss(student, teacher, weights)) == pytest.approx(0.75 * 4, rel=1e-4)
-    # Only their ratio counts; an image without any counts as 0.
-    both = torch.cat([4 * weights, 0 * weights])
-    pair = (x.expand(2, -1, -1, -1) for x in (student, teacher))
-    assert float(value_loss(*pair, both)) == pytest.approx(0.75 * 4 / 2, rel=1e-4)
-
-
-def test_real_and_sides_losses_by_hand() -> None:
-    queries = draw()._replace(
-        boxes=torch.tensor([[[0.25, 0.0, 0.75, 0.25], [0.0, 0.0, 1.0, 1.0]]]),
-        centers=torch.tensor([[[0.5, 0.125], [0.5, 0.5]]]),
-        real=torch.tensor([[True, False]]),
-        valid=torch.tensor([[True, False]]),
-    )
-    assert float(real_loss(torch.zeros(1, 2), queries)) == pytest.approx(math.log(2))
-    # sigmoid(0) = 1/2: off by 1/4 of a width of 1/2, by 3/8 of a height of 1/4, twice each.
-    expected = 2 * (0.25 / 0.5 + 0.375 / 0.25)
-    assert float(sides_loss(torch.zeros(1, 2, 4), queries)) == pytest.approx(expected)
-
-
-def test_value_is_0_the_least_where_the_student_is_the_teacher() -> None:
-    distiller = bound(channels=(5, 5), detach_iters=0)
-    distiller.student_value.load_state_dict(distiller.decoder.value.state_dict())
-    teacher = pyramid(5)
-    student = {k: v.detach().clone().requires_grad_() for k, v in teacher.items()}
-    total, parts = distiller(student, teacher, batch_of())
-    assert float(parts["value"]) == pytest.approx(0, abs=1e-10)
-    total.backward()
-    assert all(float(v.grad.abs().max()) < 1e-6 for v in student.values())
-    _, parts = distiller(pyramid(5), teacher, batch_of())
-    assert parts["value"] > 0.1
-
-
-def test_two_halves_of_a_batch_are_the_whole_in_what_reaches_the_student() -> None:
-    distiller = bound(detach_iters=0)
-    student, teacher = pyramid(3), pyramid(5)
-    queries = draw(boxes=[BOXES[0], [BOXES[0][0]]])
-    maps = [distiller.align(k, student[k], teacher[k], batch_of()) for k in STRIDES]
-    whole = distiller.losses(maps, queries)
-    halves = []
-    for i in (0, 1):
-        half = slice(i, i + 1)
-        of_image = [
-            x._replace(
-                student=x.student[half],
-                teacher=x.teacher[half],
-                mask=None if x.mask is None else x.mask[half],
-            )
-            for x in maps
-        ]
-        halves.append(distiller.losses(of_image, Queries(*(x[half] for x in queries))))
-    torch.testing.assert_close((halves[0]["value"] + halves[1]["value"]) / 2, whole["value"])
-    # The auxiliary losses are means over boxes, of which the second image has fewer.
-    real = (12 * halves[0]["real"] + 6 * halves[1]["real"]) / 18
-    sides = (2 * halves[0]["sides"] + halves[1]["sides"]) / 3
-    torch.testing.assert_close(real, whole["real"])
-    torch.testing.assert_close(sides, whole["sides"])
-
-
-# Where the gradient goes
-
-
 def test_gradients_of_each_part() -> None:
-    distiller = bound(detach_iters=0)
-    student, teacher = pyramid(3), pyramid(5)
-    maps = [distiller.align(k, student[k], teacher[k].detach(), batch_of()) for k in STRIDES]
+    distiller, (student, teacher) = TestICD().make(), TestICD().maps((32, 48))
+    batch = batch_of(BOXES, (32, 48))
+    maps = [distiller.align(k, student[k], teacher[k], batch) for k in STRIDES]
     parts = distiller.losses(maps, draw())
     own = dict(distiller.named_parameters())
-    inputs = [*own.values(), *student.values()]
+    inputs = {**own, **student}
 
     def reached(part: str) -> set[str]:
-        grads = torch.autograd.grad(parts[part], inputs, retain_graph=True, allow_unused=True)
-        return {
-            name
-            for name, grad in zip([*own, *student], grads, strict=True)
-            if grad is not None and grad.any()
-        }
+        grads = torch.autograd.grad(
+            parts[part], list(inputs.values()), retain_graph=True, allow_unused=True
+        )
+        pairs = zip(inputs, grads, strict=True)
+        return {name for name, grad in pairs if grad is not None and grad.any()}
 
-    assert reached("value") == {"student_value.weight", "student_value.bias", "p3", "p4"}
+    assert reached("value") == {"student_value.weight", "student_value.bias", *STRIDES}
     decoder = {name for name in own if not name.startswith("student_value")}
     # A softmax does not see what all its logits have in common.
     for part in ("real", "sides"):
@@ -362,86 +209,26 @@ def test_gradients_of_each_part() -> None:
 
 
 def test_the_student_does_not_learn_before_detach_iters() -> None:
-    distiller = bound(detach_iters=10)
     for iteration, learns in ((9, False), (10, True)):
-        student = pyramid(3)
-        distiller.zero_grad()
-        distiller(student, pyramid(5), batch_of(iteration=iteration))[0].backward()
+        distiller, (student, teacher) = TestICD().make(detach_iters=10), TestICD().maps((32, 48))
+        batch = batch_of(BOXES, (32, 48), iteration=iteration)
+        distiller(student, teacher, batch)[0].backward()
         assert distiller.student_value.weight.grad.any()
         assert all((v.grad is not None and bool(v.grad.any())) == learns for v in student.values())
 
 
-# In a training
-
-
-def model_of(kind: str) -> tuple[Any, Any]:
-    cfg = full_config()
-    cfg.MODEL.DISTILL.NAME = "ICDDistiller"
-    options = {"DIM": 16, "HEADS": 2, "HIDDEN_DIM": 8, "DETACH_ITERS": 0}
-    cfg.MODEL.DISTILL.ICD.update(options)
-    classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CLASSES", 3)
-    teacher = FrozenTeacher(build(stock_config(kind, *classes, fpn=TEACHER_FPN), seed=1))
-    distillers = build_distillers(cfg)
-    model = DistilledDetector(
-        student=build(stock_config(kind)), teacher=teacher, distillers=distillers, max_iter=10
-    )
-    cfg.SOLVER.MAX_ITER = 10
-    return cfg, model
-
-
-@pytest.mark.parametrize(("kind", "autocast"), [("faster", False), ("retinanet", True)])
-def test_icd_trains_student_and_own_modules_alone(kind, autocast) -> None:
-    cfg, model = model_of(kind)
-    distiller = model.distillers["icd"]
-    # The classes are the student's; the last levels have a single cell.
-    assert distiller.num_classes == 5 and len(distiller.levels) == 5
-    with bfloat16_without_onednn(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = train_losses(model, make_batch(((64, 96),)))["loss_distill"]
-    loss.backward()
-    assert set(model.metrics) >= {"distill/icd_value", "distill/icd_real_weighted"}
-    assert set(gradients(distiller)) == {name for name, _ in distiller.named_parameters()}
-    assert all(torch.isfinite(g).all() for g in gradients(model).values())
-    assert all(name.startswith("backbone.") for name in gradients(model.student))
-    assert model.student.backbone.fpn_output3.weight.grad.any()
-    assert all(p.grad is None for p in model.teacher.model.backbone.parameters())
-    own = {f"distillers.icd.{name}" for name in distiller.state_dict()}
-    assert own <= set(model.state_dict()) and not own & set(model.student.state_dict())
-
-    # AdamW for all of the method's parameters and nothing else.
-    optimizer = build_optimizer(cfg, model)
-    assert isinstance(optimizer, GroupedOptimizer)
-    main, adamw = optimizer.optimizers
-    assert isinstance(adamw, torch.optim.AdamW)
-    (group,) = adamw.param_groups
+def test_its_own_optimizer() -> None:
+    distiller = TestICD().make(lr=3e-4, clip_norm=0.5)
+    (group,) = distiller.param_groups(0.1)
     assert {id(p) for p in group["params"]} == {id(p) for p in distiller.parameters()}
-    assert (group["lr"], group["weight_decay"]) == (1e-4, 1e-4)
-    ours = {id(p) for g in main.param_groups for p in g["params"]}
-    assert not ours & {id(p) for p in distiller.parameters()}
-    before = {name: p.detach().clone() for name, p in distiller.named_parameters()}
-    optimizer.step()
-    optimizer.step()
-    norm = torch.stack([p.grad.norm() for p in distiller.parameters()]).norm()
-    assert float(norm) == pytest.approx(0.01, rel=1e-3)
-    # The second of ten steps, by a cosine.
-    assert group["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 0.1)) / 2)
-    assert any(not torch.equal(p, before[name]) for name, p in distiller.named_parameters())
-
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    for p in distiller.parameters():
-        torch.nn.init.zeros_(p)
-    model.load_state_dict(state)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    values = [group[k] for k in ("optimizer", "lr", "weight_decay", "clip_norm")]
+    assert values == ["AdamW", 3e-4, 1e-4, 0.5]
+    assert [group["schedule"](x) for x in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
 
 
-# Faults
-
-
-def test_levels_of_unlike_channels() -> None:
+def test_what_it_cannot_serve() -> None:
     shapes = {"res4": ShapeSpec(channels=8, stride=16), "res5": ShapeSpec(channels=16, stride=32)}
     with pytest.raises(ValueError, match="'res4': 8, 'res5': 16"):
         ICDDistiller(num_classes=3).bind_shapes(shapes, shapes)
-
-
-def test_a_student_without_classes() -> None:
     with pytest.raises(ValueError, match="Identity has no 'num_classes'"):
         ICDDistiller().bind(torch.nn.Identity(), None)

@@ -2,81 +2,56 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
 
-from ssim_kd.modeling import DistillBatch, LevelMaps
 from ssim_kd.projects.pkd import PKDDistiller
-
-SHAPE = {"p3": ShapeSpec(channels=1, stride=8)}
-
-
-def make(channels: int = 1, **options) -> PKDDistiller:
-    shapes = {"p3": ShapeSpec(channels=channels, stride=8)}
-    distiller = PKDDistiller(**options)
-    distiller.bind_shapes(shapes, shapes)
-    return distiller
+from tests.level_maps import bind, maps_of
+from tests.projects.float64 import cells
+from tests.projects.maps import MethodOfMaps
 
 
-def level_loss(student, teacher, mask=None, **options) -> torch.Tensor:
-    distiller = make(student.shape[1], **options)
-    return distiller.level_loss(maps_of(student, teacher, mask), DistillBatch([]))
+def level_loss(student, teacher, mask=None) -> torch.Tensor:
+    distiller = bind(PKDDistiller(), student.shape[1])
+    return distiller.level_loss(maps_of(student, teacher, mask), None)
 
 
-def maps_of(student, teacher, mask=None) -> LevelMaps:
-    return LevelMaps("p3", student, teacher, mask)
+class TestPKD(MethodOfMaps):
+    method = PKDDistiller
+    weights = (6.0, 10.0)
+    bad = [("eps", value, "PKD.EPS") for value in (0.0, -1.0, math.nan)]
+    at_rest = crops = True
+
+    def test_by_hand(self) -> None:
+        # s = (1, 2, 3, 4), t = (1, 3, 2, 4): deviations (-1.5, -.5, .5, 1.5), (-1.5, .5, -.5, 1.5);
+        # r = (2.25 - .25 - .25 + 2.25) / 5 = 0.8. Standard deviations with n - 1 scale by 3/4.
+        student = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 2, 2)
+        teacher = torch.tensor([1.0, 3, 2, 4]).view(1, 1, 2, 2)
+        expected = pytest.approx(0.75 * (1 - 0.8), rel=1e-5)
+        assert float(level_loss(student, teacher)) == expected
+        # Neither gain nor offset matters.
+        assert float(level_loss(7 * student + 3, teacher / 9 - 1)) == expected
+
+    def level_formula(self, distiller, level, student, teacher, batch):
+        s, t = (np.concatenate([cells(x) for x in images]) for images in (student, teacher))
+        r = [np.corrcoef(s[:, c], t[:, c])[0, 1] for c in range(s.shape[1])]
+        return (1 - np.mean(r)) * (len(s) - 1) / len(s)
 
 
-def test_a_value_worked_by_hand() -> None:
-    # s = (1, 2, 3, 4), t = (1, 3, 2, 4): deviations (-1.5, -.5, .5, 1.5) and (-1.5, .5, -.5, 1.5);
-    # r = (2.25 - .25 - .25 + 2.25) / 5 = 0.8. Standard deviations with n - 1 scale by 3/4.
-    student = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 2, 2)
-    teacher = torch.tensor([1.0, 3, 2, 4]).view(1, 1, 2, 2)
-    assert float(level_loss(student, teacher)) == pytest.approx(0.75 * (1 - 0.8), rel=1e-5)
-
-
-def test_it_is_1_minus_pearsons_correlation_of_each_channel() -> None:
-    student, teacher = torch.randn(2, 3, 16, 20), torch.randn(2, 3, 16, 20)
-    teacher += 0.5 * student
-    flat = [x.transpose(0, 1).flatten(1).double().numpy() for x in (student, teacher)]
-    r = np.mean([np.corrcoef(s, t)[0, 1] for s, t in zip(*flat, strict=True)])
-    n = 2 * 16 * 20
-    assert float(level_loss(student, teacher)) == pytest.approx((1 - r) * (n - 1) / n, rel=1e-4)
-
-
-def test_gain_and_offset_do_not_matter() -> None:
-    student, teacher = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
-    expected = level_loss(student, teacher)
-    torch.testing.assert_close(level_loss(7 * student + 3, teacher / 9 - 1), expected)
-    assert float(level_loss(student, 5 * student - 2)) == pytest.approx(0, abs=1e-6)
-    assert float(level_loss(student, -student)) == pytest.approx(2, rel=0.02)
-
-
-def test_the_gradient(monkeypatch) -> None:
-    # In double precision, which the loss itself takes to single.
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())
-    student = torch.randn(2, 2, 3, 3, dtype=torch.double, requires_grad=True)
-    teacher = torch.randn(2, 2, 3, 3, dtype=torch.double)
-    mask = torch.ones(2, 3, 3, dtype=torch.bool)
-    mask[1, 2:] = False
-    distiller = make(2)
-    for cells in (None, mask):
-        assert torch.autograd.gradcheck(
-            lambda x, cells=cells: distiller.level_loss(
-                maps_of(x, teacher, cells), DistillBatch([])
-            ),
-            (student,),
-        )
-
-
-@pytest.mark.parametrize("mask", [None, torch.ones(1, 3, 3, dtype=torch.bool)])
-def test_constant_maps_keep_value_and_gradient_finite(mask) -> None:
-    student = torch.ones(1, 2, 3, 3, requires_grad=True)
-    loss = level_loss(student, torch.randn(1, 2, 3, 3), mask)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_constant_channel_has_no_gradient(masked) -> None:
+    """Rounding makes a deviation of it, of which the authors' code has a gradient of 1 / eps."""
+    student = torch.randn(1, 3, 8, 9)
+    student[:, 0] = 1 / 3
+    student.requires_grad_()
+    mask = torch.ones(1, 8, 9, dtype=torch.bool) if masked else None
+    loss = level_loss(student, torch.randn(1, 3, 8, 9), mask)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+    assert torch.isfinite(loss) and not student.grad[:, 0].any()
+    assert 0 < float(student.grad.abs().max()) < 1
 
 
 @pytest.mark.parametrize("valid", [0, 1])

@@ -12,18 +12,20 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 
-from ssim_kd.modeling import DistillBatch, DistilledDetector, FrozenTeacher, SSIMDistiller
+from ssim_kd.modeling import DistillBatch, DistilledDetector, FrozenTeacher, build_distillers
 from ssim_kd.projects.vfm import VFMDistiller
 from ssim_kd.projects.vfm.vit import vit_teacher
 from tests.helpers import (
     bfloat16_without_onednn,
     build,
     distilled_config,
+    full_config,
     gradients,
     make_batch,
-    stock_config,
     train_losses,
 )
+from tests.projects import method
+from tests.projects.method import detector, distilled
 
 timm = pytest.importorskip("timm")
 
@@ -54,13 +56,9 @@ def teacher_of(weights: dict[str, Path], name: str = NAME, **kwargs: Any) -> Fro
     return vit_teacher(name, str(weights[name]), VITS[name], **kwargs)
 
 
-def distilled(vit: FrozenTeacher, *more: Any, kind: str = "faster", level: str = "p4", **options):
-    return DistilledDetector(
-        student=build(stock_config(kind)),
-        teacher=FrozenTeacher(build(stock_config(kind, fpn=48), seed=1)),
-        distillers=[VFMDistiller(vit=vit, levels=[level], **options), *more],
-        max_iter=10,
-    )
+def model_of(vit: FrozenTeacher, kind: str = "faster", level: str = "p4") -> DistilledDetector:
+    distiller = VFMDistiller(vit=vit, levels=[level])
+    return distilled(detector(kind), method.teacher_of(kind), distiller)
 
 
 def reference_tokens(name: str, file: Path, images: list[torch.Tensor]) -> torch.Tensor:
@@ -92,7 +90,7 @@ def test_vit_teacher_gives_the_patch_tokens_of_rgb_images(name, weights) -> None
 
 
 def resized(tokens: Any, ratio: float) -> Any:
-    """Bilinear: a cell takes the value at its centre."""
+    """Bilinear: a cell takes what lies at its centre."""
     d, height, width = tokens.shape
     out = np.zeros((d, math.floor(height * ratio), math.floor(width * ratio)))
     for y in range(out.shape[1]):
@@ -109,7 +107,7 @@ def resized(tokens: Any, ratio: float) -> Any:
 def test_vfm_equals_a_loop_over_cells(stride, weights) -> None:
     vit = teacher_of(weights)
     level = {8: "p3", 16: "p4", 32: "p5"}[stride]
-    model = distilled(vit, level=level)
+    model = model_of(vit, level=level)
     inputs = make_batch(((64, 96), (40, 64)))
     maps = {}
     model.student.backbone.register_forward_hook(lambda _m, _i, output: maps.update(output))
@@ -152,7 +150,7 @@ def test_vfm_by_hand_and_at_its_optimum(weights) -> None:
 
 
 def test_the_vit_is_hidden_and_frozen(weights) -> None:
-    model = distilled(teacher_of(weights))
+    model = model_of(teacher_of(weights))
     model.train()
     before = {n for n, _ in model.named_parameters()}
     loss = train_losses(model)["loss_distill"]
@@ -179,7 +177,7 @@ def test_the_vit_is_hidden_and_frozen(weights) -> None:
 @pytest.mark.parametrize(("kind", "level"), [("faster", "p6"), ("retinanet", "p7")])
 def test_vfm_survives(kind, level, weights) -> None:
     # One image whose level has one cell; no box; half precision in both.
-    model = distilled(teacher_of(weights, dtype=torch.bfloat16), kind=kind, level=level)
+    model = model_of(teacher_of(weights, dtype=torch.bfloat16), kind=kind, level=level)
     flat = make_batch(((128, 128),))
     flat[0]["instances"].gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 8.0, 30.0]]))
     none = make_batch(((128, 128),))
@@ -194,79 +192,45 @@ def test_vfm_survives(kind, level, weights) -> None:
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
 
-def test_two_halves_are_the_whole(weights) -> None:
-    vit = teacher_of(weights)
-    distiller = distilled(vit).distillers["vfm"]
-    images = [x["image"] for x in make_batch(((64, 96), (40, 64), (64, 64), (48, 96)))]
-    student, found = torch.randn(4, 32, 4, 6), []
-    for half in (slice(0, 4), slice(0, 2), slice(2, 4)):
-        batch = DistillBatch([tuple(x.shape[1:]) for x in images[half]], images=images[half])
-        found.append(float(distiller({"p4": student[half]}, {}, batch)[0].detach()))
-    assert found[0] == pytest.approx((found[1] + found[2]) / 2, rel=1e-5)
-
-
-def test_vfm_beside_ssim_by_a_config(weights, tmp_path) -> None:
-    cfg = distilled_config("faster", "retinanet", tmp_path / "unread.pth")
-    cfg.MODEL.DISTILL.VFM.WEIGHTS = str(weights[NAME])
-    options = [x for pair in VITS[NAME].items() for x in pair]
-    cfg.MODEL.DISTILL.TERMS = [
-        ["SSIMDistiller", "LOSS_WEIGHT", 4.0],
-        ["VFMDistiller", "IN_FEATURES", ["p4"], "VFM.NAME", NAME, "VFM.OPTS", options],
-    ]
-    model = build(cfg)
-    assert isinstance(model.distillers["ssim"], SSIMDistiller)
-    # The detector's levels, which do not include p2, are not the ViT's.
-    assert model.distillers["ssim"].levels == ["p3", "p4", "p5", "p6"]
-    model.teacher._load = lambda _: (build(stock_config("retinanet", fpn=48), seed=1), "")
-    loss = train_losses(model)["loss_distill"]
-    parts = [model.metrics[f"distill/{name}_weighted"] for name in ("ssim", "vfm")]
-    assert all(part > 0 for part in parts)
-    torch.testing.assert_close(sum(parts), loss.detach())
+def test_wrong_levels(weights) -> None:
+    with pytest.raises(ValueError, match=r"^levels names 'p9'.*p4"):
+        model_of(teacher_of(weights), level="p9")
+    with pytest.raises(ValueError, match=r"^levels is .* one level"):
+        VFMDistiller(vit=teacher_of(weights), levels=["p3", "p4"])
 
 
 @pytest.mark.parametrize(
-    ("level", "named"), [("p9", ("levels", "'p9'", "p4")), ("", ("levels", "one level"))]
-)
-def test_vfm_with_a_wrong_level(level, named, weights) -> None:
-    with pytest.raises(ValueError) as caught:
-        if level:
-            distilled(teacher_of(weights), level=level)
-        else:
-            VFMDistiller(vit=teacher_of(weights), levels=["p3", "p4"])
-    assert all(name in str(caught.value) for name in named)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
+    ("argument", "changed", "word"),
     [
-        ("vit_smal_patch16_dinov3", {}, ("VFM.NAME", "vit_small_patch16_dinov3")),
-        ("resnet18", {}, ("VFM.NAME", "resnet18")),
-        (NAME, {"depht": 1}, ("VFM.NAME", "depht")),
-        (NAME, {"dynamic_img_size": False}, ("VFM.NAME", "images of any size")),
+        ("name", {"NAME": "vit_smal_patch16_dinov3"}, "vit_small_patch16_dinov3"),
+        ("name", {"NAME": "resnet18"}, "resnet18"),
+        ("name", {"OPTS": ["depht", 1]}, "depht"),
+        ("name", {"OPTS": ["dynamic_img_size", False]}, "images of any size"),
+        ("weights", {"WEIGHTS": "nowhere.pth"}, "nowhere.pth"),
+        ("weights", {"WEIGHTS": "vit_small_patch16_dinov3"}, "does not fit"),
+        ("options", {"OPTS": ["embed_dim"]}, "embed_dim"),
+        ("options", {"OPTS": ["pretrained", True]}, "pretrained"),
     ],
 )
-def test_vit_teacher_of_a_wrong_model(name, options, named, weights) -> None:
-    with pytest.raises(ValueError) as caught:
-        vit_teacher(name, str(weights[NAME]), options)
-    assert all(part in str(caught.value) for part in named)
-
-
-def test_vit_teacher_of_wrong_weights(weights, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"VFM\.WEIGHTS") as caught:
-        vit_teacher(NAME, str(tmp_path / "nowhere.pth"))
-    assert "nowhere.pth" in str(caught.value)
-    teacher = vit_teacher(NAME, str(weights["vit_small_patch16_dinov3"]), VITS[NAME])
-    with pytest.raises(ValueError, match=r"VFM\.WEIGHTS") as caught:
-        teacher.load()
-    assert NAME in str(caught.value) and "does not fit" in str(caught.value)
-
-
-def test_vfm_with_odd_opts(weights, tmp_path) -> None:
-    cfg = distilled_config("faster", "faster", tmp_path / "unread.pth")
+def test_a_vit_that_is_wrong(argument, changed, word, weights) -> None:
+    """Python names the argument, a config its key; a file is read when it is first needed."""
+    options = [x for pair in VITS[NAME].items() for x in pair]
+    values = {"NAME": NAME, "WEIGHTS": NAME, "OPTS": options, **changed}
+    values["WEIGHTS"] = str(weights.get(values["WEIGHTS"], values["WEIGHTS"]))
+    key = {"name": "NAME", "weights": "WEIGHTS", "options": "OPTS"}[argument]
+    cfg = full_config()
     cfg.MODEL.DISTILL.NAME = "VFMDistiller"
-    cfg.MODEL.DISTILL.VFM.OPTS = ["embed_dim"]
-    with pytest.raises(ValueError, match=r"VFM\.OPTS is \['embed_dim'\]"):
-        build(cfg)
+    cfg.MODEL.DISTILL.VFM.update(values)
+    with pytest.raises(ValueError, match=rf"^MODEL\.DISTILL\.VFM\.{key} ") as caught:
+        train_losses(
+            distilled(detector("faster"), method.teacher_of("faster"), *build_distillers(cfg))
+        )
+    assert word in str(caught.value)
+    if len(values["OPTS"]) % 2 == 0:
+        pairs = dict(zip(values["OPTS"][::2], values["OPTS"][1::2], strict=True))
+        with pytest.raises(ValueError, match=f"^{argument} ") as caught:
+            vit_teacher(values["NAME"], values["WEIGHTS"], pairs).load()
+        assert word in str(caught.value) and "MODEL." not in str(caught.value)
 
 
 def test_vit_teacher_without_a_connection(monkeypatch) -> None:
@@ -275,7 +239,7 @@ def test_vit_teacher_without_a_connection(monkeypatch) -> None:
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
     teacher = vit_teacher("vit_small_patch16_dinov3", "timm", TINY)
-    with pytest.raises(ValueError, match=r"VFM\.WEIGHTS is 'timm'.*no connection"):
+    with pytest.raises(ValueError, match=r"^weights is 'timm'.*no connection"):
         teacher.load()
 
 

@@ -17,6 +17,7 @@ from ssim_kd.modeling import (
     PyramidDistiller,
     tappable_levels,
 )
+from ssim_kd.modeling.distillers.build import naming_keys
 from ssim_kd.modeling.teacher import teacher_dtype
 
 from .vit import TOKENS, vit_teacher
@@ -36,6 +37,7 @@ class VFMDistiller(PyramidDistiller):
         loaded_vit: with its weights, from the first step on; not a module, no parameters.
     """
 
+    keys = {"vit.name": "VFM.NAME", "vit.weights": "VFM.WEIGHTS", "vit.options": "VFM.OPTS"}
     defaults = {"levels": ("p4",)}
 
     @configurable
@@ -65,12 +67,12 @@ class VFMDistiller(PyramidDistiller):
         Raises:
             ValueError: OPTS are not pairs; what :func:`vit_teacher` raises.
         """
-        node = cfg.MODEL.DISTILL.VFM
-        if len(node.OPTS) % 2:
-            raise ValueError(f"MODEL.DISTILL.VFM.OPTS is {node.OPTS}; expected [NAME, VALUE, ...].")
-        options = dict(zip(node.OPTS[::2], node.OPTS[1::2], strict=True))
-        vit = vit_teacher(node.NAME, node.WEIGHTS, options, dtype=teacher_dtype(cfg))
-        return {**super().from_config(cfg), "vit": vit}
+        found = super().from_config(cfg)
+        name, weights, options = found["vit"].values()
+        if len(options) % 2:
+            raise ValueError(f"options is {options}; expected [NAME, VALUE, ...].")
+        pairs = dict(zip(options[::2], options[1::2], strict=True))
+        return {**found, "vit": vit_teacher(name, weights, pairs, dtype=teacher_dtype(cfg))}
 
     def bind(self, student: Any, teacher: FrozenTeacher) -> None:
         """Build the projection.
@@ -94,7 +96,8 @@ class VFMDistiller(PyramidDistiller):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See :meth:`Distiller.forward`."""
         if self.loaded_vit is None:
-            loaded = self.vit.load([TOKENS], image_format=self._image_format)
+            with naming_keys(self.key_names):
+                loaded = self.vit.load([TOKENS], image_format=self._image_format)
             self.loaded_vit = loaded.to(batch.images[0].device)
         tokens = self.loaded_vit(batch.images)[TOKENS]
         return super().forward(student, {self.levels[0]: tokens}, batch)

@@ -58,11 +58,11 @@ def vit_teacher(
         ImportError: timm is not installed.
         ValueError: a model that is not a ViT for images of any size, or no such file.
     """
-    timm = import_timm("MODEL.DISTILL.NAME VFMDistiller")
+    timm = import_timm("VFMDistiller")
     arguments = {"num_classes": 0, "dynamic_img_size": True}
-    arguments |= check_options(options, key="MODEL.DISTILL.VFM.OPTS")
+    arguments |= check_options(options, key="options")
     if weights != "timm":
-        local_file(weights, key="MODEL.DISTILL.VFM.WEIGHTS")
+        local_file(weights, key="weights")
 
     def build(device: str, **pretrained: Any) -> ModuleTeacher:
         with torch.device(device):
@@ -79,12 +79,12 @@ def vit_teacher(
             )
 
     def load(_prefix: str) -> tuple[nn.Module, str]:
-        overlay = checked_overlay(timm, name, weights, arguments, key="MODEL.DISTILL.VFM.WEIGHTS")
+        overlay = checked_overlay(timm, name, weights, arguments, key="weights")
         try:
             return build("cpu", pretrained=True, pretrained_cfg_overlay=overlay), ""
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"MODEL.DISTILL.VFM.WEIGHTS is {weights!r}: weights of {name} are not available "
+                f"weights is {weights!r}: weights of {name} are not available "
                 f"({type(error).__name__}: {error}). Expected a connection, or a file."
             ) from error
 
@@ -93,7 +93,7 @@ def vit_teacher(
     except Exception as error:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=3)
         raise ValueError(
-            f"MODEL.DISTILL.VFM.NAME is {name!r}, not a ViT of timm {timm.__version__} for "
+            f"name is {name!r}, which is not a ViT of timm {timm.__version__} for "
             f"images of any size with {arguments}: {type(error).__name__}: {error}. Near it are "
             f"{near}."
         ) from error

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ssim_kd.modeling import (
     DenseHeadDistiller,
     DistillBatch,
-    DistilledDetector,
-    Distiller,
     RCNNHeadDistiller,
     Tap,
-    build_distillers,
 )
 from ssim_kd.modeling.distillers.dense_heads import (
     DensePredictions,
@@ -32,16 +27,9 @@ from ssim_kd.modeling.distillers.dense_heads import (
     weighted_giou,
 )
 from ssim_kd.modeling.distillers.roi_heads import softmax_kd, top_class_delta_l1
-from tests.helpers import (
-    STUDENT_FPN,
-    TEACHER_FPN,
-    build,
-    full_config,
-    gradients,
-    make_batch,
-    stock_config,
-    train_losses,
-)
+from tests.helpers import make_batch, train_losses
+from tests.projects.heads import MethodOfHeads
+from tests.projects.method import detector, distilled, teacher_of
 
 # The functions, against loops over float64 numbers
 
@@ -161,114 +149,65 @@ def test_decode_by_a_loop() -> None:
 # Small detectors
 
 
-def make_fcos(fpn: int, *, seed: int, classes: int = 5) -> FCOS:
-    """An FCOS, which YAML configs do not know, on a small RetinaNet's backbone."""
-    backbone = build(stock_config("retinanet", fpn=fpn), seed=seed).backbone
-    names = ["p3", "p4", "p5", "p6", "p7"]
-    shapes = [backbone.output_shape()[name] for name in names]
-    torch.manual_seed(seed)
-    return FCOS(
-        backbone=backbone,
-        head=FCOSHead(input_shape=shapes, conv_dims=[16], num_classes=classes, norm=""),
-        head_in_features=names,
-        num_classes=classes,
-        pixel_mean=[100.0, 100.0, 100.0],
-        pixel_std=[57.0, 57.0, 57.0],
-    )
+class TestRCNNHead(MethodOfHeads):
+    method = RCNNHeadDistiller
+    weights = (1.0, None)
+    kinds = at_rest = ("faster", "mask")
+    bad = [
+        ("part_weights.cls", -1.0, "HEAD.CLS_WEIGHT"),
+        ("temperature", 0.0, "HEAD.TEMPERATURE"),
+    ]
+    reaches = ("roi_heads.box_",)
+    refused = [
+        ("cascade", "faster", ("RCNNHeadDistiller", "student", "CascadeROIHeads")),
+        ("faster", "cascade", ("RCNNHeadDistiller", "teacher", "CascadeROIHeads")),
+        ("c4", "faster", ("RCNNHeadDistiller", "student", "Res5ROIHeads")),
+        ("retinanet", "faster", ("RCNNHeadDistiller", "student", "RetinaNet")),
+        ("faster", "retinanet", ("RCNNHeadDistiller", "teacher", "RetinaNet")),
+    ]
 
 
-def make_detector(kind: str, *opts: Any, fpn: int = STUDENT_FPN, seed: int = 0) -> Any:
-    if kind == "fcos":
-        return make_fcos(fpn, seed=seed)
-    return build(stock_config(kind, *opts, fpn=fpn), seed=seed)
+def squares(*sizes: int) -> list[Any]:
+    return [
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[size] for size in sizes]),
+        *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]),
+    ]
 
 
-def make_teacher(kind: str, *opts: Any) -> Any:
-    return make_detector(kind, *opts, fpn=TEACHER_FPN, seed=1)
+FIVE = squares(8, 16, 32, 64, 128)
+LEVELS = "MODEL.RETINANET.IN_FEATURES"
 
 
-def distil(student: Any, teacher: Any, distiller: Distiller) -> DistilledDetector:
-    return DistilledDetector(student=student, teacher=teacher, distillers=[distiller])
-
-
-DISTILLERS = {
-    "faster": RCNNHeadDistiller,
-    "mask": RCNNHeadDistiller,
-    "retinanet": DenseHeadDistiller,
-    "fcos": DenseHeadDistiller,
-}
-KINDS = list(DISTILLERS)
-
-
-def without_boxes(batch: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
-    """The batch, the first images of which show nothing."""
-    for record in batch[:images]:
-        record["instances"] = record["instances"][:0]
-    return batch
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_trains_the_student_and_leaves_the_teacher_as_it_was(kind) -> None:
-    student, teacher = make_detector(kind), make_teacher(kind)
-    before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    model = distil(student, teacher, DISTILLERS[kind]())
-    losses = train_losses(model)
-    assert losses["loss_distill"] > 0 and torch.isfinite(losses["loss_distill"])
-    losses["loss_distill"].backward()
-    reached = gradients(student)
-    head = "roi_heads.box_" if DISTILLERS[kind] is RCNNHeadDistiller else "head."
-    for prefix in (head, "backbone.fpn_output"):
-        assert any(g.any() for name, g in reached.items() if name.startswith(prefix)), prefix
-    assert all(torch.isfinite(gradient).all() for gradient in reached.values())
+class TestDenseHead(MethodOfHeads):
+    method = DenseHeadDistiller
+    weights = (None, 1.0)
+    kinds = at_rest = ("retinanet", "fcos")
+    bad = [("part_weights.box", math.nan, "HEAD.BOX_WEIGHT")]
+    reaches = ("head.",)
     # Neither where to look nor masks are compared.
-    others = ("proposal_generator.", "roi_heads.mask_", "head.ctrness")
-    assert not [name for name in reached if name.startswith(others)]
-
-    assert not list(model.distillers.parameters())
-    assert not any(module.training for module in teacher.modules())
-    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
-    after = teacher.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    name = model.distillers[next(iter(model.distillers))].name
-    assert set(model.metrics) == {
-        f"distill/{name}_{part}{end}" for part in ("cls", "box") for end in ("", "_weighted")
-    }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_teacher_that_is_the_student_is_the_minimum(kind) -> None:
-    student = make_detector(kind)
-    if DISTILLERS[kind] is DenseHeadDistiller:
-        # Untrained ones predict boxes without area as well, of which even equal ones have no IoU.
-        nn.init.normal_(student.head.bbox_pred.weight, std=1e-4)
-        nn.init.constant_(student.head.bbox_pred.bias, 1.0)
-    # The teacher's norms are in evaluation mode; the student's must be, to see the same.
-    for module in student.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train = lambda mode=True, module=module: module
-            module.training = False
-    model = distil(student, copy.deepcopy(student), DISTILLERS[kind]())
-    loss = train_losses(model)["loss_distill"]
-    assert abs(float(loss.detach())) < 1e-4
-    loss.backward()
-    assert all(float(g.abs().max()) < 1e-3 for g in gradients(student).values())
-
-
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("kind", ["faster", "retinanet"])
-def test_images_without_boxes_are_distilled(kind, images) -> None:
-    model = distil(make_detector(kind), make_teacher(kind), DISTILLERS[kind]())
-    losses = train_losses(model, without_boxes(make_batch(), images))
-    assert all(torch.isfinite(loss) for loss in losses.values())
-    assert losses["loss_distill"] > 0
-    losses["loss_distill"].backward()
-    assert all(torch.isfinite(g).all() for g in gradients(model.student).values())
+    spares = ("head.ctrness",)
+    refused = [
+        ("faster", "retinanet", ("DenseHeadDistiller", "student", "GeneralizedRCNN")),
+        ("retinanet", "faster", ("DenseHeadDistiller", "teacher", "GeneralizedRCNN")),
+        ("retinanet", "fcos", ("anchors a cell", "9", "1")),
+        (["retinanet", *FIVE], "fcos", ("box coding", "Linear")),
+        (
+            ["retinanet", LEVELS, ["p3", "p4", "p5"], *squares(32, 64, 128)],
+            ["retinanet", *FIVE],
+            ("anchors a cell",),
+        ),
+        (
+            ["retinanet", LEVELS, ["p3", "p4"], *squares(32, 64)],
+            ["retinanet", LEVELS, ["p4", "p5"], *squares(32, 64)],
+            ("strides", "[8, 16] and [16, 32]"),
+        ),
+    ]
 
 
 def test_rcnn_head_distiller_asks_the_teacher_about_the_students_proposals() -> None:
-    student, teacher = make_detector("faster"), make_teacher("faster")
-    model = distil(student, teacher, RCNNHeadDistiller(temperature=2.0, cls_weight=3.0))
-    twin = make_teacher("faster").eval()
+    student, teacher = detector("faster"), teacher_of("faster")
+    model = distilled(student, teacher, RCNNHeadDistiller(temperature=2.0, cls_weight=3.0))
+    twin = teacher_of("faster").eval()
     batch = make_batch()
     with Tap(student, ["roi_heads.box_pooler", "roi_heads.box_predictor"]) as calls:
         loss = train_losses(model, batch)["loss_distill"]
@@ -288,9 +227,9 @@ def test_rcnn_head_distiller_asks_the_teacher_about_the_students_proposals() -> 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 def test_dense_head_distiller_by_the_detectors_own_parts(kind) -> None:
-    student, teacher = make_detector(kind), make_teacher(kind)
-    model = distil(student, teacher, DenseHeadDistiller(box_weight=2.0))
-    twin, batch = make_teacher(kind).eval(), make_batch()
+    student, teacher = detector(kind), teacher_of(kind)
+    model = distilled(student, teacher, DenseHeadDistiller(box_weight=2.0))
+    twin, batch = teacher_of(kind).eval(), make_batch()
     with Tap(student, ["head"]) as calls:
         loss = train_losses(model, batch)["loss_distill"]
     ours = calls["head"][0].output
@@ -328,15 +267,15 @@ def test_dense_head_distiller_by_the_detectors_own_parts(kind) -> None:
 
 
 def test_dense_predictions_are_ordered_as_the_anchors_are() -> None:
-    detector = make_detector("retinanet")
+    model = detector("retinanet")
     cells, k, a = [(4, 6), (2, 3)], 5, 9
-    detector.anchor_generator.strides = detector.anchor_generator.strides[:2]
-    detector.anchor_generator.cell_anchors._buffers = dict(
-        list(detector.anchor_generator.cell_anchors._buffers.items())[:2]
+    model.anchor_generator.strides = model.anchor_generator.strides[:2]
+    model.anchor_generator.cell_anchors._buffers = dict(
+        list(model.anchor_generator.cell_anchors._buffers.items())[:2]
     )
     logits = [numbers(2, a * k, *size, seed=i) for i, size in enumerate(cells)]
     deltas = [numbers(2, a * 4, *size, seed=5 + i) for i, size in enumerate(cells)]
-    found = dense_predictions(detector, (logits, deltas))
+    found = dense_predictions(model, (logits, deltas))
     rows = sum(h * w for h, w in cells) * a
     assert found.logits.shape == (2, rows, k) and found.deltas.shape == (2, rows, 4)
     row = 4 * 6 * a + (1 * 3 + 2) * a + 7  # of the second level: its cell (1, 2), anchor 7
@@ -351,88 +290,22 @@ def test_anchor_labels_without_ground_truth_is_an_error() -> None:
 
 
 def test_anchor_labels_are_the_detectors_own() -> None:
-    detector = make_detector("retinanet")
+    model = detector("retinanet")
     instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40]])))
     instances.gt_classes = torch.tensor([3])
     anchors = [
         Boxes(torch.tensor([[8.0, 8, 40, 40], [50, 50, 60, 60], [8, 8, 40, 22.5]])),
         Boxes(torch.tensor([[8.0, 8, 40, 36]])),
     ]
-    found = anchor_labels(detector, anchors, DistillBatch([(64, 64)], [instances]))
+    found = anchor_labels(model, anchors, DistillBatch([(64, 64)], [instances]))
     # IoU 1; 0, background; 0.45, between RetinaNet's thresholds, ignored; 0.88.
     assert found.tolist() == [[3, 5, -1, 3]]
 
 
 def test_anchor_normalizer_is_the_detectors_running_mean_or_the_number_of_positives() -> None:
     positive = torch.tensor([[True, False, True], [False, False, True]])
-    detector = nn.Module()
-    assert int(anchor_normalizer(detector, positive)) == 3
-    assert int(anchor_normalizer(detector, positive & False)) == 1
-    detector.loss_normalizer = 90.4
-    assert anchor_normalizer(detector, positive & False) == 90.4
-
-
-# What does not fit is refused when the model is built
-
-RETINA_3 = ("MODEL.RETINANET.NUM_CLASSES", 3)
-FASTER_3 = ("MODEL.ROI_HEADS.NUM_CLASSES", 3)
-ONE_ANCHOR = (
-    "MODEL.ANCHOR_GENERATOR.SIZES",
-    [[8], [16], [32], [64], [128]],
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
-    [[1.0]],
-)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "distiller", "parts"),
-    [
-        (["faster", *FASTER_3], ["faster"], RCNNHeadDistiller, ("3", "5", "classes")),
-        (["retinanet"], ["retinanet", *RETINA_3], DenseHeadDistiller, ("5", "3", "classes")),
-        (["cascade"], ["faster"], RCNNHeadDistiller, ("student", "CascadeROIHeads")),
-        (["faster"], ["cascade"], RCNNHeadDistiller, ("teacher", "CascadeROIHeads")),
-        (["c4"], ["faster"], RCNNHeadDistiller, ("student", "Res5ROIHeads")),
-        (["retinanet"], ["faster"], RCNNHeadDistiller, ("student", "RetinaNet")),
-        (["faster"], ["retinanet"], RCNNHeadDistiller, ("teacher", "RetinaNet")),
-        (["faster"], ["retinanet"], DenseHeadDistiller, ("student", "GeneralizedRCNN")),
-        (["retinanet"], ["faster"], DenseHeadDistiller, ("teacher", "GeneralizedRCNN")),
-        (["retinanet"], ["fcos"], DenseHeadDistiller, ("anchors a cell", "9", "1")),
-        (["retinanet", *ONE_ANCHOR], ["fcos"], DenseHeadDistiller, ("box coding", "Linear")),
-        (
-            ["retinanet", "MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5"], *ONE_ANCHOR[2:],
-             "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128]]],
-            ["retinanet", *ONE_ANCHOR], DenseHeadDistiller, ("anchors a cell",),
-        ),
-    ],
-)  # fmt: skip
-def test_a_pair_that_does_not_fit_is_refused(student, teacher, distiller, parts) -> None:
-    with pytest.raises(ValueError) as caught:
-        distil(make_detector(*student), make_teacher(*teacher), distiller())
-    message = str(caught.value)
-    assert distiller.__name__ in message
-    assert all(part in message for part in parts), message
-
-
-def test_check_dense_heads_of_other_strides_names_them() -> None:
-    levels = [("p3", "p4"), ("p4", "p5")]
-    student, teacher = (
-        make(
-            "retinanet",
-            *("MODEL.RETINANET.IN_FEATURES", list(names)),
-            *("MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]]),
-        )
-        for make, names in zip((make_detector, make_teacher), levels, strict=True)
-    )
-    with pytest.raises(ValueError) as caught:
-        distil(student, teacher, DenseHeadDistiller())
-    assert "strides" in str(caught.value) and "[8, 16] and [16, 32]" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["RCNNHeadDistiller", "DenseHeadDistiller"])
-def test_head_distiller_takes_its_weights_from_the_config(name) -> None:
-    cfg = full_config()
-    cfg.merge_from_list(["MODEL.DISTILL.NAME", name, "MODEL.DISTILL.HEAD.CLS_WEIGHT", 0.25])
-    (distiller,) = build_distillers(cfg)
-    distiller.resolve()
-    assert distiller.scalar_weights == {"cls": 0.25, "box": 1.0}
-    assert distiller.weight(0.0) == 1.0 and distiller.needs_teacher_heads
+    model = nn.Module()
+    assert int(anchor_normalizer(model, positive)) == 3
+    assert int(anchor_normalizer(model, positive & False)) == 1
+    model.loss_normalizer = 90.4
+    assert anchor_normalizer(model, positive & False) == 90.4

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import pytest
+import numpy as np
 import torch
 
-from tests.modeling.distillers.maps import PADDED, features, make, masks
+from ssim_kd.modeling import DISTILLER_REGISTRY, LpDistiller
+from tests.level_maps import bind, maps_of
+from tests.projects.maps import MethodOfMaps
 
 
-@pytest.mark.parametrize(("loss", "expected"), [("l1", 1.5), ("l2", 3.5)])
-def test_lp_distiller_without_scaling_by_hand(loss, expected) -> None:
-    # |differences| 0, 1, 2, 3: their mean is 1.5, that of the squares (0 + 1 + 4 + 9) / 4.
-    distiller = make(loss, scaling="none", level_weights=(1.0, 0.0))
-    ours = {k: torch.zeros(2, 4, 2, 2) for k in ("p3", "p4")}
-    theirs = {k: torch.arange(4.0).view(1, 1, 2, 2).expand(2, 4, 2, 2) for k in ours}
-    total, by_level = distiller(ours, theirs, PADDED)
-    assert float(total) == float(by_level["p3"]) == expected
+class TestL2(MethodOfMaps):
+    method = DISTILLER_REGISTRY.get("L2Distiller")
+    weights = (4.0, 4.0)
+    bad = [("scaling", "image", "SCALING")]
+    at_rest = is_mean = crops = True
+    power, expected = 2, 3.5
+
+    def test_by_hand(self) -> None:
+        # |differences| 0, 1, 2, 3: their mean is 1.5, that of the squares (0 + 1 + 4 + 9) / 4.
+        teacher = torch.arange(4.0).view(1, 1, 2, 2).expand(2, 4, 2, 2)
+        distiller = bind(LpDistiller(loss=f"l{self.power}", scaling="none"), 4)
+        assert distiller.level_loss(maps_of(0 * teacher, teacher), None) == self.expected
+
+    def level_formula(self, distiller, level, student, teacher, batch):
+        total = 0.0
+        for pair in zip(student, teacher, strict=True):
+            s, t = (x.reshape(len(x), -1) for x in pair)
+            s, t = ((x - x.min(1, keepdims=True)) / (np.ptp(x, 1)[:, None] + 1e-6) for x in (s, t))
+            total += (abs(s - t) ** self.power).mean() / len(student)
+        return total
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_lp_distiller_does_not_depend_on_the_padding(loss) -> None:
-    distiller = make(loss)
-    ours, theirs = features(seed=0), features(seed=1)
-    expected, _ = distiller(ours, theirs, PADDED)
-    for level, mask in masks(PADDED).items():
-        theirs[level] = torch.where(mask[:, None], theirs[level], 1e3)
-    assert torch.equal(distiller(ours, theirs, PADDED)[0], expected)
+class TestL1(TestL2):
+    method = DISTILLER_REGISTRY.get("L1Distiller")
+    power, expected = 1, 1.5

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
+from ssim_kd.losses import ssim_loss
+from ssim_kd.modeling import SSIMDistiller
 from ssim_kd.modeling.distillers import ssim as module
+from tests.level_maps import STRIDES, bind, maps_of
 from tests.modeling.distillers.maps import FULL, features, leaves, make
+from tests.projects.maps import MethodOfMaps
+
+
+class TestSSIM(MethodOfMaps):
+    method = SSIMDistiller
+    weights = (4.0, 4.0)
+    bad = [
+        ("weight", -1.0, "LOSS_WEIGHT"),
+        ("weight", "much", "LOSS_WEIGHT"),
+        ("scaling", "image", "SCALING"),
+        ("ssim_options.window_size", 10, "SSIM.WINDOW_SIZE"),
+        ("ssim_options.sigma", 0.0, "SSIM.SIGMA"),
+        ("resize", "area", "RESIZE"),
+        *(("level_weights", [1.0, value], "LEVEL_WEIGHTS") for value in (-2.0, math.nan, "a")),
+    ]
+    at_rest = is_mean = True
+
+    def test_by_hand(self) -> None:
+        # A single cell is 0 in both after scaling: SSIM 1, but for the epsilon. Without scaling, of
+        # a window of one cell, it is l = (2 s t + C1) / (s^2 + t^2 + C1), C1 = 1e-4, and c = s = 1.
+        student, teacher = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 1.0)
+        options = {"window_size": 1}
+        for scaling, ssim in (("channel", 1.0), ("none", (1 + 1e-4) / (1.25 + 1e-4))):
+            distiller = bind(SSIMDistiller(scaling=scaling, ssim_options=options), 1)
+            _, (found,) = distiller.pyramid_loss([maps_of(student, teacher)], None)
+            assert float(found) == pytest.approx((1 - ssim) / 2, abs=1e-5)
+
+    def formula(self, distiller, student, teacher, batch):
+        """The one of tests/losses, which is held against kornia and against loops."""
+        found = {}
+        for level, stride in STRIDES.items():
+            pair = (torch.tensor(x[level]) for x in (student, teacher))
+            mask = batch.valid_mask(*student[level].shape[-2:], stride)
+            found[level] = float(ssim_loss(*pair, mask=mask, scaling="channel", impl="reference"))
+        return found
 
 
 def test_scaling_grad_reaches_the_extrema_alone() -> None:

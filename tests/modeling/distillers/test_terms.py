@@ -17,7 +17,6 @@ from ssim_kd.modeling import (
     DistilledDetector,
     FrozenTeacher,
     PyramidDistiller,
-    build_distillers,
 )
 from tests.helpers import (
     build,
@@ -62,27 +61,6 @@ def test_build_distillers_names_equal_terms_apart(weights_of) -> None:
     assert list(model.distillers) == ["ssim", "ssim_2"]
     train_losses(model)
     assert {"distill/ssim_p2", "distill/ssim_2_res3"} <= set(model.metrics)
-
-
-@pytest.mark.parametrize(
-    ("terms", "named"),
-    [
-        ([["SSIMDistill"]], ("SSIMDistill", "SSIMDistiller")),
-        ([["SSIMDistiller", "LOS_WEIGHT", 1.0]], ("LOS_WEIGHT", "LOSS_WEIGHT")),
-        ([["SSIMDistiller", "SSIM.WINDOW", 3]], ("SSIM.WINDOW", "SSIM.WINDOW_SIZE")),
-        ([["SSIMDistiller", "LOSS_WEIGHT"]], ("LOSS_WEIGHT", "KEY, VALUE")),
-        ([["SSIMDistiller", "LOSS_WEIGHT", -1.0]], ("LOSS_WEIGHT", "-1.0")),
-        ([["SSIMDistiller", "LOSS_WEIGHT", "much"]], ("LOSS_WEIGHT", "much")),
-        ([["SSIMDistiller", "TERMS", []]], ("TERMS",)),
-        ([[]], ("MODEL.DISTILL.TERMS",)),
-    ],
-)
-def test_build_distillers_with_a_wrong_term(terms, named, weights_of) -> None:
-    cfg = distilled_config("faster", "faster", weights_of("faster"))
-    cfg.MODEL.DISTILL.TERMS = terms
-    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.") as caught:
-        build_distillers(cfg)
-    assert all(name in str(caught.value) for name in named)
 
 
 def test_heads_of_the_teacher_are_absent_unless_asked_for(weights_of) -> None:

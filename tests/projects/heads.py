@@ -1,0 +1,98 @@
+"""What every method that compares heads must hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import Boxes
+from torch import nn
+
+from ssim_kd.modeling import DistilledDetector
+from tests.helpers import bfloat16_without_onednn, gradients, make_batch, train_losses
+from tests.projects.method import Method, detector, distilled, teacher_of
+
+
+def hard_batches() -> dict[str, list[Any]]:
+    """The last levels of these images are of 1 x 1 cells."""
+    sizes = ((64, 96), (48, 64))
+    batches = {name: make_batch(sizes) for name in ("one", "half", "none", "flat")}
+    for name in ("half", "none"):
+        batches[name][0]["instances"] = batches[name][0]["instances"][[]]
+    batches["flat"][1]["instances"].gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 8.0, 30.0]]))
+    return {k: v[:1] if k in ("one", "none") else v for k, v in batches.items()}
+
+
+class MethodOfHeads(Method):
+    """On small detectors."""
+
+    #: The detectors that it serves.
+    kinds: Sequence[str] = ()
+    #: What it refuses: student, teacher, words of the message.
+    refused: Sequence[tuple[Any, Any, Sequence[str]]] = ()
+    #: Where the gradient arrives, and where it does not, by the start of the names.
+    reaches: Sequence[str] = ()
+    spares: Sequence[str] = ("proposal_generator.", "roi_heads.mask_")
+    #: Detectors that cost nothing as their own teachers.
+    at_rest: Sequence[str] = ()
+    #: Whether the gradient there is rounding, divided by a small deviation.
+    steep = False
+    of_heads = True
+
+    def model(self, kind: str, *opts: Any) -> DistilledDetector:
+        """Student and teacher of other widths."""
+        return distilled(
+            detector(kind, *opts), teacher_of(kind, *opts), self.method(**self.options)
+        )
+
+    def test_gradients_are_finite_and_only_where_they_belong(self) -> None:
+        for kind in self.kinds:
+            model = self.model(kind)
+            train_losses(model)["loss_distill"].backward()
+            reached = gradients(model.student)
+            for start in ("backbone.fpn_output", *self.reaches):
+                assert any(g.any() for n, g in reached.items() if n.startswith(start)), start
+            assert not [n for n in reached if n.startswith(tuple(self.spares))]
+
+    @pytest.mark.parametrize("case", list(hard_batches()))
+    def test_it_survives(self, case) -> None:
+        """One image, an image or all without boxes, a box without area; in half precision."""
+        model = self.model(self.kinds[0])
+        with bfloat16_without_onednn(), torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = train_losses(model, hard_batches()[case])["loss_distill"]
+        assert torch.isfinite(loss) and loss > 0 and loss.dtype == torch.float32
+        loss.backward()
+        assert all(torch.isfinite(g).all() for g in gradients(model).values())
+
+    def test_a_teacher_that_is_the_student_is_the_least(self) -> None:
+        for kind in self.at_rest:
+            # The teacher's norms are in evaluation mode.
+            student = FrozenBatchNorm2d.convert_frozen_batchnorm(detector(kind))
+            if hasattr(student, "head"):
+                # Untrained ones predict boxes without area, of which even equal ones have no IoU.
+                nn.init.normal_(student.head.bbox_pred.weight, std=1e-4)
+                nn.init.constant_(student.head.bbox_pred.bias, 1.0)
+            model = distilled(student, copy.deepcopy(student), self.method(**self.options))
+            loss = train_losses(model)["loss_distill"]
+            loss.backward()
+            assert float(loss.detach()) == pytest.approx(0, abs=1e-4)
+            assert self.steep or all(
+                float(g.abs().max()) < 1e-3 for g in gradients(model.student).values()
+            )
+
+    def test_a_pair_that_does_not_fit_is_refused(self) -> None:
+        for student, teacher, words in self.refused:
+            pair = [([x] if isinstance(x, str) else x) for x in (student, teacher)]
+            with pytest.raises(ValueError) as caught:
+                distilled(detector(*pair[0]), teacher_of(*pair[1]), self.method(**self.options))
+            assert all(word in str(caught.value) for word in words), str(caught.value)
+
+    def test_other_classes_are_refused(self) -> None:
+        key = {"faster": "MODEL.ROI_HEADS", "retinanet": "MODEL.RETINANET"}[self.kinds[0]]
+        teacher = teacher_of(self.kinds[0], f"{key}.NUM_CLASSES", 7)
+        with pytest.raises(ValueError, match="5 classes and the teacher 7"):
+            distilled(detector(self.kinds[0]), teacher, self.method(**self.options))
