@@ -134,12 +134,15 @@ def slow_evaluation(method: str, rank_that_is_slow: int, rank: int) -> None:
     """A method of the evaluator takes a minute."""
     from detectron2.evaluation import COCOEvaluator
 
+    from ssim_kd.engine.coco_evaluation import ScoredCOCOEvaluator
+
     def slow(*_: Any, **__: Any) -> None:
         print(f"COCOEvaluator.{method}", flush=True)
         time.sleep(60)
 
     if rank == rank_that_is_slow:
-        setattr(COCOEvaluator, method, slow)
+        for kind in (COCOEvaluator, ScoredCOCOEvaluator):
+            setattr(kind, method, slow)
 
 
 def all_of(functions: list[Any], rank: int) -> None:

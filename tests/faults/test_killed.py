@@ -19,7 +19,7 @@ from tests.faults.history import assert_same_run, steps
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 
 # Kills of one process and of two. Each kill is of a run that was resumed after the one before.
-KILLS, KILLS_OF_TWO = int(os.environ.get("SSIM_KD_KILLS", "36")), 12
+KILLS, KILLS_OF_TWO = int(os.environ.get("SSIM_KD_KILLS", "24")), 8
 OPTIONS = (
     *("SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.STEPS", "(15,)"),
     *("TEST.EVAL_PERIOD", 5, "SOLVER.CHECKPOINTS_TO_KEEP", 3),
@@ -43,9 +43,12 @@ def kill(ranks: list[Child], folder: Path, kind: str, dice: random.Random) -> bo
         return any(name.endswith(".tmp") for name in os.listdir(folder))
 
     if kind == "anywhere":
+        recorded = folder / "steps_rank0.jsonl"
+        before = recorded.read_bytes().count(b"\n") if recorded.exists() else 0
         wait_until(lambda: over() or "Starting training" in main.output, 120)
-        end = time.monotonic() + dice.uniform(0, 6)
-        wait_until(lambda: over() or time.monotonic() > end, 60)
+        end = before + dice.randint(1, 9)
+        wait_until(lambda: over() or recorded.read_bytes().count(b"\n") >= end, 60)
+        time.sleep(dice.uniform(0, 0.3))
     else:
         # Some of these moments, not always the first.
         for _ in range(dice.randint(1, 2)):

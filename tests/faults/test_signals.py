@@ -14,7 +14,6 @@ import pytest
 
 from tests.engine import inside
 from tests.engine.runs import ROOT, World, checkpoint, children, free_port, wait_until
-from tests.faults.history import assert_same_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -49,24 +48,6 @@ def members(group: int) -> list[int]:
     return found
 
 
-def test_sigterm_in_a_step(world: World, tmp_path) -> None:
-    options = ("SOLVER.MAX_ITER", 12, "SOLVER.STEPS", "(8,)", "SOLVER.CHECKPOINT_PERIOD", 50)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    with children(world.arguments(whole, *options), folder=whole, prepare=record(whole)) as (run,):
-        assert run.wait() == 0
-    line = world.arguments(stopped, "--resume", *options)
-    with children(line, folder=stopped, prepare=record(stopped)) as (run,):
-        begun(stopped)
-        start = time.monotonic()
-        run.signal(signal.SIGTERM)
-        assert run.wait(SOON) == 143
-        print(f"ended {time.monotonic() - start:.1f} s after SIGTERM")
-        assert "saving a checkpoint at iteration" in run.output
-    with children(line, folder=stopped, prepare=record(stopped)) as (run,):
-        assert run.wait() == 0
-    assert assert_same_run(whole, stopped) == 0, "no step was lost"
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_workers(number, world: World, tmp_path) -> None:
     """As from a shell or a cluster: to the group of processes."""
@@ -98,7 +79,8 @@ def test_sigterm_twice_while_saving(world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, *LONG, "SOLVER.CHECKPOINT_PERIOD", 3)
     slow = partial(inside.all_of, [record(tmp_path), partial(inside.slow_writes, 0.3)])
     with children(line, folder=tmp_path, prepare=slow) as (run,):
-        wait_until(lambda: list(tmp_path.glob("*.tmp")), 120)
+        # Files that are written before the training begins are no checkpoints.
+        wait_until(lambda: list(tmp_path.glob("model_*.tmp")), 120)
         run.signal(signal.SIGTERM)
         run.signal(signal.SIGTERM)
         assert run.wait(SOON) == 143
@@ -106,13 +88,10 @@ def test_sigterm_twice_while_saving(world: World, tmp_path) -> None:
     checkpoint(tmp_path, (tmp_path / "last_checkpoint").read_text().removesuffix(".pth"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("launcher", ["spawn", "torchrun", "spawn, Ctrl-C"])
-def test_sigterm_to_the_launcher_of_two_processes(
-    launcher, workers, world: World, tmp_path
-) -> None:
+def test_sigterm_to_the_launcher_of_two_processes(launcher, world: World, tmp_path) -> None:
     launcher, _, interrupt = launcher.partition(", ")
-    options = (*LONG, "DATALOADER.NUM_WORKERS", workers, "SOLVER.CHECKPOINT_PERIOD", 2)
+    options = (*LONG, "DATALOADER.NUM_WORKERS", 1, "SOLVER.CHECKPOINT_PERIOD", 2)
     line = world.arguments(tmp_path, *options, *(["--num-gpus"] if launcher == "spawn" else []))
     run, session = start(launcher, line, tmp_path)
     # Workers of spawned processes are spawned, which takes long.
@@ -195,18 +174,6 @@ def test_sigterm_to_the_parent_at_the_start(world: World, tmp_path) -> None:
     assert run.wait(30) == 143
     assert "Traceback" not in log(tmp_path)
     wait_until(lambda: not members(session), 5)
-
-
-def test_sigkill_without_a_parent(world: World, tmp_path) -> None:
-    """Without a parent, as under SLURM."""
-    line = world.arguments(tmp_path, *LONG)
-    with children(line, line, folder=tmp_path, prepare=record(tmp_path)) as ranks:
-        begun(tmp_path)
-        begin = time.monotonic()
-        ranks[1].signal(signal.SIGKILL)
-        assert ranks[0].wait(60) not in (0, None)
-        print(f"rank 0 ended {time.monotonic() - begin:.1f} s after rank 1")
-        assert "Connection" in ranks[0].output or "connection" in ranks[0].output
 
 
 def test_output_dir_in_use(world: World, tmp_path) -> None:
