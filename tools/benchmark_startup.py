@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time a training from its start to the end of the first step, next to stock Detectron2.
 
-Makes synthetic sets in COCO's format and prints CPU seconds, those of all processes together, and
-the largest memory of one, for Detectron2's DefaultTrainer and for this package, checks included.
+Makes synthetic sets in COCO's format and prints CPU seconds and the largest memory, of all
+processes together, for Detectron2's DefaultTrainer and for this package, checks included.
 The runs alternate; the smallest of each is shown.
 
     $ python tools/benchmark_startup.py --images 20000
@@ -11,10 +11,12 @@ The runs alternate; the smallest of each is shown.
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,14 +126,31 @@ def _annotations(
 
 
 def measure(command: list[str], log: Path) -> tuple[float, float]:
-    """Run a command. Returns CPU seconds and GB of its largest process."""
+    """Run a command. Returns CPU seconds and the most GB, of all its processes together."""
+    peak = pid = 0
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while not pid:
+            time.sleep(0.2)
+            peak = max(peak, memory_of(process.pid))
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    return usage.ru_utime + usage.ru_stime, peak / 2**20
+
+
+def memory_of(session: int) -> int:
+    """Kilobytes of the processes of a session; what several share is counted once."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (folder / "stat").read_text().rsplit(")", 1)[1].split()[3] == str(session):
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
 
 
 def main() -> None:
