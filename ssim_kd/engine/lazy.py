@@ -20,6 +20,7 @@ import copy
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
@@ -44,7 +46,7 @@ from ..data import (
     class_names,
     train_records,
 )
-from ..modeling import FrozenTeacher, load_detector
+from ..modeling import DistilledDetector, FrozenTeacher, load_detector
 from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
 from .coco_evaluation import ScoredCOCOEvaluator
@@ -195,9 +197,16 @@ class LazyRecipe:
         add_notes(path, FINAL, self._classes)
 
     def training(self) -> Training:
-        """Build all parts."""
+        """Build all parts; config.yaml gets what is the method's own."""
         cfg = self.cfg
         model = instantiate(cfg.model).to(cfg.train.device)
+        if isinstance(model, DistilledDetector) and model.distillers:
+            distillers = model.distillers.values()
+            for node, distiller in zip(cfg.model.distillers, distillers, strict=True):
+                for argument, value in distiller.own.items():
+                    OmegaConf.update(node, argument, value, force_add=True)
+            if comm.is_main_process():
+                LazyConfig.save(without_queries(cfg), os.path.join(self.folder, "config.yaml"))
         node = copy.deepcopy(cfg.optimizer)
         node.params.model = model
         main = instantiate(node)

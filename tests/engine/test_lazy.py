@@ -121,6 +121,10 @@ def test_lazy_main_trains_resumes_and_evaluates_the_student_alone(configs, tmp_p
     assert saved["iteration"] == 1 and set(saved) == {"model", "distillers", "trainer", "iteration"}
     assert set(saved["distillers"]) >= {"ssim.adapters.p3.weight"}
     assert {"distill/ssim_p3", "loss_distill", "loss_cls"} <= set().union(*metrics(tmp_path))
+    # What is a method's own is written, and what is given stays.
+    ssim, icd = LazyConfig.load(str(tmp_path / "config.yaml")).model.distillers
+    assert (ssim.weight, ssim.levels, ssim.adapter) == (4.0, ["p3", "p4"], "auto")
+    assert (icd.weight, icd.dim, icd.max_boxes, icd.part_weights.value) == (1.0, 16, 300, 8.0)
     # The zoo's SGD, and the AdamW that ICD asks for.
     sgd, adamw = saved["trainer"]["optimizer"]["optimizers"]
     assert "momentum_buffer" in sgd["state"][0] and "exp_avg_sq" in adamw["state"][0]
