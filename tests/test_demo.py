@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 from PIL import Image
 
-from ssim_kd.config import student_config
 from ssim_kd.metrics_file import Series
-from tools import demo, demo_picture, demo_training
+from tools import demo, demo_training
 
 TEACHER, STUDENT, DISTILLED = demo.TRAININGS
 RESULT = {"iteration": 3, "bbox/AP": 12.0, "bbox/AP50": 34.0, "bbox/AP75": 5.0}
@@ -174,25 +172,6 @@ def test_the_table() -> None:
     assert lines[-3].startswith("Distillation changed the student's AP by +1.5, in one run")
 
 
-def test_the_picture(out: Path) -> None:
-    args = arguments(out)
-    torch.manual_seed(0)
-    for training in demo.TRAININGS:
-        cfg = demo.config_of(training, args, out)
-        folder = out / training.key
-        folder.mkdir(parents=True)
-        saved = {"model": build_model(student_config(cfg)).state_dict()}
-        if training is DISTILLED:
-            saved["distillers"] = build_model(cfg).distillers.state_dict()
-        torch.save(saved, folder / "model_final.pth")
-    configs = {t.key: demo.config_of(t, args, out) for t in demo.TRAININGS}
-    demo.make_data(configs["student"])
-    demo_picture.draw_demo(configs, out / "demo.png", {k: {"AP": 1.0} for k in configs})
-    with Image.open(out / "demo.png") as image:
-        assert image.width > 800
-    assert (out / "demo.png").stat().st_size < 600_000
-
-
 def test_bad_data_folder_is_told_and_the_status_is_not_zero(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,7 +191,9 @@ def test_the_whole_demo(out: Path) -> None:
         assert summary[key]["images_per_second"] > 0
         assert summary[key]["seconds_trained"] > 0
     assert summary["student"]["parameters"] == summary["distilled"]["parameters"]
-    assert (out / "demo.png").is_file()
+    with Image.open(out / "demo.png") as image:
+        assert image.width > 800
+    assert (out / "demo.png").stat().st_size < 600_000
     # The student's file is a plain detector's: nothing of the teacher is in it.
     keys = torch.load(out / "distilled" / "model_final.pth", weights_only=True)["model"]
     plain = torch.load(out / "student" / "model_final.pth", weights_only=True)["model"]

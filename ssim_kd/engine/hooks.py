@@ -172,7 +172,9 @@ class BestCheckpoint(HookBase):
         ap = box_ap(results)
         saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
         if ap > self._best.get("AP", -1.0) and saved:  # NaN is never the best
-            self._best = {"AP": ap, "iteration": int(self.trainer.iter)}
+            # The last evaluation comes after the loop, whose iter is then max_iter.
+            iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+            self._best = {"AP": ap, "iteration": int(iteration)}
             self.trainer.checkpointer.keep_best()
 
     def after_train(self) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ssim_kd.comparing import running
+from tests.engine.runs import wait_until
 
 SBATCH = """#!/bin/sh
 [ "$1" = --version ] || { cat "$1" > "$STAND_IN_DATA/submitted.sh"; echo "Submitted batch job 42"; }
@@ -72,25 +72,21 @@ time.sleep(60)
 """
 
 
+def wait_for_training(folder: Path) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    running._call([sys.executable, "train.py"], folder, str(folder))
+
+
 def test_ctrl_c_lets_a_training_save(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAINING)
-    code = (
-        "import pathlib, sys; from ssim_kd.comparing.running import _call; "
-        "here = pathlib.Path.cwd();"
-        "_call([sys.executable, 'train.py'], here, str(here))"
+    process = multiprocessing.get_context("fork").Process(
+        target=wait_for_training, args=(tmp_path,)
     )
-    environment = {**os.environ, "PYTHONPATH": str(running.ROOT)}
-    # A terminal sends it to all processes of the group.
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() != 0
+    process.start()
+    wait_until((tmp_path / "started").exists, 60)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the group
+    process.join()
+    assert process.exitcode != 0
     assert (tmp_path / "saved").exists()

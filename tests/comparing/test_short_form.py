@@ -41,11 +41,15 @@ def changed(folder: Path, **changes: Any) -> str:
 
 
 def test_example_is_trained_at_the_first_try(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    def call(command: list[str], out: Path, _: str) -> None:
+        assert command[1:3] == ["-m", "ssim_kd"] and main(command[3:]) == 0
+        running._add_usage(out, 1.0)
+
     monkeypatch.setattr(running, "build_executor", lambda *_: Inline())
+    monkeypatch.setattr(running, "_call", call)  # in this process
     monkeypatch.chdir(tmp_path)  # paths are relative to the study
-    caplog.set_level("INFO")
     flags = ["--seeds", "1", "--arms", "plain", "pkd", "--opts", "SOLVER.EPOCHS", "1.0"]
     assert main(["compare", str(folder / "study.yaml"), *flags]) == 0
     records = Records(folder / "results" / "study.json").runs
@@ -55,7 +59,8 @@ def test_example_is_trained_at_the_first_try(
         run = folder / "output" / "study" / "students" / name / "1"
         assert ("distill/pkd_p2" in (run / "metrics.json").read_text()) == (name == "pkd")
     assert "pkd − plain" in (folder / "results" / "study.md").read_text()
-    assert "(2 of 2) students/pkd/1: AP" in caplog.text
+    said = capsys.readouterr()
+    assert "(2 of 2) students/pkd/1: AP" in said.out + said.err
     assert not list(tmp_path.iterdir())
 
 

@@ -152,3 +152,13 @@ def test_best_checkpoint_is_named_if_it_can_be_read(kept, level, tmp_path, caplo
     (record,) = caplog.records
     assert record.levelname == level
     assert f"{path}, box AP 41.50 at iteration 3" in record.getMessage()
+
+
+@pytest.mark.parametrize("iteration", [2, 4], ids=["in between", "after the last step"])
+def test_best_checkpoint_is_that_of_its_evaluation(iteration, tmp_path, caplog) -> None:
+    hook, checkpointer = BestCheckpoint(), StudentCheckpointer(nn.Identity(), str(tmp_path))
+    hook.trainer = SimpleNamespace(checkpointer=checkpointer, iter=iteration, max_iter=4)
+    checkpointer.save("model_x", iteration=min(iteration, 3))
+    hook.offer({"bbox": {"AP": 41.5}})
+    hook.after_train()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
