@@ -37,7 +37,7 @@ def children_of(pid: int) -> list[int]:
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(600)  # four programs start, one after the other
 def test_local_job_that_is_preempted_equals_the_whole(tmp_path: Path) -> None:
     world = World(tmp_path)

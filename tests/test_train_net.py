@@ -81,20 +81,10 @@ def test_student_in_the_hands_of_stock_detectron2(spawn: Path, tmp_path: Path) -
     assert stock.returncode == 0 and "instances" in stock.stdout, stock.stderr[-3000:]
 
 
-@pytest.mark.parametrize("machines", [1, 2])
-def test_torchrun_comes_to_the_weights_of_num_gpus(machines, world, spawn, tmp_path) -> None:
-    """Two processes on one machine, or one on each of two."""
-    place = ("--master-addr=127.0.0.1", f"--master-port={free_port()}")
-    number = (f"--nnodes={machines}", f"--nproc-per-node={2 // machines}")
-    processes = [
-        start(
-            *world.arguments(tmp_path, *SHORT),
-            module=("-m", "torch.distributed.run", *number, f"--node-rank={rank}", *place),
-        )
-        for rank in range(machines)
-    ]
-    for process in processes:
-        finish(process)
+def test_torchrun_comes_to_the_weights_of_num_gpus(world, spawn, tmp_path) -> None:
+    place = ("--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    torchrun = ("-m", "torch.distributed.run", *place)
+    finish(start(*world.arguments(tmp_path, *SHORT), module=torchrun))
     assert_same(checkpoint(spawn), checkpoint(tmp_path))
 
 

@@ -145,14 +145,13 @@ print(time.time(), flush=True)
 # Another thread then gets the signal, and the sleep is not interrupted.
 BLOCK = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
 WAITS = {
-    "in Python": "time.sleep(60)",
     "in compiled code": "ctypes.CDLL(None).sleep(60)",
     "in compiled code, saved": "with hook.saved():\n    ctypes.CDLL(None).sleep(60)",
 }
 
 
 def ended(wait: str, *, more: str = "") -> tuple[int, float, str]:
-    program = BUSY.format(wait=wait, block=BLOCK * ("ctypes" in wait) + more)
+    program = BUSY.format(wait=wait, block=BLOCK + more)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     return done.returncode, time.time() - float(done.stdout.split()[0]), done.stderr
 
