@@ -213,6 +213,7 @@ def export_parser(program: str | None = None) -> argparse.ArgumentParser:
     add("--config-file", required=True, help="of the training, or a stock one")
     add("--output", type=Path, required=True, help="folder")
     add("--import", dest="imports", action="append", default=[], help="as for a training")
+    add("--data", default="", metavar="DATA.YAML", help="as for a training")
     add(
         "--formats",
         nargs="+",

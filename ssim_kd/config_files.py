@@ -4,10 +4,10 @@ import copy
 import difflib
 import functools
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
@@ -60,13 +60,8 @@ def is_lazy(path: str) -> bool:
 
 def is_saved_lazy_config(path: str) -> bool:
     """Whether a .yaml is what ``LazyConfig.save`` leaves in the folder of a run."""
-    with PathManager.open(path, "r") as file:
-        try:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-            return False
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return "model" in keys and "MODEL" not in keys
+    with PathManager.open(path, "rb") as file:
+        return {b"model"} == {*re.findall(rb"^(model)\b", file.read(), re.I | re.M)}
 
 
 def load_lazy_file(path: str) -> DictConfig:

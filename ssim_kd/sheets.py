@@ -2,20 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.modeling import build_model
 from jinja2 import Environment
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from ssim_kd.checkpoint import load_strictly, read_file, read_weights
-from ssim_kd.data import register_datasets
-from ssim_kd.engine import load_config
-from ssim_kd.engine.preflight import check_tested
+from ssim_kd.engine import DistillTrainer
+from ssim_kd.engine.defaults import recipe_of
+from ssim_kd.engine.settings import Settings
 from ssim_kd.projects import add_project_configs
 from ssim_kd.visualization import PANELS, LossMaps, loss_maps, map_panels, pyramid_distiller, to_rgb
 
@@ -30,7 +27,7 @@ img { max-width: 100%; } div { overflow-x: auto; } table { border-collapse: coll
 td, th { padding: .2em .8em; text-align: right; }
 </style>
 <h1>What is distilled</h1>
-<p>{{ weights }}; {{ data }}. Over each image, by level: {{ panels | join(", ") }}. Loss: black 0,
+<p>{{ weights }}. Over each image, by level: {{ panels | join(", ") }}. Loss: black 0,
 yellow 0.5 or more. Luminance, contrast, structure: black 1 (equal), yellow 0. Activations and l2:
 each map's own range. The table holds the means over the images.</p>
 <div><table><tr><th>level</th>{% for name in panels %}<th>{{ name }}</th>{% endfor %}</tr>
@@ -43,23 +40,19 @@ each map's own range. The table holds the means over the images.</p>
 """)
 
 
-def load_model(cfg: CfgNode) -> torch.nn.Module:
-    """The model of a training, with the student and the distillers of its checkpoint."""
-    key = "MODEL.WEIGHTS"
-    _, checkpoint = read_file(cfg.MODEL.WEIGHTS, key=key)
-    model = build_model(cfg).eval()
-    if getattr(model, "teacher", None) is None:
-        raise ValueError("MODEL.DISTILL.ENABLED is False: nothing to compare with.")
-    load_strictly(model.student, read_weights(cfg.MODEL.WEIGHTS, key=key))
+def load_weights(model: Any, settings: Settings) -> None:
+    """Load the student and the distillers of a training's checkpoint."""
+    path, key = settings.weights, settings.key("weights")
+    _, checkpoint = read_file(path, key=key)
+    load_strictly(model.student, read_weights(path, key=key))
     state = checkpoint.get("distillers", {})
     missing = set(model.distillers.state_dict()) - set(state)
     if missing:
         raise ValueError(
-            f"{key} is {cfg.MODEL.WEIGHTS!r}, which lacks the distillers' {sorted(missing)[:3]}; "
+            f"{key} is {path!r}, which lacks the distillers' {sorted(missing)[:3]}; "
             "expected a checkpoint of the training, which holds its adapters."
         )
     model.distillers.load_state_dict(state)
-    return model
 
 
 def draw_sheet(
@@ -84,30 +77,24 @@ def draw_sheet(
 
 def main(args: argparse.Namespace) -> None:
     """Draw the sheets and write their page; the arguments of ``ssim-kd visualize``."""
-    args.eval_only = True  # for load_config: nothing is trained
-    cfg = load_config(args, add_project_configs)
-    check_tested(cfg)
-    register_datasets(cfg)
-    model = load_model(cfg)
-    name = cfg.DATASETS.TEST[0]
-    mapper = DatasetMapper(cfg, is_train=False)
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.eval_only = True  # nothing is trained
+    recipe = recipe_of(args, add_project_configs, DistillTrainer)
+    settings = recipe.settings()
+    inputs, model = recipe.pictures(args.images), recipe.model().eval()
     strides = pyramid_distiller(model).strides
+    load_weights(model, settings)
+    args.output.mkdir(parents=True, exist_ok=True)
     sheets, sums = [], {level: dict.fromkeys(PANELS, 0.0) for level in strides}
-    records = DatasetCatalog.get(name)[: args.images]
-    for number, record in enumerate(records):
-        inputs = [mapper(record)]
-        maps = loss_maps(model, inputs)
-        image = to_rgb(inputs[0]["image"], cfg.INPUT.FORMAT)
+    for number, record in enumerate(inputs):
+        maps = loss_maps(model, [record])
+        image = to_rgb(record["image"], settings.image_format)
         figure = draw_sheet(image, 0, maps, strides)
         sheets.append((f"{number:03d}.png", Path(record["file_name"]).name))
         figure.savefig(args.output / sheets[-1][0], dpi=110)
         pyplot.close(figure)
         for level, found in maps.items():
             for panel in PANELS:
-                sums[level][panel] += float(getattr(found, panel).nanmean()) / len(records)
-    page = PAGE.render(
-        weights=cfg.MODEL.WEIGHTS, data=name, panels=list(PANELS), table=sums, sheets=sheets
-    )
+                sums[level][panel] += float(getattr(found, panel).nanmean()) / len(inputs)
+    page = PAGE.render(weights=settings.weights, panels=list(PANELS), table=sums, sheets=sheets)
     (args.output / "index.html").write_text(page, encoding="utf-8")
     print(f"{len(sheets)} sheets and {args.output / 'index.html'}")

@@ -169,13 +169,16 @@ def pyramid_distiller(model: Any) -> PyramidDistiller:
     """The first distiller of a model that compares maps level by level.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no teacher.
     """
-    found = [d for d in model.distillers.values() if isinstance(d, PyramidDistiller)]
-    if model.teacher is None or not found:
+    if getattr(model, "missing_teacher", None) is not None:
+        raise model.missing_teacher
+    distillers = getattr(model, "distillers", {}).values()
+    found = [d for d in distillers if isinstance(d, PyramidDistiller)]
+    if not found:
         raise ValueError(
-            "No maps of a teacher were recorded: MODEL.DISTILL.ENABLED is False, or no "
-            "distiller compares maps by level."
+            "There is nothing to compare: the model has no teacher, or no distiller compares maps "
+            "by level."
         )
     return found[0]
 

@@ -24,11 +24,13 @@ from ..config_files import (
     did_you_mean,
     find_config_file,
     is_lazy,
+    is_saved_lazy_config,
     load_lazy_file,
     merge_file,
 )
 from ..data import Needs, check_datasets, count_images, register_datasets, train_records
 from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller, teacher_name
+from ..modeling.saved_lazy import name_functions
 from ..yaml_files import near_shipped
 from .data_file import apply_data, apply_lazy_data
 from .preflight import check_config
@@ -193,6 +195,7 @@ def load_lazy(args: argparse.Namespace, facts: dict[str, int] | None = None) -> 
     outside = [text for text in args.opts if text not in inside]
     cfg = _with_overrides(lambda: cfg, outside, args)
     cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
+    name_functions(cfg)  # so that the folder of the run can be read
     if _lacks(str(cfg.train.device)):
         cfg.train.device = "cpu"
         notes.append("This machine has no GPU that PyTorch can use: train.device is 'cpu'.")
@@ -290,6 +293,11 @@ def _merge_file(cfg: CfgNode, path: str) -> set[str]:
         raise ValueError(
             f"--config-file {path} is a LazyConfig; expected a .yaml file. ssim-kd train, eval "
             "and export take both."
+        )
+    if is_saved_lazy_config(path):
+        raise ValueError(
+            f"--config-file {path} is what a training of a LazyConfig leaves, for --teacher; "
+            "expected the .py of that training."
         )
     try:
         return merge_file(cfg, path)

@@ -196,10 +196,13 @@ class LazyRecipe:
         LazyConfig.save(without_queries(cfg), path)
         add_notes(path, FINAL, self._classes)
 
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return instantiate(self.cfg.model).to(self.device)  # type: ignore[no-any-return]
+
     def training(self) -> Training:
         """Build all parts; config.yaml gets what is the method's own."""
-        cfg = self.cfg
-        model = instantiate(cfg.model).to(cfg.train.device)
+        cfg, model = self.cfg, self.model()
         if isinstance(model, DistilledDetector) and model.distillers:
             distillers = model.distillers.values()
             for node, distiller in zip(cfg.model.distillers, distillers, strict=True):
@@ -222,7 +225,7 @@ class LazyRecipe:
             scheduler=self._scheduler(optimizer),
             evaluate=lambda: self._evaluate(student),
             statistics_loader=lambda: self._train_loader(num_workers=0),
-            pictures=self._pictures,
+            pictures=lambda: self.pictures(3),
             trackers=lambda: build_trackers(cfg),
             config=OmegaConf.to_container(self.cfg),  # type: ignore[arg-type]
         )
@@ -288,9 +291,10 @@ class LazyRecipe:
                     f"dataloader.{key} cannot be built: {type(error).__name__}: {error}"
                 ) from error
 
-    def _pictures(self) -> list[dict[str, Any]]:
+    def pictures(self, count: int) -> list[dict[str, Any]]:
+        """The first images that are evaluated, as the model takes them."""
         loader = self._test_loader()
-        return list(itertools.islice(itertools.chain.from_iterable(loader), 3))
+        return list(itertools.islice(itertools.chain.from_iterable(loader), count))
 
     def teacher_weights(self) -> str:
         """The file of the teacher's weights."""

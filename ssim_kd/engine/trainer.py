@@ -90,7 +90,7 @@ class DistillTrainer(Training, DefaultTrainer):
             evaluate=lambda: self.test(cfg, self.model),
             evaluate_last=self._test_with_augmentation if cfg.TEST.AUG.ENABLED else None,
             statistics_loader=self._statistics_loader,
-            pictures=self._pictures,
+            pictures=lambda: first_images(cfg, 3),
             trackers=lambda: build_trackers(cfg),
             config=cfg,
         )
@@ -100,11 +100,6 @@ class DistillTrainer(Training, DefaultTrainer):
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0  # as DefaultTrainer does
         return self.build_train_loader(cfg)
-
-    def _pictures(self) -> list[dict[str, Any]]:
-        name = (*self.cfg.DATASETS.TEST, *self.cfg.DATASETS.TRAIN)[0]
-        mapper = DatasetMapper(self.cfg, is_train=False)
-        return [mapper(record) for record in DatasetCatalog.get(name)[:3]]
 
     def check_evaluation(self) -> None:
         """See :func:`ssim_kd.engine.preflight.check_evaluation`; builds the TTA wrapper as well.
@@ -252,6 +247,16 @@ class YamlRecipe:
         """Evaluate the teacher on the student's data."""
         return self._trainer.test(*teacher_for_evaluation(self.cfg))
 
+    def model(self) -> torch.nn.Module:
+        """What is trained."""
+        return self._trainer.build_model(self.cfg)
+
+    def pictures(self, count: int) -> list[dict[str, Any]]:
+        """The first images that are evaluated, as the model takes them."""
+        check_tested(self.cfg)
+        register_datasets(self.cfg)
+        return first_images(self.cfg, count)
+
     def evaluation(self) -> Callable[[], Any]:
         """Build what ``--eval-only`` or ``--eval-teacher`` evaluates; returns what does so."""
         args = self._args
@@ -273,6 +278,13 @@ class YamlRecipe:
             return results
 
         return evaluate
+
+
+def first_images(cfg: CfgNode, count: int) -> list[dict[str, Any]]:
+    """Images of the first TEST set, or TRAIN set if there is none, as an evaluation maps them."""
+    name = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
+    mapper = DatasetMapper(cfg, is_train=False)
+    return [mapper(record) for record in DatasetCatalog.get(name)[:count]]
 
 
 def is_overridden(trainer: Any, base: type, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Builds the model of a LazyConfig that was saved as YAML, without running code of the file.
+"""LazyConfigs saved as YAML: what they can hold, and how one is read without running code of it.
 
 A saved LazyConfig names what to call, and ``LazyConfig.load`` calls whatever it names. Here only
 parts of detectors are called: classes of Detectron2, torch.nn and ssim_kd.
@@ -7,8 +7,10 @@ parts of detectors are called: classes of Detectron2, torch.nn and ssim_kd.
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import yaml
@@ -154,3 +156,55 @@ def targets_of(node: Any) -> Iterator[Any]:
         node = list(node.values())
     for value in node if isinstance(node, list | tuple) else ():
         yield from targets_of(value)
+
+
+def name_functions(node: Any) -> None:
+    """Replace functions of a LazyConfig that YAML cannot name, in place: lambdas, say.
+
+    One that passes its argument on, ``lambda c: NaiveSyncBatchNorm(c, stats_mode="N")``, becomes
+    the same ``partial(NaiveSyncBatchNorm, stats_mode="N")``. Any other stays as it is.
+    """
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            name_functions(value)
+        elif isinstance(value, FunctionType) and not _has_name(value):
+            node[key] = _as_partial(value)
+
+
+def _has_name(function: FunctionType) -> bool:
+    module = sys.modules.get(function.__module__)
+    return getattr(module, function.__qualname__, None) is function
+
+
+class _Noted:
+    """Stands for a name in a function, and notes what is called by it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __getattr__(self, name: str) -> "_Noted":
+        return _Noted(getattr(self._value, name))
+
+    def __call__(self, *arguments: Any, **options: Any) -> partial:
+        return partial(self._value, *arguments, **options)
+
+
+def _as_partial(function: FunctionType) -> Any:
+    names = {
+        name: _Noted(value) if callable(value) or isinstance(value, ModuleType) else value
+        for name, value in function.__globals__.items()
+        if name in function.__code__.co_names
+    }
+    argument = object()
+    run = (function.__code__, names, "", function.__defaults__, function.__closure__)
+    try:
+        call = FunctionType(*run)(argument)
+        *before, last = call.args
+    except Exception:
+        return function
+    values = [*before, *call.keywords.values()]
+    plain = all(isinstance(value, str | int | float | None) for value in values)
+    return partial(call.func, *before, **call.keywords) if last is argument and plain else function

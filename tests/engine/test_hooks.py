@@ -145,8 +145,9 @@ def test_best_checkpoint_is_named_if_it_can_be_read(kept, level, tmp_path, caplo
     elif kept:
         torch.save(kept, path)
     checkpointer = StudentCheckpointer(nn.Identity(), str(tmp_path))
-    hook.trainer = SimpleNamespace(checkpointer=checkpointer)
-    hook.load_state_dict({"AP": 41.5, "iteration": 3})
+    checkpointer.get_checkpoint_file, checkpointer.keep_best = lambda: "last", lambda: None
+    hook.trainer = SimpleNamespace(checkpointer=checkpointer, iter=4, max_iter=4)
+    hook.offer({"bbox": {"AP": 41.5}})
     with caplog.at_level("INFO"):
         hook.after_train()
     (record,) = caplog.records
