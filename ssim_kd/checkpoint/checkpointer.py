@@ -48,7 +48,7 @@ class StudentCheckpointer(DetectionCheckpointer):
     - What a resume could not read is refused when it is saved.
     - Weights to start from must fit the whole backbone of the student, unless ``partial``.
 
-    "model" holds the plain student. Other states of the training have keys of their own.
+    "model" holds the plain student. Other states of the training have separate keys.
 
     Attributes:
         last_saved: iteration of the checkpoint that was saved last; None before the first, and

@@ -41,7 +41,7 @@ class Weights:
 
 
 def local_file(path: str, *, key: str) -> str:
-    """Where a file or URL lies on this machine, downloaded if need be.
+    """The local path of a file or URL, downloaded if need be.
 
     Args:
         path: a file, which may begin with ``~``, or a URL that Detectron2's PathManager knows.
@@ -110,7 +110,7 @@ def read_file(path: str, *, key: str) -> tuple[str, dict[str, Any]]:
         key: the config key that named it, for messages.
 
     Returns:
-        where it lies on this machine, and its dict.
+        its local path, and its dict.
 
     Raises:
         ValueError: as :func:`local_file` and :func:`read_checkpoint`, with the key and its value.
@@ -186,7 +186,7 @@ def read_weights(path: str, *, key: str) -> Weights:
 
 
 def model_of(data: Mapping[str, Any]) -> tuple[str, Any]:
-    """Where a checkpoint holds the model, and what is there.
+    """The place of the model in a checkpoint, and its content.
 
     Returns:
         the key ("content" for a bare state dict), and the value under it; prefixes that DDP and

@@ -103,7 +103,7 @@ def _newest_first(folder: str) -> Iterator[str]:
 
 
 def newest_whole(folder: str) -> tuple[str | None, str | None]:
-    """(path, None), (None, None) where no checkpoint is, or (None, what is wrong)."""
+    """(path, None), (None, None) without a checkpoint, or (None, what is wrong)."""
     tag, seen = tag_of(folder), 0
     if tag == NONE_YET:
         return None, None
@@ -129,7 +129,7 @@ def newest_whole(folder: str) -> tuple[str | None, str | None]:
     if tag:
         return None, (
             f"--resume: {TAG} in {folder} names {tag}, which is missing there, and "
-            "there is no other checkpoint. Restore it, or remove last_checkpoint to start anew."
+            "no other checkpoint was found. Restore it, or remove last_checkpoint to start anew."
         )
     return None, None
 

@@ -57,23 +57,23 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
     fitting = {k: v for k, v in given.items() if k in expected and k not in misshaped}
     if not any(not k.startswith(feature_path) for k in fitting) and feature_path:
         raise ValueError(
-            f"{weights.key} is {weights.path!r}, which holds a backbone alone; expected a trained "
+            f"{weights.key} is {weights.path!r}, which holds only a backbone; expected a trained "
             "detector, heads included."
         )
     _check_values(weights, fitting)
     model.load_state_dict(fitting, strict=False)
-    beside = [k for k in (*missing, *unexpected, *misshaped) if not k.startswith(feature_path)]
-    if beside:
+    others = [k for k in (*missing, *unexpected, *misshaped) if not k.startswith(feature_path)]
+    if others:
         logger.warning(
             "%s is %r, of which %d keys other than %s* are not as in its config (e.g. %s): "
-            "other heads or classes. Its features alone are used.",
+            "other heads or classes. Only its features are used.",
             weights.key,
             weights.path,
-            len(beside),
+            len(others),
             feature_path,
-            beside[0],
+            others[0],
         )
-    return beside
+    return others
 
 
 def _tolerated(key: str) -> bool:

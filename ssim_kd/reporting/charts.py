@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ..metrics_file import Series
 
-#: Most points of a curve that is alone in its chart; more are thinned.
+#: Most points of the only curve of a chart; more are thinned.
 MOST_POINTS = 300
 #: Colours of runs in the style sheet, --run-0 and so on.
 NUM_COLOURS = 8
@@ -78,7 +78,7 @@ class Line:
 
 
 def thin(series: Series, most: int = MOST_POINTS) -> Series:
-    """At most so many points: the median of each of as many parts; NaN where a part has none."""
+    """At most so many points: the median of each of as many parts; NaN if a part has none."""
     if len(series.iterations) <= most:
         return series
     thinned = Series()

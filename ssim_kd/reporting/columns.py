@@ -164,7 +164,7 @@ def _add(page: Comparison, run: Run, role: str) -> None:
 
 
 def _name(columns: Sequence[Column]) -> None:
-    """The shortest ends of their paths that differ; a number alone names nothing."""
+    """The shortest ends of their paths that differ; a number is not a name."""
     for column in columns:
         parts = column.run.folder.resolve().parts
         for count in range(1, len(parts)):

@@ -124,7 +124,7 @@ def read_detections(path: Path, truth: COCO, *, limit: int) -> Detections:
     """Read and analyse a file that Detectron2's COCOEvaluator wrote.
 
     Raises:
-        NotAvailableError: there is no such file, or it is of another set.
+        NotAvailableError: the file does not exist, or is of another set.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))

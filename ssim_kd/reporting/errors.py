@@ -38,7 +38,7 @@ class ErrorAnalysis:
     Attributes:
         ap50: box AP at IoU 0.5, 0 to 100; NaN without ground truth.
         counts: of errors, by kind.
-        costs: AP50 that the set would have more if the errors of a kind alone were mended.
+        costs: AP50 that the set would gain if only the errors of a kind were mended.
         kinds: of each detection, by its id: :data:`CORRECT`, :data:`IGNORED` (in a crowd), a kind.
         matches: the box of the ground truth, by the id of a correct detection.
     """
@@ -69,8 +69,8 @@ def evaluate_boxes(truth: COCO, found: COCO, *, limit: int = 100) -> dict[str, f
         limit: of detections that count, of an image and class.
 
     Returns:
-        "AP", "AP50", "AP75", "APs", "APm", "APl", and "AP-NAME" of each class; NaN where there is
-        no such box.
+        "AP", "AP50", "AP75", "APs", "APm", "APl", and "AP-NAME" of each class; NaN if the set
+        has no such box.
     """
     evaluation = coco_scores.score(truth, found, "bbox", limits=[limit])
     precision = evaluation.eval["precision"][..., -1]  # IoU, recall, class, size
@@ -172,7 +172,7 @@ def _count(
     truth: COCO,
     taken: set[int],
 ) -> None:
-    """Count the errors, and mend each kind alone."""
+    """Count the errors, and mend each kind separately."""
     counted = [a for a in truth.anns.values() if not a["iscrowd"]]
     missed = [a for a in counted if a["id"] not in taken and a["id"] not in targets]
     kinds = np.array([result.kinds[number] for number in dets.ids], dtype=object)

@@ -1,4 +1,4 @@
-"""Finds the runs that a run is compared with: its teacher, its control, where it started from."""
+"""Finds the runs that a run is compared with: its teacher, its control, and its start."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def find_teacher(run: Run) -> Run:
     """The run that made the teacher, by the keys of its config.
 
     Raises:
-        NotAvailableError: there is no teacher, or its run is not here.
+        NotAvailableError: the run has no teacher, or the teacher's run is not here.
     """
     if not run.distils:
         raise NotAvailableError("the training had none")
@@ -84,16 +84,16 @@ def check_same_test_set(run: Run, other: Run, *, last: bool = False) -> None:
     try:
         same = find_test_set(run, ours).is_same(find_test_set(other, theirs))
     except NotAvailableError:
-        return  # a set of the user's own, which is known by its name alone
+        return  # a custom set, of which only the name is known
     if not same:
         raise NotAvailableError(f"{other.folder} was tested on another file named {theirs}")
 
 
 def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
-    """The run that differs by distillation alone: of those on the page, or in a folder next to it.
+    """The run that differs only by distillation: of those on the page, or in a folder next to it.
 
     Raises:
-        NotAvailableError: the training did not distil; there is no such run, or more than one.
+        NotAvailableError: the training did not distil; no run fits, or more than one.
     """
     if not run.distils:
         raise NotAvailableError("the training did not distil: it is itself a plain run")
@@ -113,8 +113,8 @@ def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
     found = [other for other in found if other.folder in shown] or found
     if len(found) == 1:
         return found[0]
-    beside = run.folder.resolve().parent
-    reason = f"no run in {beside} has the same config without distillation"
+    parent = run.folder.resolve().parent
+    reason = f"no run in {parent} has the same config without distillation"
     if found:
         reason = "several runs could be it: " + ", ".join(str(r.folder) for r in found)
     raise NotAvailableError(f"{reason}. {_NAMED.format(flag='--control')}")

@@ -84,14 +84,14 @@ class Run:
     def evaluations(self) -> dict[tuple[str, str], dict[str, Series]]:
         """The metrics of the evaluations, by (data set, task) and name.
 
-        Detectron2 leaves the name of the set out if there is one alone.
+        Detectron2 leaves the name of the set out if there is only one.
         """
-        alone = self.test_sets[0] if len(self.test_sets) == 1 else ""
+        only = self.test_sets[0] if len(self.test_sets) == 1 else ""
         found: dict[tuple[str, str], dict[str, Series]] = {}
         for key, series in self.series.items():
             match = _METRIC.fullmatch(key)
             if match:
-                place = (match["set"] or alone, match["task"])
+                place = (match["set"] or only, match["task"])
                 found.setdefault(place, {})[match["metric"]] = series
         return found
 
@@ -167,7 +167,7 @@ def _listed(value: Any) -> Any:
 
 
 def read_config(folder: Path) -> Run:
-    """A run of which the config alone is read."""
+    """A run of which only the config is read."""
     run = Run(folder)
     path = folder / "config.yaml"
     try:

@@ -21,7 +21,7 @@ AP_COLUMNS = ("AP", "AP50", "AP75", *SIZES)
 
 
 def number(value: float | None) -> str:
-    """A figure with one decimal, two digits where it would show as 0; a dash where unknown."""
+    """A figure with one decimal, two digits if it would show as 0; a dash if unknown."""
     if value is None or value != value:
         return "–"
     return (f"{value:.2g}" if 0 < abs(value) < 0.05 else f"{value:.1f}").replace("-", "−")

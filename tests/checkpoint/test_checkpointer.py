@@ -216,7 +216,7 @@ def test_keep_best(tmp_path) -> None:
     assert make(tmp_path)[0].read("model_best.pth")["iteration"] == 2
 
 
-def test_resume_or_load_anew_beside_an_earlier_run(tmp_path, caplog) -> None:
+def test_resume_or_load_anew_next_to_an_earlier_run(tmp_path, caplog) -> None:
     save(tmp_path, 1, 5)
     (tmp_path / "model_best.pth").touch()
     checkpointer, _ = make(tmp_path, keep=1)

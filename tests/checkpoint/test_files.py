@@ -161,7 +161,7 @@ def test_read_checkpoint_without_checksums(tmp_path) -> None:
     [np.float64(41.5), np.bool_(True), np.arange(4.0), Namespace(lr=0.5), Counter("aab")],
     ids=lambda value: type(value).__name__,
 )
-def test_read_checkpoint_values_beside_tensors(value, protocol, state, tmp_path) -> None:
+def test_read_checkpoint_values_next_to_tensors(value, protocol, state, tmp_path) -> None:
     torch.save({"model": state, "x": value}, tmp_path / "x.pth", pickle_protocol=protocol)
     assert np.all(read_checkpoint(str(tmp_path / "x.pth"))["x"] == value)
 

@@ -35,7 +35,7 @@ def test_resume_or_load(folder, caplog) -> None:
     assert "model_best.pth" in names(folder)
 
 
-def test_resume_or_load_anew_beside_an_earlier_run(folder, caplog) -> None:
+def test_resume_or_load_anew_next_to_an_earlier_run(folder, caplog) -> None:
     save(OUT, 1, 5)
     checkpointer, _ = make(OUT, keep=1)
     assert not checkpointer.resume_or_load("", resume=False)

@@ -69,7 +69,7 @@ def test_load_strictly_imagenet_backbone(state, model, tmp_path) -> None:
 def test_load_strictly_without_heads(state, model, tmp_path) -> None:
     file = tmp_path / "backbone.pth"
     torch.save({k: v for k, v in state.items() if k.startswith("backbone.")}, file)
-    refused(model, file, "a backbone alone")
+    refused(model, file, "only a backbone")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -74,9 +74,9 @@ REFUSED: dict[str, tuple[Callable[[State, Path], Any], str]] = {
     "one layer of zeros": (saved(with_value(0.0)), "fpn_output4.weight is all zeros"),
     "NaN": (saved(with_value(np.nan)), "fpn_output4.weight holds NaN or Inf"),
     "Inf": (saved(with_value(np.inf)), "holds NaN or Inf"),
-    "backbone alone": (
+    "only a backbone": (
         saved(lambda s: {k: v for k, v in s.items() if k.startswith("backbone.")}),
-        "holds a backbone alone",
+        "holds only a backbone",
     ),
     "a key is missing": (
         saved(lambda s: {k: v for k, v in s.items() if "res4.2.conv1.weight" not in k}),

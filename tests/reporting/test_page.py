@@ -76,7 +76,7 @@ def page_of(*runs: Path, **named: Path) -> Page:
     return page
 
 
-def test_write_report_beside_control_and_teacher(tmp_path: Path) -> None:
+def test_write_report_next_to_control_and_teacher(tmp_path: Path) -> None:
     run, _, _ = write_pair(tmp_path)
     page = page_of(run)
     result = page.sections["result"]
