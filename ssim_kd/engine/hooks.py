@@ -18,7 +18,6 @@ from torch import nn
 
 from ..checkpoint import BEST
 from ..modeling import unwrap
-from ..visualization import loss_map_images
 from .evaluation import box_ap
 from .signals import StopOnSignal
 from .writers import Accessory
@@ -142,6 +141,8 @@ class VisualizeDistillation(HookBase):
             self._draw()
 
     def _draw(self) -> None:
+        from ..visualization import loss_map_images  # needs matplotlib: half a second
+
         self._inputs = self._inputs or self._load()
         model = unwrap(self.trainer.model)
         training = model.training
