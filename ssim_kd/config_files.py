@@ -112,7 +112,7 @@ def did_you_mean(cfg: CN, message: str) -> str:
         " Did you mean MODEL.DISTILL.LOSS?"; "" if no key is like it.
     """
     key = message.rsplit(": ", 1)[-1].strip("'\" ")
-    known = dict.fromkeys(dotted(cfg))
+    known = dict(dotted(cfg))
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, 6)}
     names = sorted({*known, *sections})
     near = near_keys(key, names, most=2, cutoff=0.85)

@@ -1,8 +1,9 @@
 """Reads YAML config files with their bases: each once, what is merged is what was checked."""
 
 import difflib
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def read_with_bases(path: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
     own = _read(path, title)
     _rename(own)
     bases = own.pop(BASE_KEY, [])
-    keys = set() if is_shipped(path) else set(dotted(own))
+    keys = set() if is_shipped(path) else set(dict(dotted(own)))
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         found, set_there = read_with_bases(_base_path(str(base or ""), path), (*above, path))
@@ -83,13 +84,20 @@ def read_with_bases(path: str, above: tuple[str, ...] = ()) -> tuple[dict[str, A
     return _merged(own, merged, title), keys
 
 
-def dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys of a nested dict, without those of inner dicts."""
+def dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names of the values of a nested config, and the values."""
     for key, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
+
+
+def name_of(value: Any) -> str:
+    """A value as text; functions and classes by name: their text has an address."""
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
 
 
 def _rename(own: dict[str, Any]) -> None:

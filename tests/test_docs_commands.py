@@ -199,7 +199,7 @@ def test_yaml_of_the_pages_is_a_config_or_a_data_file(user: World) -> None:
         if "train" in content:
             path = user.folder / f"data{number}.yaml"
             path.write_text(text)
-            apply_data(cfg, str(path), (), {})
+            apply_data(cfg, str(path), ())
         else:
             cfg.merge_from_other_cfg(CfgNode(content))
         assert content, page

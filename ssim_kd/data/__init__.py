@@ -7,6 +7,7 @@ from .digits import ensure_digits, register_digits
 from .json_file import count_classes
 from .mapper import CheckedMapper, UnreadableImageError
 from .needs import Needs
+from .records import once
 from .resumable_loader import TrainLoader
 from .train_loader import build_train_loader
 from .training_sets import count_images, train_records
@@ -27,6 +28,7 @@ __all__ = [
     "count_classes",
     "count_images",
     "ensure_digits",
+    "once",
     "register_coco",
     "register_datasets",
     "register_digits",

@@ -174,6 +174,24 @@ def _object(annotation: dict[str, Any], number: dict[Any, int]) -> dict[str, Any
     return found
 
 
+def once(make: Callable[[], Any]) -> Any:
+    """What the main process makes, for all processes, which must call it.
+
+    Raises:
+        Exception: that of the main process, in all.
+    """
+    found, error = None, None
+    if comm.is_main_process():
+        try:
+            found = make()
+        except Exception as raised:
+            error = raised
+    found, error = comm.all_gather((found, error))[0]
+    if error is not None:
+        raise error
+    return found
+
+
 def shared(make: Callable[[], Records | None]) -> Records | None:
     """Make records, or none, once on each machine, for all its processes, which must call it.
 

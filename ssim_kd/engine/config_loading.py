@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +33,7 @@ from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller, teacher_
 from ..modeling.saved_lazy import name_functions
 from ..yaml_files import near_shipped
 from .data_file import apply_data, apply_lazy_data
-from .preflight import check_config
-from .schedule import apply_schedule, value_of
+from .schedule import LazySchedule, YamlSchedule, value_of
 
 # By these names or itself, of which ours reads a file once.
 _DETECTRON2_RECORDS = (
@@ -67,37 +66,33 @@ class Loaded:
         cfg: a YAML config, frozen, or a LazyConfig.
         config_file: the path of the file; "" for none.
         notes: what arguments have set, a line each, for the log.
-        facts: what was read of the data for it, so that another process need not.
     """
 
     cfg: Any
     config_file: str
-    notes: list[str] = field(default_factory=list)
-    facts: dict[str, int] = field(default_factory=dict)
+    notes: list[str]
 
 
-def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
-    """The YAML config of a command line, frozen; see :func:`load_yaml`."""
-    return load_yaml(args, add_config).cfg
+def is_evaluation(args: argparse.Namespace) -> bool:
+    """Whether a command line trains nothing."""
+    return any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
 
 
 def load_yaml(
-    args: argparse.Namespace,
-    add_config: AddConfig | None = None,
-    facts: dict[str, int] | None = None,
+    args: argparse.Namespace, add_config: AddConfig | None = None, *, data: bool = True
 ) -> Loaded:
     """Detectron2's defaults, ours, the file, the arguments, the overrides.
 
     Args:
         args: of :func:`ssim_kd.engine.argument_parser`; those of another parser may lack some.
         add_config: adds further keys to the config.
-        facts: of the same command line, from another process.
+        data: False leaves out what ``--data``, ``--epochs`` and ``--batch`` ask for, which may
+            need the data. All processes read them together.
 
     Raises:
-        ValueError: an unknown key, a file that is not readable, or what :func:`check_config`
-            raises.
+        ValueError: an unknown key, or a file that is not readable.
     """
-    cfg, notes, facts = get_cfg(), [], {} if facts is None else facts
+    cfg, notes = get_cfg(), list[str]()
     add_distill_config(cfg)
     for add in filter(None, (add_config, *map(import_method, getattr(args, "imports", ())))):
         add(cfg)
@@ -117,9 +112,9 @@ def load_yaml(
     data_file, teacher = getattr(args, "data", ""), getattr(args, "teacher", "")
     if data_file and "DATASETS.DATA_FILE" not in by_hand:
         cfg.DATASETS.DATA_FILE = data_file
-    if cfg.DATASETS.DATA_FILE:
+    if cfg.DATASETS.DATA_FILE and data:
         path = _beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
-        notes += apply_data(cfg, path, own - by_hand, facts)
+        notes += apply_data(cfg, path, own - by_hand)
     if teacher:
         apply_teacher(cfg, teacher)
     _merge_options(cfg, opts, but=_EXTENDED)
@@ -132,60 +127,54 @@ def load_yaml(
     node.NAME = _beside(node.NAME, config_file)
     if is_lazy(node.NAME) and (teacher or _TEACHER & by_hand):
         allow_program(node.NAME)
-    evaluate = any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
-    if not evaluate:
+    if data and not is_evaluation(args):
         # A user's warm-up stays, unless it belongs to a length of theirs, which is scaled.
         stay = own & {"SOLVER.WARMUP_ITERS"} if "SOLVER.MAX_ITER" not in own else set()
-        notes += apply_schedule(
-            cfg,
+        notes += YamlSchedule(cfg).apply(
             epochs=getattr(args, "epochs", None),
             batch=getattr(args, "batch", None),
             by_hand=by_hand | stay,
-            count_images=lambda: _remembered(facts, "images", lambda: _count_images(cfg)),
+            count_images=lambda: _count_images(cfg),
             max_iter=max_iter,
         )
         notes += ignored_keys(cfg)
     if "MODEL.DEVICE" not in by_hand | own and _lacks(cfg.MODEL.DEVICE):
         cfg.MODEL.DEVICE = "cpu"
         notes.append("This machine has no GPU that PyTorch can use: MODEL.DEVICE is 'cpu'.")
-    check_config(cfg, evaluate=evaluate)
     cfg.freeze()
-    return Loaded(cfg, config_file, notes, facts)
+    return Loaded(cfg, config_file, notes)
 
 
-def load_lazy(args: argparse.Namespace, facts: dict[str, int] | None = None) -> Loaded:
+def load_lazy(args: argparse.Namespace, *, data: bool = True) -> Loaded:
     """Read a LazyConfig, and apply the overrides ("key=value") and the arguments.
 
     Overrides of ``model`` mean the student where ``--teacher`` wraps it, and are applied before.
 
     Args:
-        args: of :func:`ssim_kd.engine.argument_parser`; those of another parser may lack some.
-        facts: of the same command line, from another process.
+        args, data: see :func:`load_yaml`.
 
     Raises:
         ValueError: the file cannot be read, lacks a part, or an override does not fit.
     """
-    notes, facts = [], {} if facts is None else facts
+    notes: list[str] = []
     config_file = _find(args.config_file)
     inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
     by_hand = {text.lstrip("+~").partition("=")[0] for text in args.opts}
     cfg = _with_overrides(lambda: load_lazy_file(config_file), inside, args)
-    needed = ("model", "dataloader", "train") + (
-        () if args.eval_only else ("optimizer", "lr_multiplier")
-    )
+    trains = not is_evaluation(args)
+    needed = ["model", "dataloader", "train", *(["optimizer", "lr_multiplier"] if trains else [])]
     missing = [key for key in needed if key not in cfg]
     if missing:
         raise ValueError(f"--config-file {config_file} lacks {missing}.")
-    if getattr(args, "data", ""):
+    if getattr(args, "data", "") and data:
         path = _beside(os.path.expanduser(args.data), config_file)
-        notes += apply_lazy_data(cfg, path, by_hand, facts)
-    if not args.eval_only and not getattr(args, "eval_teacher", False):
-        notes += apply_schedule(
-            cfg,
+        notes += apply_lazy_data(cfg, path, by_hand)
+    if data and trains:
+        notes += LazySchedule(cfg).apply(
             epochs=getattr(args, "epochs", None),
             batch=getattr(args, "batch", None),
             by_hand=by_hand,
-            count_images=lambda: _remembered(facts, "images", lambda: _count_lazy_images(cfg)),
+            count_images=lambda: _count_lazy_images(cfg),
         )
     if getattr(args, "teacher", ""):
         if "student" not in cfg.model:
@@ -199,7 +188,7 @@ def load_lazy(args: argparse.Namespace, facts: dict[str, int] | None = None) -> 
     if _lacks(str(cfg.train.device)):
         cfg.train.device = "cpu"
         notes.append("This machine has no GPU that PyTorch can use: train.device is 'cpu'.")
-    return Loaded(cfg, config_file, notes, facts)
+    return Loaded(cfg, config_file, notes)
 
 
 def apply_teacher(cfg: CfgNode, name: str) -> None:
@@ -244,12 +233,6 @@ def ignored_keys(cfg: CfgNode) -> list[str]:
 
 def _lacks(device: str) -> bool:
     return device.startswith("cuda") and not torch.cuda.is_available()
-
-
-def _remembered(facts: dict[str, int], name: str, find: Callable[[], int]) -> int:
-    if name not in facts:
-        facts[name] = find()
-    return facts[name]
 
 
 def _count_images(cfg: CfgNode) -> int:

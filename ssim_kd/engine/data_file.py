@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,16 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..data import count_classes, register_coco
+from ..data import count_classes, once, register_coco
 from ..data.coco import note_source
 from ..data.validation import num_classes_key
 from ..writing import is_remote
 
 _SET_KEYS = ("json", "images")
 _SPLITS = ("train", "val", "test")
-# Keys that a message shows.
-_SHOWN = 8
+# What a message shows of a file.
+_OUTLINE = reprlib.Repr()
+_OUTLINE.maxlevel, _OUTLINE.maxdict, _OUTLINE.maxstring, _OUTLINE.maxother = 2, 8, 60, 60
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class DataFile:
         return tuple(self.entries[split][0] for split in ("val", "test") if split in self.entries)
 
 
-def read_data_file(path: str, facts: dict[str, int]) -> DataFile:
-    """Read a file of ``--data``, with paths relative to its folder.
+def read_data_file(path: str) -> DataFile:
+    """Read a file of ``--data``, with paths relative to its folder. Every process must call it.
 
     It has the form::
 
@@ -52,7 +54,6 @@ def read_data_file(path: str, facts: dict[str, int]) -> DataFile:
 
     Args:
         path: of the file.
-        facts: takes "classes", so that another process need not read the json for it.
 
     Raises:
         ValueError: a file that is not readable or not of this form.
@@ -67,21 +68,19 @@ def read_data_file(path: str, facts: dict[str, int]) -> DataFile:
     for split, (entry, json_file, _) in entries.items():
         note_source(entry, json_file, f"entry {split!r} of {path}")
     try:
-        if "classes" not in facts:
-            facts["classes"] = count_classes(entries["train"][1])
+        classes = once(lambda: count_classes(entries["train"][1]))
     except ValueError as error:
         raise ValueError(f"--data {path}, entry 'train': {error}") from error
-    return DataFile(entries, facts["classes"])
+    return DataFile(entries, classes)
 
 
-def apply_data(cfg: CfgNode, path: str, own: Collection[str], facts: dict[str, int]) -> list[str]:
+def apply_data(cfg: CfgNode, path: str, own: Collection[str]) -> list[str]:
     """Set the data sets and the number of classes of a data file in a YAML config, in place.
 
     Args:
         cfg: changed in place.
         path: of the file.
         own: keys that the user's config file sets; classes among them must be the data's.
-        facts: see :func:`read_data_file`.
 
     Returns:
         what was set, a line each.
@@ -89,7 +88,7 @@ def apply_data(cfg: CfgNode, path: str, own: Collection[str], facts: dict[str, i
     Raises:
         ValueError: see :func:`read_data_file`; or other classes.
     """
-    data = read_data_file(path, facts)
+    data = read_data_file(path)
     entries = list(data.entries.values())
     registered = [entry for entry in cfg.DATASETS.REGISTER_COCO if entry not in entries]
     cfg.DATASETS.REGISTER_COCO = [*registered, *entries]
@@ -108,9 +107,7 @@ def apply_data(cfg: CfgNode, path: str, own: Collection[str], facts: dict[str, i
     return [f"--data {path}: {data.classes} classes, {cfg.DATASETS.TRAIN} and {data.tests}"]
 
 
-def apply_lazy_data(
-    cfg: DictConfig, path: str, by_hand: Collection[str], facts: dict[str, int]
-) -> list[str]:
+def apply_lazy_data(cfg: DictConfig, path: str, by_hand: Collection[str]) -> list[str]:
     """Register the data sets of a data file, and set them and their classes in a LazyConfig.
 
     A LazyConfig is evaluated on one set: "val", else "test". The classes are those of the student:
@@ -121,7 +118,6 @@ def apply_lazy_data(
         cfg: changed in place.
         path: of the file.
         by_hand: keys of overrides, which stay as they are.
-        facts: see :func:`read_data_file`.
 
     Returns:
         what was set, a line each.
@@ -129,7 +125,7 @@ def apply_lazy_data(
     Raises:
         ValueError: see :func:`read_data_file`; or a LazyConfig with other parts than the zoo's.
     """
-    data = read_data_file(path, facts)
+    data = read_data_file(path)
     register_coco(CfgNode({"DATASETS": {"REGISTER_COCO": list(data.entries.values())}}))
     loaders, names = cfg.dataloader, {"train": data.entries["train"][0]}
     if data.tests and "test" in loaders:
@@ -203,27 +199,10 @@ def _read_sets(path: str) -> dict[str, Any]:
         )
     )
     if not valid:
+        # A file that is given by mistake may hold a million values.
         raise ValueError(
-            f"DATASETS.DATA_FILE (--data) {path} holds {_outline(sets)}; expected a YAML file with "
-            "'train', 'val' and 'test' (train at least), each {json: FILE, images: FOLDER}, and "
-            "'name'."
+            f"DATASETS.DATA_FILE (--data) {path} holds {_OUTLINE.repr(sets)}; expected a YAML file "
+            "with 'train', 'val' and 'test' (train at least), each {json: FILE, images: FOLDER}, "
+            "and 'name'."
         )
     return dict(sets)
-
-
-def _outline(content: Any, depth: int = 1) -> str:
-    """The keys of a mapping and of those in it, or the type: a file may hold a million values."""
-    if not isinstance(content, dict):
-        return "nothing" if content is None else f"a {type(content).__name__}"
-    if not depth:
-        return f"the keys {_some(content)}"
-    return f"the keys {_some(content)}" + "".join(
-        f", in {key!r} {_outline(value, depth - 1)}"
-        for key, value in list(content.items())[:_SHOWN]
-        if key in _SPLITS
-    )
-
-
-def _some(keys: Collection[Any]) -> str:
-    shown = ", ".join(str(key)[:40] for key in list(keys)[:_SHOWN])
-    return f"{shown}, ..." if len(keys) > _SHOWN else shown

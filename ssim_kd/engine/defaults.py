@@ -2,70 +2,19 @@
 
 import argparse
 import contextlib
-import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from detectron2.utils import comm
 
 from ..config_files import is_lazy
-from .config_loading import AddConfig
-from .launch import launch_processes, once, start_up, with_one_line_errors
+from .config_loading import AddConfig, is_evaluation
+from .launch import launch_processes, start_up, with_one_line_errors
 from .lazy import LazyRecipe
-from .output_lock import make_output_dir, output_lock
-from .preflight import check_start, check_teacher, same_weights
-from .report import log_version
-from .settings import Settings
+from .recipe import ConfigRecipe
 from .trainer import DistillTrainer, YamlRecipe
-from .training import Training
-
-logger = logging.getLogger(__name__)
 
 _FLAGS = ("resume", "eval_only", "eval_teacher")
-
-
-class Recipe(Protocol):
-    """What the ways to start a training differ in: how its parts are made.
-
-    The methods are called in this order. Each raises ValueError or OSError, which name the key,
-    before the first step.
-
-    Attributes:
-        keys: see :class:`Settings`.
-        folder: of logs and checkpoints.
-        teacher_names: what names the teacher in the config: files, folders.
-        text: the config, which all processes have to share.
-    """
-
-    keys: Mapping[str, str]
-    folder: str
-    teacher_names: Sequence[str]
-    text: str
-
-    def set_up(self) -> None:
-        """Logs, the seed, a copy of the config."""
-
-    def settings(self) -> Settings:
-        """The plain values."""
-
-    def check(self) -> None:
-        """Check what can be checked before anything is built; in the main process."""
-
-    def write_student(self, path: str) -> None:
-        """Write the config of the student without its teacher, which stock Detectron2 reads."""
-
-    def training(self) -> Training:
-        """Build all parts."""
-
-    def check_evaluation(self, training: Training) -> None:
-        """Check what the evaluations need, which may lie hours ahead; in the main process."""
-
-    def teacher_weights(self) -> str:
-        """The file of the teacher's weights; "" for none."""
-
-    def evaluate_teacher(self) -> Mapping[str, Any]:
-        """Evaluate the teacher on the student's data."""
 
 
 def run(
@@ -98,9 +47,9 @@ def run(
     with with_one_line_errors():
         # Before any process is started: a wrong key is then reported once.
         with start_up():
-            recipe = recipe_of(args, add_config, trainer)
-        rest = (args, add_config, trainer, recipe.facts)
-        return launch_processes(_run_process, args, device=recipe.device, main_args=rest)
+            device = recipe_of(args, add_config, trainer, data=False).device
+        rest = (args, add_config, trainer)
+        return launch_processes(_run_process, args, device=device, main_args=rest)
 
 
 def main(
@@ -111,72 +60,40 @@ def main(
 ) -> Any:
     """Train or evaluate in this process, which is one of one or more. Arguments as in run()."""
     with contextlib.ExitStack() as stack:
-        return _prepare(stack, recipe_of(args, add_config, trainer), args)()
+        return _prepare(stack, args, add_config, trainer)()
+
+
+def _run_process(*given: Any) -> Any:
+    with contextlib.ExitStack() as stack:
+        with start_up():
+            work = _prepare(stack, *given)
+        return work()
 
 
 def recipe_of(
     args: argparse.Namespace,
     add_config: AddConfig | None,
     trainer: type[DistillTrainer],
-    facts: dict[str, int] | None = None,
-) -> Any:
-    """The recipe of a command line; ``facts`` are those of another process's."""
+    *,
+    data: bool = True,
+) -> ConfigRecipe:
+    """The recipe of a command line; ``data``: see :func:`load_yaml`."""
     if is_lazy(args.config_file):
-        return LazyRecipe(args, facts)
-    return YamlRecipe(args, add_config, trainer, facts)
-
-
-def _run_process(args: argparse.Namespace, *rest: Any) -> Any:
-    with contextlib.ExitStack() as stack:
-        with start_up():
-            work = _prepare(stack, recipe_of(args, *rest), args)
-        return work()
+        return LazyRecipe(args, data=data)
+    return YamlRecipe(args, add_config, trainer, data=data)
 
 
 def _prepare(
-    stack: contextlib.ExitStack, recipe: Any, args: argparse.Namespace
+    stack: contextlib.ExitStack, args: argparse.Namespace, *rest: Any
 ) -> Callable[[], Any]:
     """All that comes before the first step; returns what is then left to do."""
-    _check_same_on_all(recipe.text, args)
-    if args.eval_only or args.eval_teacher:
-        make_output_dir(recipe.folder, key=recipe.keys["output_dir"])
-        return recipe.evaluation()  # type: ignore[no-any-return]
-    return prepare_training(stack, recipe, resume=args.resume).train
-
-
-def prepare_training(stack: contextlib.ExitStack, recipe: Recipe, *, resume: bool) -> Training:
-    """Check, build and begin a training, up to its first step.
-
-    Args:
-        stack: holds what the training needs until it ends.
-        recipe: makes its parts.
-        resume: whether a checkpoint of the folder is taken up.
-
-    Raises:
-        ValueError, OSError: what is wrong, on every process.
-    """
-    settings = recipe.settings()
-    make_output_dir(
-        recipe.folder,
-        teacher=recipe.teacher_names,
-        key=recipe.keys.get("output_dir", "output_dir"),
-    )
-    # Before anything is written there.
-    stack.enter_context(output_lock(recipe.folder))
-    recipe.set_up()
-    log_version()
-    once(lambda: check_start(settings, resume=resume))
-    once(recipe.check)
-    once(lambda: recipe.write_student(os.path.join(recipe.folder, "student.yaml")))
-    training = recipe.training()
-    once(lambda: recipe.check_evaluation(training))
-    training.resume_or_load(resume)
-    if training.distills and not training.start_iter:
-        once(lambda: same_weights(settings, recipe.teacher_weights()))
-        if settings.expected_ap:
-            check_teacher(settings, recipe.evaluate_teacher())
-    once(training.start_trackers)
-    return training
+    # Before the processes read the data together, and after: what was read may differ.
+    for data in (False, True):
+        recipe = recipe_of(args, *rest, data=data)
+        _check_same_on_all(recipe.text, args)
+    if is_evaluation(args):
+        return recipe.evaluation()
+    return recipe.prepare(stack, resume=args.resume).train
 
 
 def _check_same_on_all(text: str, args: argparse.Namespace) -> None:

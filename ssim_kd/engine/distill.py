@@ -29,8 +29,9 @@ from ..modeling import (
     load_detector,
 )
 from ..modeling.teacher_config import source_of
-from .defaults import prepare_training, recipe_of
+from .defaults import recipe_of
 from .optimizer import add_groups
+from .recipe import Recipe
 from .settings import Settings
 from .trainer import DistillTrainer
 from .training import Training
@@ -121,7 +122,7 @@ def distill(
             f"distill() takes no {', '.join(unused)} for {kind} as student: without effect there. "
             + ("Expected modules instead." if of_modules else "Expected its keys, in opts.")
         )
-    recipe: Any
+    recipe: Recipe
     if isinstance(student, nn.Module):
         if loader is None:
             raise ValueError("The student is a module, and loader is None; expected batches.")
@@ -144,15 +145,13 @@ def distill(
         args.opts = [*(text.format(output_dir) for text in folder), *map(str, opts)]
         recipe = recipe_of(args, add_config, DistillTrainer)
     with contextlib.ExitStack() as stack:
-        training = prepare_training(stack, recipe, resume=resume)
+        training = recipe.prepare(stack, resume=resume)
         training.train()
     return training
 
 
-class ModuleRecipe:
+class ModuleRecipe(Recipe):
     """The parts of a training, from Python objects."""
-
-    keys: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -170,7 +169,7 @@ class ModuleRecipe:
         self._student, self._teacher, self._settings = student, teacher, settings
         self._loader, self._distillers = loader, list(distillers) or [SSIMDistiller()]
         self._optimizer, self._scheduler, self._evaluate = optimizer, scheduler, evaluate
-        self.folder, self.text = settings.output_dir, ""
+        self.folder = settings.output_dir
         self.teacher_names = [str(teacher)] if isinstance(teacher, str | Path) else []
 
     def settings(self) -> Settings:
@@ -178,17 +177,11 @@ class ModuleRecipe:
         return self._settings
 
     def set_up(self) -> None:
-        """Logs, the seed, a copy of the config."""
+        """Logs and the seed."""
         for name in ("fvcore", "detectron2", "ssim_kd"):
             setup_logger(self.folder, distributed_rank=comm.get_rank(), name=name)
         if self._settings.seed >= 0:
             seed_all_rng(self._settings.seed + comm.get_rank())
-
-    def check(self) -> None:
-        """Modules have been built, and checked what they are given."""
-
-    def write_student(self, path: str) -> None:
-        """Modules have no config."""
 
     def training(self) -> Training:
         """Build all parts."""
@@ -246,9 +239,6 @@ class ModuleRecipe:
             # The same after a resume.
             first.start_iter = 0
         return list(itertools.islice(next(iter(first)), 3))
-
-    def check_evaluation(self, training: Training) -> None:
-        """A function tells nothing before it is called."""
 
     def teacher_weights(self) -> str:
         """The file of the teacher's weights."""

@@ -1,6 +1,5 @@
 """Evaluation: of the student as it will be deployed, and of the teacher by itself."""
 
-import argparse
 import inspect
 import logging
 import math
@@ -11,7 +10,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import default_setup
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     COCOPanopticEvaluator,
@@ -22,19 +20,12 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
-from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.env import seed_all_rng
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
-from ..logs import end_logs
 from ..modeling import TeacherSource, classes, load_detector, teacher_name, teacher_source
-from ..sharing import without_queries
 from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -47,41 +38,6 @@ _KINDS = (
     "pascal_voc",
     "sem_seg",
 )
-
-
-def set_up_training(cfg: Any, args: Any, output_dir: str) -> None:
-    """Detectron2's default_setup of a config of either language, and the log of ssim_kd.
-
-    config.yaml and log.txt get no keys of signed URLs.
-    """
-    end_logs()
-    shown = argparse.Namespace(**without_queries(vars(args)))
-    if shown.config_file:
-        with PathManager.open(args.config_file, "r") as file:
-            text = file.read()
-        if without_queries(text) != text:
-            shown.config_file = ""  # which the log would show
-    default_setup(without_queries(cfg), shown)
-    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="ssim_kd")
-
-
-def set_up_evaluation(output_dir: str, args: Any, config: str, *, seed: int) -> None:
-    """As default_setup, which would overwrite the config.yaml of the training in the folder.
-
-    Args:
-        output_dir: for log.txt; "" for none.
-        args: of the command line, for the log.
-        config: as text, for the log.
-        seed: of the random numbers; negative for one that is drawn.
-    """
-    end_logs()
-    rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "ssim_kd"):
-        setup_logger(output_dir or None, distributed_rank=rank, name=name)
-    logger.info("Environment info:\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", without_queries(str(args)))
-    logger.info("Running with full config:\n%s", without_queries(config))
-    seed_all_rng(None if seed < 0 else seed + rank)
 
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:
@@ -138,14 +94,29 @@ def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.M
     """
     cfg = student_config(cfg)
     model = build_model(cfg)
-    path, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
-    newest = StudentCheckpointer(model, cfg.OUTPUT_DIR).newest() if resume else None
-    if newest:
-        path, key = newest, "the last checkpoint of OUTPUT_DIR"
-    if not path:
-        raise ValueError("MODEL.WEIGHTS is empty; --eval-only expects the weights to evaluate.")
-    load_strictly(model, read_weights(path, key=key))
+    folder = cfg.OUTPUT_DIR if resume else ""
+    load_for_evaluation(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS", folder=folder)
     return cfg, model
+
+
+def load_for_evaluation(model: nn.Module, path: str, *, key: str, folder: str) -> None:
+    """Load weights that fit a student to the last key.
+
+    Args:
+        model: the student.
+        path: of its weights.
+        key: that names them in the config.
+        folder: of a training, whose last checkpoint is taken if there is one; "" for ``path``.
+
+    Raises:
+        ValueError: no weights, or weights that do not fit.
+    """
+    newest = StudentCheckpointer(model, folder).newest() if folder else None
+    if newest:
+        path, key = newest, f"the last checkpoint of {folder}"
+    if not path:
+        raise ValueError(f"{key} is empty; --eval-only expects the weights to evaluate.")
+    load_strictly(model, read_weights(path, key=key))
 
 
 def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:

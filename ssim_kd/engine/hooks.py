@@ -94,10 +94,12 @@ class RankStates(HookBase):
             self._iteration = self.trainer.iter
 
     def state_dict(self) -> dict[str, Any]:
-        """One value a process, by rank."""
-        # Not gathered if it is the user's code that saves.
+        """One value a process, by rank; this one's only if it is the user's code that saves."""
+        own: Any = getattr(self._student, "loss_normalizer", None)
+        if own is None:
+            return {}
         gathered = self._iteration == self.trainer.iter
-        return {"loss_normalizer": self._normalizers} if gathered else {}
+        return {"loss_normalizer": self._normalizers if gathered else [float(own)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up this process's value; with more processes than before, the first one's."""

@@ -247,19 +247,6 @@ def _free_url(args: argparse.Namespace) -> str:
 _SELF_EXPLANATORY = (ValueError, RuntimeError, OSError)
 
 
-def once(check: Callable[[], Any]) -> None:
-    """Do something in the main process; all stop if it raises."""
-    error = None
-    if comm.is_main_process():
-        try:
-            check()
-        except Exception as found:
-            error = found
-    error = comm.all_gather(error)[0]
-    if error is not None:
-        raise error
-
-
 class StartUpError(Exception):
     """An error before the first step, whose traceback is in the log file."""
 

@@ -19,9 +19,8 @@ import argparse
 import copy
 import functools
 import itertools
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,14 +35,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import FINAL, StudentCheckpointer, load_strictly, read_weights
+from ..checkpoint import FINAL
 from ..config import add_notes
 from ..data import (
     EvaluationLoader,
     Needs,
     build_train_loader,
-    check_datasets,
-    class_names,
     train_records,
 )
 from ..modeling import DistilledDetector, FrozenTeacher, load_detector
@@ -51,14 +48,13 @@ from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
 from .coco_evaluation import ScoredCOCOEvaluator
 from .config_loading import load_lazy
-from .evaluation import set_up_evaluation, set_up_training
+from .evaluation import load_for_evaluation
 from .optimizer import add_groups
-from .preflight import check_class_count, check_scored
-from .settings import Settings
+from .preflight import check_class_count
+from .recipe import ConfigRecipe
+from .settings import Settings, as_text
 from .trackers import TrackerWriter
 from .training import Training
-
-logger = logging.getLogger(__name__)
 
 #: The keys of the settings of a training. Those that Detectron2 does not have may be left out:
 #: :class:`Settings` has what they do, and their defaults.
@@ -97,67 +93,42 @@ _DATA_KEYS = {
 }
 
 
-class LazyRecipe:
+class LazyRecipe(ConfigRecipe):
     """The parts of a training or an evaluation, from the command line of a LazyConfig."""
 
     keys = KEYS
+    advice = "Expected lr_multiplier a ParamScheduler of fvcore, e.g. WarmupParamScheduler."
 
-    def __init__(self, args: argparse.Namespace, facts: dict[str, int] | None = None) -> None:
+    def __init__(self, args: argparse.Namespace, *, data: bool = True) -> None:
         """
         Args:
             args: of :func:`ssim_kd.engine.argument_parser`.
-            facts: of :func:`load_lazy`, from another process.
+            data: see :func:`load_lazy`.
         """
-        loaded = load_lazy(args, facts)
-        self.cfg, self.notes, self.facts = loaded.cfg, loaded.notes, loaded.facts
-        # What Detectron2's default_setup opens.
-        self._args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
-        self.device, self.folder = self.cfg.train.device, self.cfg.train.output_dir
-        self.text = str(OmegaConf.to_container(self.cfg))
-        names = [OmegaConf.select(self.cfg, f"model.teacher.{k}") for k in ("name", "weights")]
+        loaded = load_lazy(args, data=data)
+        super().__init__(args, loaded)
+        cfg: DictConfig = loaded.cfg
+        self.device, self.folder = cfg.train.device, cfg.train.output_dir
+        names = [OmegaConf.select(cfg, f"model.teacher.{k}") for k in ("name", "weights")]
         self.teacher_names = [name for name in names if isinstance(name, str)]
-        teacher = self.cfg.model.get("teacher")
+        teacher = cfg.model.get("teacher")
         if _calls(teacher, FrozenTeacher.load_from) and not teacher.get("image_format"):
             # It is given what the loader reads.
-            image_format = _value(self.cfg, KEYS["image_format"])
+            image_format = _value(cfg, KEYS["image_format"])
             if image_format:
                 teacher.image_format = image_format
+        self.text = as_text(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+        self.own = {
+            "own_loader": not self.needs().train,
+            "own_evaluator": not _calls(cfg.dataloader.get("evaluator"), COCOEvaluator),
+        }
 
     def settings(self) -> Settings:
         """The plain values."""
         get = functools.partial(_value, self.cfg)
         return Settings.read(get, KEYS, _NAMES, language="LazyConfig")
 
-    def set_up(self) -> None:
-        """Logs, the seed, a copy of the config."""
-        set_up_training(self.cfg, self._args, self.folder)
-        for note in self.notes:
-            logger.info("%s", note)
-
-    def check(self) -> None:
-        """Check the schedule and the data sets."""
-        # For a parameter of no model.
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        try:
-            self._scheduler(optimizer)
-        except Exception as error:
-            raise ValueError(
-                f"lr_multiplier: the schedule of the learning rate cannot be built: {error}. "
-                "Expected a ParamScheduler of fvcore, e.g. detectron2.solver.WarmupParamScheduler."
-            ) from error
-        needs = self._needs()
-        summaries = check_datasets(
-            needs,
-            train=True,
-            own_loader=not needs.train,
-            own_evaluator=not _calls(self.cfg.dataloader.get("evaluator"), COCOEvaluator),
-        )
-        for summary in summaries:
-            logger.info("%s", summary)
-        self._classes = class_names(summaries)
-        check_scored(self.settings(), needs, summaries)
-
-    def _needs(self) -> Needs:
+    def needs(self) -> Needs:
         """What is known of the data sets, and of what the student and its mapper read of them."""
         data = self.cfg.dataloader
 
@@ -194,7 +165,7 @@ class LazyRecipe:
             cfg.model = cfg.model.student
         cfg.train.init_checkpoint = FINAL
         LazyConfig.save(without_queries(cfg), path)
-        add_notes(path, FINAL, self._classes)
+        add_notes(path, FINAL, self.classes)
 
     def model(self) -> nn.Module:
         """What is trained."""
@@ -222,15 +193,16 @@ class LazyRecipe:
             model=model,
             loader=self._train_loader(),
             optimizer=optimizer,
-            scheduler=self._scheduler(optimizer),
-            evaluate=lambda: self._evaluate(student),
+            scheduler=self.scheduler(optimizer),
+            evaluate=lambda: self.evaluate(student),
             statistics_loader=lambda: self._train_loader(num_workers=0),
             pictures=lambda: self.pictures(3),
             trackers=lambda: build_trackers(cfg),
-            config=OmegaConf.to_container(self.cfg),  # type: ignore[arg-type]
+            config=OmegaConf.to_container(cfg),  # type: ignore[arg-type]
         )
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        """The schedule of the learning rate."""
         multiplier = instantiate(self.cfg.lr_multiplier)
         return LRMultiplier(optimizer, multiplier, self.cfg.train.max_iter)
 
@@ -240,9 +212,9 @@ class LazyRecipe:
         node.update(options)
         if _calls(node.get("dataset"), get_detection_dataset_dicts):
             # Boxes of zero area, of which COCO has two, give losses that are not finite.
-            node.dataset["_target_"] = functools.partial(train_records, needs=self._needs())
+            node.dataset["_target_"] = functools.partial(train_records, needs=self.needs())
         if _calls(node, build_detection_train_loader) and self._is_exact(node):
-            node["_target_"] = functools.partial(build_train_loader, needs=self._needs())
+            node["_target_"] = functools.partial(build_train_loader, needs=self.needs())
             node.seed = None if self.settings().seed < 0 else self.settings().seed
         return instantiate(node)
 
@@ -257,7 +229,13 @@ class LazyRecipe:
             node.dataset["_target_"] = lambda **arguments: dataset
         return hasattr(dataset, "__getitem__")
 
-    def _evaluate(self, model: nn.Module, test: DictConfig | None = None) -> Mapping[str, Any]:
+    def evaluate(self, model: nn.Module, test: DictConfig | None = None) -> Mapping[str, Any]:
+        """Evaluate on the set of ``dataloader.test``, if there is an evaluator.
+
+        Args:
+            model: the student, or the teacher.
+            test: instead of ``dataloader.test``.
+        """
         if "evaluator" not in self.cfg.dataloader:
             return {}
         loader = self._test_loader(test)
@@ -280,7 +258,7 @@ class LazyRecipe:
     def check_evaluation(self, training: Training) -> None:
         """Build the evaluator and its loader; check what the built student predicts."""
         key = "dataloader.train.dataset.names"
-        check_class_count(training.student, self._classes, key=key)
+        check_class_count(training.student, self.classes, key=key)
         if "evaluator" not in self.cfg.dataloader:
             return
         for key, build in (("test", self._test_loader), ("evaluator", self._evaluator)):
@@ -311,36 +289,27 @@ class LazyRecipe:
             )
         return source_of(node.name, node.get("weights", ""), list(node.get("opts", ())))
 
-    def evaluate_teacher(self) -> Mapping[str, Any]:
-        """Evaluate the teacher on the student's data."""
-        return self._teacher_evaluation()()
+    def detector(self, *, teacher: bool) -> tuple[nn.Module, DictConfig]:
+        """What is evaluated: the student alone, or the whole teacher at the student's image size.
 
-    def _teacher_evaluation(self) -> Callable[[], Mapping[str, Any]]:
-        """Build the whole teacher; returns what evaluates it, at the student's image size."""
+        Raises:
+            ValueError: weights that do not fit to the last key.
+        """
+        cfg, test = self.cfg, copy.deepcopy(self.cfg.dataloader.test)
+        if not teacher:
+            student = instantiate(cfg.model.get("student", cfg.model)).to(self.device)
+            path = cfg.train.init_checkpoint
+            load_for_evaluation(
+                student, path, key=KEYS["weights"], folder=self.args.resume and self.folder
+            )
+            return student, test
         source = self._teacher()
-        found, _ = load_detector(source)
-        model: Any = found.to(self.device)
-        test = copy.deepcopy(self.cfg.dataloader.test)
+        model: Any = load_detector(source)[0]
         if "mapper" in test:
             test.mapper.image_format = (
                 source.input_format or getattr(model, "input_format", None) or "BGR"
             )
-        return lambda: self._evaluate(model, test)
-
-    def evaluation(self) -> Callable[[], Any]:
-        """Build what ``--eval-only`` or ``--eval-teacher`` evaluates; returns what does so."""
-        cfg, args = self.cfg, self._args
-        seed = cfg.train.get("seed", -1)
-        set_up_evaluation(self.folder, args, OmegaConf.to_yaml(cfg.train), seed=seed)
-        if args.eval_teacher:
-            return self._teacher_evaluation()
-        # The student alone, whose weights must fit to the last key.
-        model: nn.Module = instantiate(cfg.model.get("student", cfg.model)).to(self.device)
-        path = cfg.train.init_checkpoint
-        if args.resume:
-            path = StudentCheckpointer(model, self.folder).newest() or path
-        load_strictly(model, read_weights(path, key=KEYS["weights"]))
-        return lambda: self._evaluate(model)
+        return model.to(self.device), test
 
 
 def build_trackers(cfg: DictConfig) -> list[EventWriter]:

@@ -1,18 +1,20 @@
 """What is checked before the first step, so that no run finds it out later.
 
-:func:`check_config`: values, before anything is read; :func:`check_schedule`: the learning rate's;
-:func:`check_start`: the weights to start from; :func:`check_evaluation`: all that the evaluations
-of a training need, which may lie hours ahead.
+:func:`check_config`: values, before anything is read; :func:`check_start`: the weights to start
+from; :func:`check_evaluation`: all that the evaluations of a training need, which may lie hours
+ahead.
 """
 
+import argparse
 import contextlib
 import filecmp
-import functools
 import importlib.util
 import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlparse
 
@@ -25,9 +27,11 @@ from detectron2.utils import comm
 from ..checkpoint import checkpoints_in, local_file, read_file
 from ..data import Needs
 from ..data.mapper import check_image_files
-from ..modeling import teacher_name, teacher_source
+from ..modeling import teacher_name
 from ..modeling.classes import num_classes
-from .evaluation import box_ap, check_teachers_classes
+from .config_loading import AddConfig, is_evaluation, load_yaml
+from .evaluation import box_ap
+from .schedule import value_of
 from .settings import Settings
 from .trackers import check_trackers
 
@@ -84,6 +88,17 @@ def named(keys: str) -> Iterator[None]:
         raise ValueError(f"{keys}: {type(error).__name__}: {error}") from error
 
 
+def load_config(args: argparse.Namespace, add_config: AddConfig | None = None) -> CfgNode:
+    """The YAML config of a command line, frozen and checked.
+
+    Raises:
+        ValueError: see :func:`load_yaml` and :func:`check_config`.
+    """
+    cfg: CfgNode = load_yaml(args, add_config).cfg
+    check_config(cfg, evaluate=is_evaluation(args))
+    return cfg
+
+
 def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
     """Check the values whose errors would come late or would not name the key.
 
@@ -111,8 +126,6 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
         return
     settings_of(cfg)
     check_trackers(cfg)
-    if distill.TEACHER.EXPECTED_AP and distill.ENABLED and name == "DistilledDetector":
-        _check_expected_ap(cfg)
 
 
 def check_tested(cfg: CfgNode) -> None:
@@ -135,41 +148,10 @@ def settings_of(cfg: CfgNode, **names: str) -> Settings:
         ValueError: a value out of its range; names the key.
     """
 
-    def get(key: str) -> Any:
-        return functools.reduce(lambda node, part: node[part], key.split("."), cfg)
-
     precise = cfg.TEST.PRECISE_BN
-    batches = precise.NUM_ITER if precise.ENABLED else 0
-    more = {"precise_bn": batches, "language": "YAML"}
-    return Settings.read(get, KEYS, {**_NAMES, **names}, **more)
-
-
-def _check_expected_ap(cfg: CfgNode) -> None:
-    check_scored(settings_of(cfg), Needs.from_config(cfg), [])
-    check_teachers_classes(cfg, teacher_source(cfg))
-
-
-def check_schedule(cfg: CfgNode, trainer: Any) -> None:
-    """Build the schedule of the learning rate for a parameter of no model.
-
-    Args:
-        cfg: of a training.
-        trainer: the class whose ``build_lr_scheduler`` builds it.
-
-    Raises:
-        ValueError: it cannot be built from these values.
-    """
-    solver = cfg.SOLVER
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=solver.BASE_LR)
-    try:
-        trainer.build_lr_scheduler(cfg, optimizer)
-    except Exception as error:
-        keys = ("LR_SCHEDULER_NAME", "STEPS", "MAX_ITER", "GAMMA", "WARMUP_ITERS", "WARMUP_METHOD")
-        values = ", ".join(f"SOLVER.{key} {solver[key]!r}" for key in keys)
-        raise ValueError(
-            f"The schedule of the learning rate cannot be built: {error}. It has {values}. "
-            "Expected WarmupMultiStepLR with STEPS in ascending order, or WarmupCosineLR."
-        ) from error
+    more = {"precise_bn": precise.NUM_ITER if precise.ENABLED else 0, "language": "YAML"}
+    settings = Settings.read(partial(value_of, cfg), KEYS, {**_NAMES, **names}, **more)
+    return settings if cfg.MODEL.DISTILL.ENABLED else replace(settings, expected_ap=0.0)
 
 
 def check_start(settings: Settings, *, resume: bool) -> None:

@@ -1,15 +1,14 @@
 """The schedule of a training, a value: what ``--epochs`` and ``--batch`` make of a config's.
 
-:func:`rescale` computes it, whatever language the config is written in; :func:`read_schedule` and
-:func:`write_schedule` know the keys of both.
+:func:`rescale` computes it; :class:`YamlSchedule` and :class:`LazySchedule` read and write it.
 """
 
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -19,23 +18,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 #: training. It is mmdetection's default; Detectron2's zoo has 1000 iterations, for 90,000.
 LEAST_WARMUP = 500
 
-_YAML = {
-    "batch": "SOLVER.IMS_PER_BATCH",
-    "max_iter": "SOLVER.MAX_ITER",
-    "milestones": "SOLVER.STEPS",
-    "lr": "SOLVER.BASE_LR",
-    "warmup": "SOLVER.WARMUP_ITERS",
-    "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
-    "eval_period": "TEST.EVAL_PERIOD",
-}
-_LAZY = {
-    "batch": "dataloader.train.total_batch_size",
-    "max_iter": "train.max_iter",
-    "lr": "optimizer.lr",
-    "warmup": "lr_multiplier.warmup_length",
-    "checkpoint_period": "train.checkpointer.period",
-    "eval_period": "train.eval_period",
-}
 # Keys of distillers that count iterations: lengths from the start (WARMUP_ITERS, DETACH_ITERS), and
 # points of the training (STOP_ITER, STEPS). Arguments in a LazyConfig are named alike.
 _LENGTH = re.compile(r".*_iters", re.I)
@@ -147,130 +129,213 @@ def _scaled(value: Any, ratio: float, length: int) -> Any:
     return min(length, max(1, round(value * ratio))) if value else 0
 
 
-def read_schedule(cfg: CfgNode | DictConfig) -> Schedule:
-    """The schedule of a config.
+class ConfigSchedule:
+    """The schedule in a config, of either language: its keys, and how they are read and set."""
 
-    Raises:
-        ValueError: a LazyConfig that lacks a key, or has a scheduler that counts in no shares of
-            the training.
-    """
-    if isinstance(cfg, CfgNode):
-        found = {name: value_of(cfg, key) for name, key in _YAML.items()}
-        found["milestones"] = tuple(found["milestones"])
-    else:
-        _check_scheduler(cfg)
-        found = {name: value_of(cfg, key) or 0 for name, key in _LAZY.items()}
-        missing = [_LAZY[name] for name in ("batch", "max_iter") if not found[name]]
-        if missing:
+    keys: ClassVar[Mapping[str, str]]
+
+    def __init__(self, cfg: Any) -> None:
+        """
+        Args:
+            cfg: is changed in place.
+        """
+        self.cfg = cfg
+
+    def read(self) -> Schedule:
+        """The schedule of the config."""
+        found: Any = {name: value_of(self.cfg, key) or 0 for name, key in self.keys.items()}
+        counts = (
+            (name, tuple(value) if isinstance(value, list | tuple | ListConfig) else value)
+            for name, value in ((name, node[key]) for name, node, key in self.counts())
+        )
+        return Schedule(**found, distillers=tuple(counts))
+
+    def write(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
+        """Set the keys that the config has, but those that were set by hand."""
+        for name, key in self.keys.items():
+            if key not in by_hand and value_of(self.cfg, key) is not None:
+                section, _, leaf = key.rpartition(".")
+                value_of(self.cfg, section)[leaf] = getattr(schedule, name)
+        self.write_counts(schedule, by_hand)
+
+    def write_counts(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
+        """Set the keys of distillers that count iterations."""
+        for (name, node, key), (_, value) in zip(self.counts(), schedule.distillers, strict=True):
+            if name not in by_hand and name.partition("[")[0] not in by_hand:
+                node[key] = list(value) if isinstance(value, tuple) else value
+
+    def counts(self) -> Iterator[tuple[str, Any, Any]]:
+        """Each key of a distiller that counts iterations: its name, and where its value is."""
+        raise NotImplementedError
+
+    def epochs(self, asked: float | None, by_hand: Collection[str], notes: list[str]) -> Any:
+        """The epochs to train for: what is asked for, if the config has none."""
+        return asked
+
+    def apply(
+        self,
+        *,
+        epochs: float | None,
+        batch: int | None,
+        by_hand: Collection[str],
+        count_images: Callable[[], int],
+        max_iter: int | None = None,
+    ) -> list[str]:
+        """Set the schedule that ``--epochs`` (``SOLVER.EPOCHS``) and ``--batch`` ask for.
+
+        Args:
+            epochs: > 0; None: those of the config, if it has some.
+            batch: images a step, >= 1; None: as in the config.
+            by_hand: keys of overrides, which stay as they are.
+            count_images: called if there are epochs.
+            max_iter: of the config without overrides, to which its milestones belong.
+
+        Returns:
+            what was set, and which override stands for an argument; [] for nothing.
+
+        Raises:
+            ValueError: a value out of its range, a length that two overrides give, or see
+                :func:`rescale` and :meth:`read`.
+        """
+        keys = self.keys
+        if epochs is not None and not 0 < epochs < math.inf:
+            raise ValueError(f"--epochs is {epochs}; expected a positive number.")
+        if batch is not None and batch < 1:
+            raise ValueError(f"--batch is {batch}; expected a positive number.")
+        notes: list[str] = []
+        epochs = self.epochs(epochs, by_hand, notes)
+        if batch is not None and keys["batch"] in by_hand:
+            own = value_of(self.cfg, keys["batch"])
+            notes.append(f"{keys['batch']} {own} is set by hand: not --batch.")
+            batch = None
+        if epochs is None and batch is None:
+            return notes
+        schedule, given = self.read(), None
+        if batch and not schedule.lr and keys["lr"] not in by_hand:
             raise ValueError(
-                f"--epochs and --batch read {', '.join(missing)}, which the LazyConfig lacks; "
-                f"expected it there. Without the two set {_LAZY['max_iter']} and what follows it."
+                f"--batch is {batch}, and the config has no {keys['lr']} to scale with it; "
+                f"expected it, or {keys['batch']} and the learning rate set by hand."
             )
-        found["warmup"] = round(found["warmup"] * found["max_iter"])
-    ours = tuple(
-        (name, tuple(node[key]) if isinstance(node[key], list | tuple | ListConfig) else node[key])
-        for name, node, key in _counts(cfg)
-    )
-    return Schedule(**found, distillers=ours)
+        if keys["max_iter"] in by_hand:
+            given = schedule.max_iter
+            if epochs:
+                notes.append(f"{keys['max_iter']} {given} is set by hand: not --epochs {epochs:g}.")
+        images = count_images() if epochs else None
+        if epochs and max_iter:
+            schedule = replace(schedule, max_iter=max_iter)
+        scaled = rescale(schedule, epochs=epochs, batch=batch, images=images, max_iter=given)
+        self.write(scaled, by_hand)
+        values = ((key, value_of(self.cfg, key)) for key in keys.values())
+        shown = ", ".join(f"{key} {value}" for key, value in values if value is not None)
+        seen = f" for {images} images" if images is not None else ""
+        return [*notes, f"Schedule{seen}: {shown}"]
 
 
-def write_schedule(cfg: CfgNode | DictConfig, schedule: Schedule, by_hand: Collection[str]) -> None:
-    """Set the keys of a config, in place, but those that were set by hand."""
-    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
-    keys = _YAML
-    if isinstance(cfg, DictConfig):
-        keys = {name: key for name, key in _LAZY.items() if value_of(cfg, key) is not None}
-        # Shares of the length as it was.
-        OmegaConf.resolve(cfg.lr_multiplier)
-        values["warmup"] /= schedule.max_iter
-    else:
+class YamlSchedule(ConfigSchedule):
+    """The schedule in a YAML config."""
+
+    keys = {
+        "batch": "SOLVER.IMS_PER_BATCH",
+        "max_iter": "SOLVER.MAX_ITER",
+        "milestones": "SOLVER.STEPS",
+        "lr": "SOLVER.BASE_LR",
+        "warmup": "SOLVER.WARMUP_ITERS",
+        "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
+        "eval_period": "TEST.EVAL_PERIOD",
+    }
+
+    def read(self) -> Schedule:
+        """The schedule of the config."""
+        found = super().read()
+        return replace(found, milestones=tuple(found.milestones or ()))
+
+    def write(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
+        """Set the keys of the config, but those that were set by hand."""
         # Its lists may be those of another config that was merged.
-        cfg.MODEL.DISTILL.TERMS = copy.deepcopy(cfg.MODEL.DISTILL.TERMS)
-    for name, key in keys.items():
-        if key not in by_hand:
-            section, _, leaf = key.rpartition(".")
-            value_of(cfg, section)[leaf] = values[name]
-    _write_counts(cfg, schedule, by_hand)
+        self.cfg.MODEL.DISTILL.TERMS = copy.deepcopy(self.cfg.MODEL.DISTILL.TERMS)
+        super().write(schedule, by_hand)
 
+    def counts(self) -> Iterator[tuple[str, Any, Any]]:
+        """Also of the terms."""
+        yield from _below("MODEL.DISTILL", self.cfg.MODEL.DISTILL)
+        for i, term in enumerate(self.cfg.MODEL.DISTILL.TERMS):
+            for k in range(1, len(term) - 1, 2):
+                if _is_count(term[k].rpartition(".")[2]):
+                    yield f"MODEL.DISTILL.TERMS[{i}].{term[k]}", term, k + 1
 
-def _write_counts(
-    cfg: CfgNode | DictConfig, schedule: Schedule, by_hand: Collection[str] = ()
-) -> None:
-    for (name, node, key), (_, value) in zip(_counts(cfg), schedule.distillers, strict=True):
-        if name not in by_hand and name.partition("[")[0] not in by_hand:
-            node[key] = list(value) if isinstance(value, tuple) else value
-
-
-def apply_schedule(
-    cfg: CfgNode | DictConfig,
-    *,
-    epochs: float | None,
-    batch: int | None,
-    by_hand: Collection[str],
-    count_images: Callable[[], int],
-    max_iter: int | None = None,
-) -> list[str]:
-    """Set the schedule that ``--epochs`` (``SOLVER.EPOCHS``) and ``--batch`` ask for.
-
-    Args:
-        cfg: changed in place.
-        epochs: > 0; None: those of the config, if it has some.
-        batch: images a step, >= 1; None: as in the config.
-        by_hand: keys of overrides, which stay as they are.
-        count_images: called if there are epochs.
-        max_iter: of the config without overrides, to which its milestones belong.
-
-    Returns:
-        what was set, and which override stands for an argument; [] for nothing.
-
-    Raises:
-        ValueError: a value out of its range, a length that two overrides give, or see
-            :func:`rescale` and :func:`read_schedule`.
-    """
-    keys = _YAML if isinstance(cfg, CfgNode) else _LAZY
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise ValueError(f"--epochs is {epochs}; expected a positive number.")
-    if batch is not None and batch < 1:
-        raise ValueError(f"--batch is {batch}; expected a positive number.")
-    notes = []
-    if isinstance(cfg, CfgNode):
-        own = cfg.SOLVER.EPOCHS
+    def epochs(self, asked: float | None, by_hand: Collection[str], notes: list[str]) -> Any:
+        """The epochs to train for: what is asked for, or ``SOLVER.EPOCHS``."""
+        own = self.cfg.SOLVER.EPOCHS
         if not 0 <= own < math.inf:
             raise ValueError(f"SOLVER.EPOCHS is {own}; expected 0 or a positive number.")
         if own and {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"} <= set(by_hand):
             raise ValueError(
-                f"SOLVER.EPOCHS is {own} and SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}; expected one "
-                "of them."
+                f"SOLVER.EPOCHS is {own} and SOLVER.MAX_ITER {self.cfg.SOLVER.MAX_ITER}; expected "
+                "one of them."
             )
-        if epochs is None or "SOLVER.EPOCHS" in by_hand:
-            if epochs is not None:
-                notes.append(f"SOLVER.EPOCHS {own:g} is set by hand: not --epochs {epochs:g}.")
-            epochs = own or None
-    if batch is not None and keys["batch"] in by_hand:
-        notes.append(f"{keys['batch']} {value_of(cfg, keys['batch'])} is set by hand: not --batch.")
-        batch = None
-    if epochs is None and batch is None:
-        return notes
-    schedule, given = read_schedule(cfg), None
-    if batch and not schedule.lr and keys["lr"] not in by_hand:
-        raise ValueError(
-            f"--batch is {batch}, and the LazyConfig has no {keys['lr']} to scale with it; "
-            f"expected it, or {keys['batch']} and the learning rate set by hand."
-        )
-    if keys["max_iter"] in by_hand:
-        given = schedule.max_iter
-        if epochs:
-            notes.append(f"{keys['max_iter']} {given} is set by hand: not --epochs {epochs:g}.")
-    images = count_images() if epochs else None
-    if epochs and max_iter:
-        schedule = replace(schedule, max_iter=max_iter)
-    scaled = rescale(schedule, epochs=epochs, batch=batch, images=images, max_iter=given)
-    write_schedule(cfg, scaled, by_hand)
-    values = [
-        f"{key} {value}" for key in keys.values() if (value := value_of(cfg, key)) is not None
-    ]
-    seen = f" for {images} images" if images is not None else ""
-    return [*notes, f"Schedule{seen}: {', '.join(values)}"]
+        if asked is not None and "SOLVER.EPOCHS" not in by_hand:
+            return asked
+        if asked is not None:
+            notes.append(f"SOLVER.EPOCHS {own:g} is set by hand: not --epochs {asked:g}.")
+        return own or None
+
+
+class LazySchedule(ConfigSchedule):
+    """The schedule in a LazyConfig, whose scheduler counts in shares of the training."""
+
+    keys = {
+        "batch": "dataloader.train.total_batch_size",
+        "max_iter": "train.max_iter",
+        "lr": "optimizer.lr",
+        "warmup": "lr_multiplier.warmup_length",
+        "checkpoint_period": "train.checkpointer.period",
+        "eval_period": "train.eval_period",
+    }
+
+    def read(self) -> Schedule:
+        """The schedule of the config.
+
+        Raises:
+            ValueError: it lacks a key, or has a scheduler that counts in no shares of the training.
+        """
+        self._check_scheduler()
+        found = super().read()
+        missing = [self.keys[name] for name in ("batch", "max_iter") if not getattr(found, name)]
+        if missing:
+            raise ValueError(
+                f"--epochs and --batch read {', '.join(missing)}, which the LazyConfig lacks; "
+                f"expected it there. Without the two set {self.keys['max_iter']} and what follows "
+                "it."
+            )
+        return replace(found, warmup=round(found.warmup * found.max_iter))
+
+    def write(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
+        """Set the keys of the config, but those that were set by hand."""
+        # Shares of the length as it was.
+        OmegaConf.resolve(self.cfg.lr_multiplier)
+        share: Any = schedule.warmup / schedule.max_iter
+        super().write(replace(schedule, warmup=share), by_hand)
+
+    def counts(self) -> Iterator[tuple[str, Any, Any]]:
+        """Of the calls in ``model.distillers``."""
+        return _below("model.distillers", value_of(self.cfg, "model.distillers"))
+
+    def _check_scheduler(self) -> None:
+        nodes = [self.cfg.lr_multiplier]
+        while nodes:
+            node = nodes.pop()
+            parts = node.values() if isinstance(node, DictConfig) else node
+            nodes += [part for part in parts if isinstance(part, DictConfig | ListConfig)]
+            target = node.get("_target_") if isinstance(node, DictConfig) else None
+            if target is None:
+                continue
+            name = target if isinstance(target, str) else f"{target.__module__}.{target.__name__}"
+            if not name.startswith(_RELATIVE):
+                raise ValueError(
+                    f"lr_multiplier is made by {name}, whose arguments --epochs and --batch cannot "
+                    "scale; expected a scheduler of fvcore.common.param_scheduler. Set "
+                    f"{', '.join(self.keys.values())} and lr_multiplier instead."
+                )
 
 
 def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -280,24 +345,12 @@ def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
         return cfg
     ratio, frozen = cfg.SOLVER.IMS_PER_BATCH / scaled.SOLVER.IMS_PER_BATCH, scaled.is_frozen()
     scaled.defrost()
-    schedule, length = read_schedule(cfg), scaled.SOLVER.MAX_ITER
+    schedule, length = YamlSchedule(cfg).read(), scaled.SOLVER.MAX_ITER
     counts = tuple((key, _scaled(value, ratio, length)) for key, value in schedule.distillers)
-    _write_counts(scaled, replace(schedule, distillers=counts))
+    YamlSchedule(scaled).write_counts(replace(schedule, distillers=counts))
     if frozen:
         scaled.freeze()
     return scaled
-
-
-def _counts(cfg: CfgNode | DictConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Each key of a distiller that counts iterations: its name, and where its value is."""
-    if isinstance(cfg, DictConfig):
-        yield from _below("model.distillers", value_of(cfg, "model.distillers"))
-        return
-    yield from _below("MODEL.DISTILL", cfg.MODEL.DISTILL)
-    for i, term in enumerate(cfg.MODEL.DISTILL.TERMS):
-        for k in range(1, len(term) - 1, 2):
-            if _is_count(term[k].rpartition(".")[2]):
-                yield f"MODEL.DISTILL.TERMS[{i}].{term[k]}", term, k + 1
 
 
 def _below(name: str, node: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -311,23 +364,6 @@ def _below(name: str, node: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _is_count(key: str) -> bool:
     return bool(_LENGTH.fullmatch(key) or _POINT.fullmatch(key))
-
-
-def _check_scheduler(cfg: DictConfig) -> None:
-    nodes = [cfg.lr_multiplier]
-    while nodes:
-        node = nodes.pop()
-        parts = node.values() if isinstance(node, DictConfig) else node
-        nodes += [part for part in parts if isinstance(part, DictConfig | ListConfig)]
-        target = node.get("_target_") if isinstance(node, DictConfig) else None
-        if target is not None:
-            name = target if isinstance(target, str) else f"{target.__module__}.{target.__name__}"
-            if not name.startswith(_RELATIVE):
-                raise ValueError(
-                    f"lr_multiplier is made by {name}, whose arguments --epochs and --batch cannot "
-                    "scale; expected a scheduler of fvcore.common.param_scheduler. Set "
-                    f"{', '.join(_LAZY.values())} and lr_multiplier instead."
-                )
 
 
 def value_of(cfg: Any, key: str) -> Any:

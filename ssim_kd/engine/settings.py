@@ -1,11 +1,12 @@
 """The settings of a training: plain values, the same for every config language."""
 
-import inspect
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from ..yaml_files import dotted, name_of
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,18 @@ class Settings:
 
 
 def as_text(config: Mapping[str, Any], *, left_out: tuple[str, ...] = ()) -> str:
-    """Every key and value of a config, as JSON that :func:`differences` reads.
+    """Every key and value of a config, as JSON that :func:`differences` reads, a line each.
 
     Args:
         config: nested, of any values.
         left_out: keys that change nothing in what a run computes.
     """
-    return json.dumps(dict(_leaves(config, left_out)), sort_keys=True, default=_name)
+    found = {
+        name: value
+        for name, value in dotted(config)
+        if not any(name == key or name.startswith(f"{key}.") for key in left_out)
+    }
+    return json.dumps(found, sort_keys=True, default=name_of, indent=0)
 
 
 def differences(ours: str, theirs: str) -> list[str]:
@@ -132,23 +138,3 @@ def differences(ours: str, theirs: str) -> list[str]:
         for key in sorted(now.keys() | was.keys())
         if now.get(key) != was.get(key)
     ]
-
-
-def _leaves(
-    node: Mapping[str, Any], left_out: tuple[str, ...], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if name in left_out:
-            continue
-        if isinstance(value, Mapping):
-            yield from _leaves(value, left_out, f"{name}.")
-        else:
-            yield name, value
-
-
-def _name(value: Any) -> str:
-    """Functions and classes by their names: their text has an address, another in each run."""
-    if inspect.isroutine(value) or inspect.isclass(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return str(value)

@@ -123,7 +123,7 @@ class StopOnSignal(HookBase):
             self._watch = None
 
     def _request(self) -> None:
-        self.trainer.request_stop()
+        self.trainer.stop_requested = True
         # Once: a second signal must not interrupt the exit.
         if self._saved and not self._leaving:
             # Not by the log: the signal may have interrupted a write to it.

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling import unwrap
+from .settings import Settings
 from .writers import StepReport
 
 logger = logging.getLogger(__name__)
@@ -49,44 +50,37 @@ class DistillStep(TrainerBase):
     - The iterator over the data is made at the first step, when the place to resume at is known.
 
     Attributes:
-        stop_requested: set it to ask for an orderly end.
+        settings: what is read of them: ``amp``, ``accumulate``, ``max_skipped_steps``,
+            ``log_period``, ``eval_period``, and ``output_dir`` for the report on such a step.
+        skipped: steps that were left out.
+        stop_requested: set it to ask for an orderly end after the current step.
         should_stop: whether any process asked; the same on all of them after each step.
     """
+
+    # Plain attributes: DefaultTrainer, which DistillTrainer is as well, has properties.
+    model: nn.Module = None  # type: ignore[assignment]
+    data_loader: Any = None
+    optimizer: torch.optim.Optimizer = None  # type: ignore[assignment]
 
     def __init__(
         self,
         model: nn.Module,
         data_loader: Any,
         optimizer: torch.optim.Optimizer,
-        *,
-        amp: bool = False,
-        max_skipped: int = 0,
-        output_dir: str = ".",
-        log_period: int = 20,
-        accumulate: int = 1,
-        eval_period: int = 0,
+        settings: Settings,
     ) -> None:
         """
         Args:
             model: takes a batch, returns a dict of scalar losses; wrapped in DDP or not.
-            data_loader: an iterable of batches without end.
+            data_loader: an iterable of batches; one that ends is iterated again.
             optimizer: of the model's parameters.
-            amp: mixed precision.
-            max_skipped: steps that are not finite which are left out before the run stops.
-            output_dir: for the report on such a step.
-            log_period: in iterations; every so often the metrics are brought up to date.
-            accumulate: parts of the batch that go through the model one after the other.
-            eval_period: as ``log_period``; 0 for none.
+            settings: of the training.
         """
-        super().__init__()
+        # By name: DefaultTrainer builds its own parts.
+        TrainerBase.__init__(self)
         model.train()
-        self.model = model
-        self.data_loader = data_loader
-        self.optimizer = optimizer
-        self.log_periods = [period for period in (log_period, eval_period) if period > 0]
-        self.accumulate = accumulate
-        self.max_skipped = max_skipped
-        self.output_dir = output_dir
+        self.model, self.data_loader, self.optimizer = model, data_loader, optimizer
+        self.settings = settings
         self.skipped = 0
         self.stop_requested = False
         self.should_stop = False
@@ -95,7 +89,7 @@ class DistillStep(TrainerBase):
         self._pending: list[StepReport] = []
         self._gradients_checked = False
         self._dtype: torch.dtype | None = None
-        if amp:
+        if settings.amp:
             self._dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=self._dtype is torch.float16
@@ -105,7 +99,7 @@ class DistillStep(TrainerBase):
         """Train on the next batch.
 
         Raises:
-            NonFiniteError: more steps than ``max_skipped`` were not finite.
+            NonFiniteError: more steps than ``max_skipped_steps`` were not finite.
         """
         if not self.model.training:
             raise RuntimeError("The model was put into eval mode while it was being trained.")
@@ -113,17 +107,18 @@ class DistillStep(TrainerBase):
         batch = self._next_batch()
         data_time = time.perf_counter() - start
 
-        statistics = [b.clone() for b in self.model.buffers()] if self.max_skipped else []
+        allowed = self.settings.max_skipped_steps
+        statistics = [b.clone() for b in self.model.buffers()] if allowed else []
         try:
             self._backward(batch, data_time)
         except NonFiniteError as error:
             self.skipped += 1
-            if error.fatal or self.skipped > self.max_skipped:
+            if error.fatal or self.skipped > allowed:
                 raise
             # What the forward has made of the batch norms' running means.
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
-            logger.error("Step skipped (%d of %d): %s", self.skipped, self.max_skipped, error)
+            logger.error("Step skipped (%d of %d): %s", self.skipped, allowed, error)
             return
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -145,10 +140,11 @@ class DistillStep(TrainerBase):
     def _backward(self, batch: list[dict[str, Any]], data_time: float) -> None:
         """Make the gradients, and take in reports."""
         self.optimizer.zero_grad()
-        size = len(batch) // self.accumulate
-        if size * self.accumulate != len(batch):
+        settings = self.settings
+        size = len(batch) // settings.accumulate
+        if size * settings.accumulate != len(batch):
             raise ValueError(
-                f"accumulate (SOLVER.ACCUMULATE) is {self.accumulate}, but a process has "
+                f"{settings.key('accumulate')} is {settings.accumulate}, but a process has "
                 f"{len(batch)} images a step; expected a divisor."
             )
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
@@ -161,8 +157,11 @@ class DistillStep(TrainerBase):
         # Read now on a CPU, if a step may be skipped, or if a writer is due; else a step late.
         at_once = (
             self.device.type == "cpu"
-            or self.max_skipped > 0
-            or any((self.iter + 1) % period == 0 for period in self.log_periods)
+            or settings.max_skipped_steps > 0
+            or any(
+                period > 0 and (self.iter + 1) % period == 0
+                for period in (settings.log_period, settings.eval_period)
+            )
         )
         self.flush(keep=0 if at_once else 1)
         if at_once and self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() < LEAST_SCALE:
@@ -184,7 +183,7 @@ class DistillStep(TrainerBase):
                 unlike = {k: tuple(v.shape) for k, v in losses.items() if v.numel() != 1}
                 if unlike:
                     raise ValueError(f"The losses {unlike} are no scalars; expected one value.")
-                total = sum(losses.values()) / self.accumulate
+                total = sum(losses.values()) / self.settings.accumulate
             self.grad_scaler.scale(total).backward()
         losses = {name: loss.detach() for name, loss in losses.items()}
         return losses, dict(getattr(self._detector, "metrics", {})), self._health()
@@ -297,7 +296,7 @@ class DistillStep(TrainerBase):
     ) -> NoReturn:
         """Write a report on a step, and raise."""
         name = f"not_finite_{iteration:07d}_rank{comm.get_rank()}.json"
-        path = os.path.join(self.output_dir, name)
+        path = os.path.join(self.settings.output_dir, name)
         bad = [
             name
             for name, p in self.model.named_parameters()

@@ -1,7 +1,6 @@
 """A training of a YAML config: Detectron2's DefaultTrainer, whose parts :class:`Training` takes."""
 
 import argparse
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -17,46 +16,39 @@ from detectron2.utils import comm
 from ..checkpoint import FINAL
 from ..config import write_stock_config
 from ..data import (
-    DatasetSummary,
     EvaluationLoader,
     Needs,
     build_evaluation_loader,
     build_train_loader,
-    check_datasets,
-    class_names,
     register_datasets,
 )
 from ..modeling import DistilledDetector, resolved_config, teacher_source
 from ..sharing import without_queries
 from ..writing import write_atomically
-from .config_loading import AddConfig, load_yaml
+from .config_loading import AddConfig, is_evaluation, load_yaml
 from .evaluation import (
     build_evaluator,
     build_tta_model,
-    set_up_evaluation,
-    set_up_training,
+    check_teachers_classes,
     student_for_evaluation,
     teacher_for_evaluation,
     test_time_augmentation,
 )
-from .launch import once
 from .optimizer import build_optimizer
 from .preflight import (
     KEYS,
     check_class_count,
+    check_config,
     check_evaluation,
-    check_schedule,
-    check_scored,
     check_tested,
     named,
     settings_of,
 )
+from .recipe import ConfigRecipe
 from .schedule import scale_workers
 from .settings import Settings
 from .trackers import build_trackers
 from .training import Training
-
-logger = logging.getLogger(__name__)
 
 
 class DistillTrainer(Training, DefaultTrainer):
@@ -154,7 +146,7 @@ class DistillTrainer(Training, DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
 
-class YamlRecipe:
+class YamlRecipe(ConfigRecipe):
     """The parts of a training or an evaluation, from the command line of a YAML config."""
 
     keys = KEYS
@@ -164,66 +156,64 @@ class YamlRecipe:
         args: argparse.Namespace,
         add_config: AddConfig | None,
         trainer: type[DistillTrainer],
-        facts: dict[str, int] | None = None,
+        *,
+        data: bool = True,
     ) -> None:
         """
         Args:
             args: of :func:`ssim_kd.engine.argument_parser`.
             add_config, trainer: of :func:`ssim_kd.engine.run`.
-            facts: of :func:`load_yaml`, from another process.
+            data: see :func:`load_yaml`.
         """
-        loaded = load_yaml(args, add_config, facts)
-        self.cfg, self.notes, self.facts = loaded.cfg, loaded.notes, loaded.facts
-        # What Detectron2's default_setup opens.
-        self._args = argparse.Namespace(**{**vars(args), "config_file": loaded.config_file})
+        loaded = load_yaml(args, add_config, data=data)
+        super().__init__(args, loaded)
+        cfg: CfgNode = loaded.cfg
+        check_config(cfg, evaluate=is_evaluation(args))
+        register_datasets(cfg)
         self._trainer = trainer
-        self.device, self.folder = self.cfg.MODEL.DEVICE, self.cfg.OUTPUT_DIR
-        distill = self.cfg.MODEL.DISTILL
-        teacher = (distill.TEACHER.NAME, distill.TEACHER.WEIGHTS)
-        self.teacher_names = teacher if distill.ENABLED else ()
-        self.text = self.cfg.dump()
+        self.device, self.folder, self.text = cfg.MODEL.DEVICE, cfg.OUTPUT_DIR, cfg.dump()
+        teacher = cfg.MODEL.DISTILL.TEACHER
+        self.teacher_names = (teacher.NAME, teacher.WEIGHTS) if cfg.MODEL.DISTILL.ENABLED else ()
+        own = {
+            method: is_overridden(trainer, DistillTrainer, method)
+            for method in ("build_train_loader", "build_evaluator", "test")
+        }
+        self.own = {
+            "own_loader": own["build_train_loader"],
+            "own_evaluator": own["build_evaluator"] or own["test"],
+        }
+        keys = ("LR_SCHEDULER_NAME", "STEPS", "MAX_ITER", "GAMMA", "WARMUP_ITERS", "WARMUP_METHOD")
+        values = ", ".join(f"SOLVER.{key} {cfg.SOLVER[key]!r}" for key in keys)
+        self.advice = (
+            f"It has {values}. Expected WarmupMultiStepLR with STEPS in ascending order, or "
+            "WarmupCosineLR."
+        )
 
     def settings(self) -> Settings:
         """The plain values."""
         return settings_of(self.cfg)
 
-    def set_up(self) -> None:
-        """Logs, the seed, a copy of the config."""
-        set_up_training(self.cfg, self._args, self.folder)
-        for note in self.notes:
-            logger.info("%s", note)
-        register_datasets(self.cfg)
+    def needs(self) -> Needs:
+        """What the student asks of the data sets."""
+        return Needs.from_config(self.cfg)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The schedule of the learning rate."""
+        return self._trainer.build_lr_scheduler(self.cfg, optimizer)
 
     def check(self) -> None:
         """Check the teacher, the schedule and the data sets."""
         cfg = self.cfg
         if cfg.MODEL.DISTILL.ENABLED and cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
             # The model itself raises it in its first step: to evaluate, it needs no teacher.
-            teacher_source(cfg)
-        check_schedule(cfg, self._trainer)
-        summaries = self._check_data(train=True)
-        self._classes = class_names(summaries)
-        if cfg.MODEL.DISTILL.ENABLED:
-            check_scored(self.settings(), Needs.from_config(cfg), summaries)
-
-    def _check_data(self, *, train: bool) -> list[DatasetSummary]:
-        own = {
-            method: is_overridden(self._trainer, DistillTrainer, method)
-            for method in ("build_train_loader", "build_evaluator", "test")
-        }
-        summaries = check_datasets(
-            Needs.from_config(self.cfg),
-            train=train,
-            own_loader=own["build_train_loader"],
-            own_evaluator=own["build_evaluator"] or own["test"],
-        )
-        for summary in summaries:
-            logger.info("%s", summary)
-        return summaries
+            source = teacher_source(cfg)
+            if self.settings().expected_ap:
+                check_teachers_classes(cfg, source)
+        super().check()
 
     def write_student(self, path: str) -> None:
         """A config of the student that stock Detectron2 reads."""
-        write_stock_config(self.cfg, path, weights=FINAL, classes=self._classes)
+        write_stock_config(self.cfg, path, weights=FINAL, classes=self.classes)
 
     def training(self) -> DistillTrainer:
         """Build all parts; config.yaml gets what is the method's own."""
@@ -234,9 +224,9 @@ class YamlRecipe:
             write_atomically(path, lambda file: file.write(text.encode()))
         return training
 
-    def check_evaluation(self, training: DistillTrainer) -> None:
+    def check_evaluation(self, training: DistillTrainer) -> None:  # type: ignore[override]
         """Also what the built student predicts; see :meth:`DistillTrainer.check_evaluation`."""
-        check_class_count(training.student, self._classes, key="DATASETS.TRAIN")
+        check_class_count(training.student, self.classes, key="DATASETS.TRAIN")
         training.check_evaluation()
 
     def teacher_weights(self) -> str:
@@ -245,7 +235,7 @@ class YamlRecipe:
 
     def evaluate_teacher(self) -> Mapping[str, Any]:
         """Evaluate the teacher on the student's data."""
-        return self._trainer.test(*teacher_for_evaluation(self.cfg))
+        return self._trainer.test(*self.detector(teacher=True))  # type: ignore[no-any-return]
 
     def model(self) -> torch.nn.Module:
         """What is trained."""
@@ -259,25 +249,23 @@ class YamlRecipe:
 
     def evaluation(self) -> Callable[[], Any]:
         """Build what ``--eval-only`` or ``--eval-teacher`` evaluates; returns what does so."""
-        args = self._args
         check_tested(self.cfg)
-        set_up_evaluation(self.folder, args, self.text, seed=self.cfg.SEED)
-        register_datasets(self.cfg)
-        once(lambda: self._check_data(train=False))
-        if args.eval_teacher:
-            cfg, model = teacher_for_evaluation(self.cfg)
-        else:
-            cfg, model = student_for_evaluation(self.cfg, resume=args.resume)
+        return super().evaluation()
 
-        def evaluate() -> Any:
-            results = self._trainer.test(cfg, model)
-            if cfg.TEST.AUG.ENABLED:
-                results.update(test_time_augmentation(cfg, model, self._trainer))
-            if comm.is_main_process():
-                verify_results(cfg, results)
-            return results
+    def detector(self, *, teacher: bool) -> tuple[CfgNode, torch.nn.Module]:
+        """What is evaluated, and its config."""
+        if teacher:
+            return teacher_for_evaluation(self.cfg)
+        return student_for_evaluation(self.cfg, resume=self.args.resume)
 
-        return evaluate
+    def evaluate(self, cfg: CfgNode, model: torch.nn.Module) -> Any:
+        """Evaluate, also with ``TEST.AUG``, and compare ``TEST.EXPECTED_RESULTS``."""
+        results = self._trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(test_time_augmentation(cfg, model, self._trainer))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
 
 
 def first_images(cfg: CfgNode, count: int) -> list[dict[str, Any]]:

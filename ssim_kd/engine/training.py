@@ -49,7 +49,7 @@ Evaluate = Callable[[], Mapping[str, Any]]
 _LEFT_OUT = ("OUTPUT_DIR", "TRACKING", "output_dir", "train.output_dir", "train.writers")
 
 
-class Training(TrainerBase):
+class Training(DistillStep):
     """Trains a :class:`DistilledDetector`, or any stock detector, made of parts.
 
     It knows no config language: the parts and plain values go in, and all else is the same for
@@ -99,10 +99,6 @@ class Training(TrainerBase):
         Raises:
             ValueError: what the teacher's ``load`` raises.
         """
-        # By name: DefaultTrainer, which DistillTrainer is as well, builds its own parts.
-        TrainerBase.__init__(self)
-        self.settings = settings
-        self.start_iter, self.max_iter = 0, settings.max_iter
         self._evaluate, self._evaluate_last = evaluate, evaluate_last
         self._statistics_loader, self._pictures = statistics_loader, pictures
         self._trackers = trackers
@@ -127,22 +123,10 @@ class Training(TrainerBase):
             distilled.log_period = 0
             own["distillers"] = distilled.distillers
         on_gpu = next(model.parameters()).is_cuda
-        self._trainer = DistillStep(
-            create_ddp_model(
-                model,
-                device_ids=[torch.cuda.current_device()] if on_gpu else None,
-                **settings.ddp,
-            ),
-            loader,
-            optimizer,
-            amp=settings.amp,
-            max_skipped=settings.max_skipped_steps,
-            output_dir=settings.output_dir,
-            log_period=settings.log_period,
-            accumulate=settings.accumulate,
-            eval_period=settings.eval_period,
-        )
-        self.scheduler = scheduler
+        devices = [torch.cuda.current_device()] if on_gpu else None
+        parallel = create_ddp_model(model, device_ids=devices, **settings.ddp)
+        super().__init__(parallel, loader, optimizer, settings)
+        self.max_iter, self.scheduler = settings.max_iter, scheduler
         if isinstance(loader, TrainLoader):
             self.seed = int(loader.seed)
         else:
@@ -163,21 +147,6 @@ class Training(TrainerBase):
             **own,
         )
         self.register_hooks(self.build_hooks())
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained, in DDP with several processes."""
-        return self._trainer.model
-
-    @property
-    def data_loader(self) -> Any:
-        """The training loader."""
-        return self._trainer.data_loader
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer."""
-        return self._trainer.optimizer
 
     def build_hooks(self) -> list[Any]:
         """Every hook; those with collective operations in the same order on every process."""
@@ -273,20 +242,15 @@ class Training(TrainerBase):
         TrainerBase.train(self, self.start_iter, self.max_iter)
         return self._last_eval_results
 
-    def run_step(self) -> None:
-        """Train on the next batch."""
-        self._trainer.iter = self.iter
-        self._trainer.run_step()
-
     def after_train(self) -> None:
         """Write what is still on its way, then run the hooks; after an error do not evaluate."""
         if self.iter >= self.max_iter:
-            self._trainer.flush()
+            self.flush()
         else:
             # In the last iteration EvalHook takes a failed training for a finished one.
             self._hooks[:] = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
         # The workers end here, also where an error's traceback keeps the iterator.
-        self._trainer.close()
+        self.close()
         try:
             super().after_train()
         except BaseException:
@@ -301,20 +265,6 @@ class Training(TrainerBase):
         # After all that has to be saved: SIGTERM may end the process here.
         if self.iter >= self.max_iter and self.settings.report:
             write_report(self.settings.output_dir)
-
-    def request_stop(self) -> None:
-        """Ask for an orderly end after the current step."""
-        self._trainer.stop_requested = True
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether this process was asked for an end."""
-        return self._trainer.stop_requested
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether any process asked for an end; the same on all after each step."""
-        return self._trainer.should_stop
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint of the folder, or start from the weights.
@@ -357,19 +307,15 @@ class Training(TrainerBase):
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs in addition to the weights."""
         # Nothing that is not finite gets saved.
-        self._trainer.flush()
+        self.flush()
         state = TrainerBase.state_dict(self)
         state["teacher_sha256"] = self.teacher_sha256
         state["config"] = self._started_with
-        state["skipped_steps"] = self._trainer.skipped
+        state["skipped_steps"] = self.skipped
         exact = isinstance(self.data_loader, TrainLoader)
         state["data"] = self.data_loader.state_dict() if exact else {"seed": self.seed}
         state["optimizer"] = self.optimizer.state_dict()
-        state["grad_scaler"] = self._trainer.grad_scaler.state_dict()
-        # RetinaNet and FCOS keep a running mean in a plain attribute.
-        normalizer: Any = getattr(self.student, "loss_normalizer", None)
-        if normalizer is not None:
-            state["loss_normalizer"] = float(normalizer)
+        state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -395,10 +341,10 @@ class Training(TrainerBase):
                 f"another {settings.key('output_dir')}."
             )
         self._warn_of_changes(state_dict.get("config"))
-        if "loss_normalizer" in state_dict:
+        if "loss_normalizer" in state_dict:  # an older checkpoint, of one process
             self.student.loss_normalizer = state_dict["loss_normalizer"]
         TrainerBase.load_state_dict(self, state_dict)
-        self._trainer.skipped = state_dict.get("skipped_steps", 0)
+        self.skipped = state_dict.get("skipped_steps", 0)
         data = state_dict.get("data", {"seed": self.seed})
         self.seed = int(data["seed"])
         if isinstance(self.data_loader, TrainLoader):
@@ -411,7 +357,7 @@ class Training(TrainerBase):
             )
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict.get("grad_scaler"):  # else the run began without a scaler
-            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
     def _warn_of_changes(self, started_with: str | None) -> None:
         if started_with is None:

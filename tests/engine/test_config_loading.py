@@ -157,23 +157,6 @@ def test_load_config_reads_its_arguments_only(tmp_path: Path) -> None:
     assert vars(args) == before and load_config(args, add_project_configs) == cfg
 
 
-def test_facts_of_the_data_are_not_read_again(tmp_path: Path) -> None:
-    path = data_file(tmp_path / "parts")
-    line = ["--config-file", "COCO-Detection/retinanet_R_50_FPN_1x", "--epochs", "40"]
-    for suffix, load in ((".yaml", load_yaml), (".py", load_lazy)):
-        args = argument_parser().parse_args(
-            [line[0], line[1] + suffix, *line[2:], "--data", str(path)]
-        )
-        facts = load(args).facts
-        assert facts == {"classes": 3, "images": 8}
-        content = path.parent / "train.json"
-        text = content.read_text()
-        content.unlink()
-        again = load(args, facts=facts).cfg
-        content.write_text(text)
-        assert str(again) == str(load(args).cfg)
-
-
 @pytest.mark.parametrize(
     ("name", "near"),
     [

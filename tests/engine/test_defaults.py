@@ -10,8 +10,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 
-from ssim_kd.engine import argument_parser, load_config, run
-from ssim_kd.engine import trainer as trainer_module
+from ssim_kd.engine import argument_parser, load_config, recipe, run
 from ssim_kd.engine.preflight import check_start, settings_of
 from ssim_kd.modeling.teacher_config import teacher_config
 from ssim_kd.projects import add_project_configs
@@ -200,18 +199,16 @@ def test_check_config_values(key, value, expected, world: World, tmp_path) -> No
         world.cfg(tmp_path, key, value)
 
 
-def test_check_config_expected_ap_of_no_set(world: World, tmp_path) -> None:
+def test_main_expected_ap_of_no_set(world: World, tmp_path) -> None:
     options = ("MODEL.DISTILL.TEACHER.EXPECTED_AP", 20, "DATASETS.TEST", "()")
     with pytest.raises(ValueError, match=r"EXPECTED_AP is 20\.0, but DATASETS\.TEST is \(\)"):
-        world.cfg(tmp_path, *options)
-    world.cfg(tmp_path, *options, "MODEL.DISTILL.ENABLED", "False")
+        world.main(tmp_path, *options)
 
 
 def test_main_expected_ap_of_other_classes(world: World, tmp_path) -> None:
     classes = ("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.ROI_HEADS.NUM_CLASSES", 80])
     with pytest.raises(ValueError, match=r"80 classes.* have 10 .*EXPECTED_AP to 0"):
-        world.cfg(tmp_path, *classes, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20)
-    world.cfg(tmp_path, *classes)
+        world.main(tmp_path, *classes, "MODEL.DISTILL.TEACHER.EXPECTED_AP", 20)
     with pytest.raises(ValueError, match=r"80 classes.*leave --eval-teacher out"):
         world.main(tmp_path, "--eval-teacher", *classes)
 
@@ -234,7 +231,7 @@ def test_main_evaluates_on_nothing(flag, world: World, tmp_path) -> None:
 def test_main_unreadable_weights(
     name, content, expected, world: World, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "check_datasets", None)  # not yet
+    monkeypatch.setattr(recipe, "check_datasets", None)  # not yet
     path = name if "://" in name else tmp_path / name
     if content is not None:
         path.write_bytes(content)

@@ -88,10 +88,10 @@ def test_rank_states_of_a_step_without_checkpoint() -> None:
     hook.trainer = trainer(3)
     hook.after_step()
     assert hook.state_dict() == {"loss_normalizer": [7.5]}
-    # A checkpoint that the user's code saves later has the trainer's own value.
-    hook.trainer = trainer(4)
+    # Not that of an earlier step, if the user's code saves later.
+    hook.trainer, student.loss_normalizer = trainer(4), 6.5
     hook.after_step()
-    assert hook.state_dict() == {}
+    assert hook.state_dict() == {"loss_normalizer": [6.5]}
     hook.load_state_dict({"loss_normalizer": [1.5, 2.5]})
     assert student.loss_normalizer == 1.5
 

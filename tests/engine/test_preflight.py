@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from ssim_kd.data import Needs, register_datasets
 from ssim_kd.engine import DistillTrainer, argument_parser, main, preflight
-from ssim_kd.engine.preflight import check_evaluation, check_schedule, check_scored, settings_of
+from ssim_kd.engine.preflight import check_evaluation, check_scored, settings_of
+from ssim_kd.engine.trainer import YamlRecipe
+from ssim_kd.projects import add_project_configs
 from tests.engine.runs import World
 
 
@@ -28,22 +29,26 @@ from tests.engine.runs import World
         ({"WARMUP_METHOD": "quadratic"}, "SOLVER.WARMUP_METHOD 'quadratic'"),
     ],
 )
-def test_check_schedule_refuses(keys, named, world: World, tmp_path: Path) -> None:
+def test_check_refuses_a_schedule(keys, named, world: World, tmp_path: Path) -> None:
     options = [x for key, value in keys.items() for x in (f"SOLVER.{key}", value)]
     with pytest.raises(ValueError, match=named):
-        check_schedule(world.cfg(tmp_path, *options), DistillTrainer)
+        check(world, tmp_path, DistillTrainer, *options)
 
 
-def test_check_schedule_accepts_what_the_trainer_builds(world: World, tmp_path: Path) -> None:
+def check(world: World, folder: Path, trainer: Any, *options: Any) -> None:
+    args = argument_parser().parse_args(world.arguments(folder, *options))
+    YamlRecipe(args, add_project_configs, trainer).check()
+
+
+def test_check_accepts_a_schedule_that_the_trainer_builds(world: World, tmp_path: Path) -> None:
     class Own(DistillTrainer):
         @classmethod
         def build_lr_scheduler(cls, cfg, optimizer):
             return None
 
-    cfg = world.cfg(tmp_path, "SOLVER.LR_SCHEDULER_NAME", "Own")
-    check_schedule(cfg, Own)
+    check(world, tmp_path, Own, "SOLVER.LR_SCHEDULER_NAME", "Own")
     for name in ("WarmupCosineLR", "WarmupMultiStepLR"):
-        check_schedule(world.cfg(tmp_path, "SOLVER.LR_SCHEDULER_NAME", name), DefaultTrainer)
+        check(world, tmp_path, DistillTrainer, "SOLVER.LR_SCHEDULER_NAME", name)
 
 
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,12 +13,11 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 from omegaconf import DictConfig, OmegaConf
 
 from ssim_kd.engine.schedule import (
+    LazySchedule,
     Schedule,
-    apply_schedule,
-    read_schedule,
+    YamlSchedule,
     rescale,
     scale_workers,
-    write_schedule,
 )
 from ssim_kd.modeling import DistilledDetector
 from ssim_kd.projects.icd import ICDDistiller
@@ -94,7 +94,7 @@ def yaml_config(**values: Any) -> Any:
 
 
 def counted(cfg: Any) -> dict[str, Any]:
-    return dict(read_schedule(cfg).distillers)
+    return dict(YamlSchedule(cfg).read().distillers)
 
 
 def test_all_keys_that_count_iterations_are_known() -> None:
@@ -124,12 +124,12 @@ def test_keys_of_distillers_follow_epochs_batch_and_world_size(in_terms: bool) -
     # 9000 iterations, a tenth.
     cfg = yaml_config(**given)
     options = {"epochs": 9.0, "batch": None, "by_hand": (), "count_images": lambda: 16_000}
-    apply_schedule(cfg, **options)
+    YamlSchedule(cfg).apply(**options)
     assert cfg.SOLVER.MAX_ITER == 9000
     assert found(cfg) == [500, 4500, (3000, 6000), 900]
     # Twice the batch: half of the iterations.
     cfg = yaml_config(**given)
-    apply_schedule(cfg, **{**options, "epochs": None, "batch": 32})
+    YamlSchedule(cfg).apply(**{**options, "epochs": None, "batch": 32})
     assert found(cfg) == [500, 22_500, (15_000, 30_000), 4500]
     # Four processes for one, as DefaultTrainer.auto_scale_workers scales WARMUP_ITERS.
     cfg = yaml_config(**given)
@@ -145,7 +145,7 @@ def test_keys_of_distillers_follow_epochs_batch_and_world_size(in_terms: bool) -
 def test_keys_of_distillers_that_are_set_by_hand_stay() -> None:
     cfg = yaml_config(**OURS)
     options = {"epochs": 9.0, "batch": None, "count_images": lambda: 16_000}
-    apply_schedule(cfg, **options, by_hand=("MODEL.DISTILL.SCHEDULE.STOP_ITER",))
+    YamlSchedule(cfg).apply(**options, by_hand=("MODEL.DISTILL.SCHEDULE.STOP_ITER",))
     assert cfg.MODEL.DISTILL.SCHEDULE.STOP_ITER == 45_000
     assert cfg.MODEL.DISTILL.ICD.DETACH_ITERS == 900
 
@@ -160,9 +160,9 @@ LAZY = [
 
 def lazy(name: str, epochs: float | None = None, batch: int | None = None, by_hand: Any = ()):
     cfg = model_zoo.get_config(name)
-    before = read_schedule(cfg)
-    apply_schedule(
-        cfg, epochs=epochs, batch=batch, by_hand=by_hand, count_images=lambda: 44, max_iter=None
+    before = LazySchedule(cfg).read()
+    LazySchedule(cfg).apply(
+        epochs=epochs, batch=batch, by_hand=by_hand, count_images=lambda: 44, max_iter=None
     )
     return before, cfg
 
@@ -174,7 +174,7 @@ def test_apply_schedule_of_the_zoos_lazy_configs(name: str) -> None:
     assert cfg.optimizer.lr == pytest.approx(before.lr * 4 / before.batch)
     period = max(11, round(before.checkpoint_period * 440 / before.max_iter))
     assert (cfg.train.eval_period, cfg.train.checkpointer.period) == (11, period)
-    after = read_schedule(cfg)
+    after = LazySchedule(cfg).read()
     assert before.warmup in (500, 1000) and after.warmup == 110
     # The learning rate drops at the same share of the training.
     scheduler = instantiate(cfg.lr_multiplier)
@@ -190,7 +190,7 @@ def test_apply_schedule_of_a_lazy_config_by_hand() -> None:
     by_hand = {"train.max_iter", "optimizer.lr", "lr_multiplier.warmup_length"}
     before, cfg = lazy(LAZY[0], epochs=40, batch=4, by_hand=by_hand)
     assert cfg.train.max_iter == before.max_iter and cfg.optimizer.lr == before.lr
-    assert read_schedule(cfg).warmup == before.warmup
+    assert LazySchedule(cfg).read().warmup == before.warmup
     assert cfg.dataloader.train.total_batch_size == 4
 
 
@@ -211,13 +211,13 @@ def test_apply_schedule_of_a_lazy_config_with_interpolations() -> None:
         values=[1.0, 0.1], milestones=[60_000], num_updates="${..train.max_iter}"
     )
     cfg = lazy_parts(scheduler, detach_iters=9000)
-    apply_schedule(cfg, epochs=9, batch=None, by_hand=(), count_images=lambda: 16_000)
+    LazySchedule(cfg).apply(epochs=9, batch=None, by_hand=(), count_images=lambda: 16_000)
     assert cfg.train.max_iter == 9000
     multiplier = instantiate(cfg.lr_multiplier)
     assert (multiplier(5999 / 9000), multiplier(6001 / 9000)) == (1.0, 0.1)
     assert cfg.model.distillers[0].detach_iters == 900
     cfg = lazy_parts(L(CosineParamScheduler)(start_value=1.0, end_value=0.0))
-    apply_schedule(cfg, epochs=9, batch=None, by_hand=(), count_images=lambda: 16_000)
+    LazySchedule(cfg).apply(epochs=9, batch=None, by_hand=(), count_images=lambda: 16_000)
     assert dict(cfg.lr_multiplier)["end_value"] == 0.0 and cfg.train.max_iter == 9000
 
 
@@ -228,11 +228,11 @@ def my_scheduler(iterations: int) -> Any:
 def test_apply_schedule_of_a_scheduler_that_is_not_known() -> None:
     cfg = lazy_parts(L(my_scheduler)(iterations=90_000))
     with pytest.raises(ValueError, match=r"lr_multiplier.*my_scheduler") as caught:
-        apply_schedule(cfg, epochs=9, batch=None, by_hand=(), count_images=lambda: 16_000)
+        LazySchedule(cfg).apply(epochs=9, batch=None, by_hand=(), count_images=lambda: 16_000)
     for key in ("train.max_iter", "optimizer.lr", "dataloader.train.total_batch_size"):
         assert key in str(caught.value)
     # Without the arguments it is trained as it is.
-    assert not apply_schedule(cfg, epochs=None, batch=None, by_hand=(), count_images=lambda: 0)
+    assert not LazySchedule(cfg).apply(epochs=None, batch=None, by_hand=(), count_images=lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,16 @@ def test_apply_schedule_of_a_lazy_config_that_lacks_a_key(lacking: str, asked: A
     cfg = lazy_parts(L(CosineParamScheduler)(start_value=1.0, end_value=0.0))
     OmegaConf.update(cfg, lacking, None)
     with pytest.raises(ValueError, match=lacking):
-        apply_schedule(
-            cfg, **{"epochs": None, "batch": None, **asked}, by_hand=(), count_images=lambda: 8
+        LazySchedule(cfg).apply(
+            **{"epochs": None, "batch": None, **asked}, by_hand=(), count_images=lambda: 8
         )
 
 
-def test_write_schedule_of_what_was_read_changes_nothing() -> None:
-    for cfg in (yaml_config(**OURS), model_zoo.get_config(LAZY[3])):
-        before = str(cfg) if not isinstance(cfg, DictConfig) else OmegaConf.to_container(cfg)
-        write_schedule(cfg, read_schedule(cfg), ())
-        after = str(cfg) if not isinstance(cfg, DictConfig) else OmegaConf.to_container(cfg)
-        assert after == before
+def test_write_of_what_was_read_changes_nothing() -> None:
+    for schedule in (
+        YamlSchedule(yaml_config(**OURS)),
+        LazySchedule(model_zoo.get_config(LAZY[3])),
+    ):
+        before = copy.deepcopy(schedule.cfg)
+        schedule.write(schedule.read())
+        assert schedule.cfg == before

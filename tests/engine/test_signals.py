@@ -33,9 +33,6 @@ class Trainer:
         self.saved: list[str] = []
         self.checkpointer = SimpleNamespace(save=lambda name, **_: self.saved.append(name))
 
-    def request_stop(self) -> None:
-        self.stop_requested = True
-
     @property
     def should_stop(self) -> bool:
         return self.stop_requested
@@ -135,7 +132,7 @@ import ctypes, os, signal, threading, time
 from types import SimpleNamespace
 from ssim_kd.engine.signals import StopOnSignal
 hook = StopOnSignal(grace_period=0.3, key="SOLVER.GRACE_PERIOD")
-hook.trainer = SimpleNamespace(request_stop=int, stop_requested=False)
+hook.trainer = SimpleNamespace(stop_requested=False)
 hook.before_train()
 threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
 {block}

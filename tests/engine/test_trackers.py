@@ -21,7 +21,7 @@ from ssim_kd import DistillTrainer, MLflowWriter, WandbWriter
 from ssim_kd.config import write_stock_config
 from ssim_kd.engine import lazy, trackers
 from ssim_kd.engine.preflight import check_config
-from ssim_kd.engine.trackers.writer import leaves
+from ssim_kd.engine.trackers.writer import parameters
 from tests.documentation import fences
 from tests.engine.runs import ROOT, World, log, metrics
 
@@ -110,7 +110,7 @@ class StopAt(HookBase):
         if self.trainer.iter == self.iteration:
             if self.error:
                 raise self.error("injected failure")
-            self.trainer.request_stop()
+            self.trainer.stop_requested = True
 
 
 def trainer_with(hook: HookBase) -> type[DistillTrainer]:
@@ -333,7 +333,7 @@ def test_lazy_config_with_a_tracker(tmp_path) -> None:
     (tracker,) = lazy.build_trackers(cfg)
     assert isinstance(tracker, WandbWriter)
     assert tracker.folder == str(tmp_path) and tracker.project == "parts"
-    params = dict(leaves(tracker.params))
+    params = parameters(tracker.params)
     assert params["model.in_features"] == 3 and params["train.max_iter"] == 1
     tracker.close()
 

@@ -12,6 +12,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ssim_kd.engine.settings import Settings
 from ssim_kd.engine.train_loop import DistillStep, NonFiniteError
 
 NAN = float("nan")
@@ -56,8 +57,7 @@ def make(folder: Path, *wrong: str, **options: Any) -> DistillStep:
         for i, w in enumerate(wrong)
     ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step = DistillStep(model, batches, optimizer, output_dir=str(folder), **options)
-    return step
+    return DistillStep(model, batches, optimizer, Settings(str(folder), 100, **options))
 
 
 def run(step: DistillStep, steps: int) -> EventStorage:
@@ -97,7 +97,7 @@ def test_run_step_not_finite(wrong, named, tmp_path) -> None:
 
 @pytest.mark.parametrize("wrong", ["student", "loss", "level", "gradient", "proposals"])
 def test_run_step_skipped(wrong, tmp_path) -> None:
-    step = make(tmp_path, "", wrong, "", wrong, wrong, max_skipped=2)
+    step = make(tmp_path, "", wrong, "", wrong, wrong, max_skipped_steps=2)
     run(step, 1)
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     run(step, 1)
@@ -114,13 +114,13 @@ def test_run_step_skipped(wrong, tmp_path) -> None:
 
 
 def test_run_step_teacher_not_finite(tmp_path) -> None:
-    step = make(tmp_path, "teacher", max_skipped=10)
+    step = make(tmp_path, "teacher", max_skipped_steps=10)
     with pytest.raises(NonFiniteError, match="teacher features p3"):
         run(step, 1)
 
 
 def test_run_step_stop_requested(tmp_path) -> None:
-    step = make(tmp_path, "", "", "loss", max_skipped=1)
+    step = make(tmp_path, "", "", "loss", max_skipped_steps=1)
     run(step, 1)
     assert not step.should_stop
     step.stop_requested = True

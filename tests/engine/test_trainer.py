@@ -385,6 +385,6 @@ def test_load_state_dict_grad_scaler(world: World, tmp_path) -> None:
     register_datasets(cfg)
     first, second = DistillTrainer(cfg), DistillTrainer(cfg)
     for trainer, scale in ((first, 8.0), (second, 2.0)):
-        trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     second.load_state_dict(first.state_dict())
-    assert second._trainer.grad_scaler.get_scale() == 8.0
+    assert second.grad_scaler.get_scale() == 8.0

@@ -61,7 +61,7 @@ class TestEveryWay:
         shutil.copy(folders[0] / "model_0000000.pth", folders[1])
         train(way, world, folders[1], "--resume", **short)
         whole, resumed = (checkpoint(folder) for folder in folders)
-        assert whole["trainer"]["loss_normalizer"] != 100.0
+        assert whole["trainer"]["hooks"]["RankStates"]["loss_normalizer"] != [100.0]
         assert_same(whole, resumed)
 
     def test_another_teacher_at_resume(self, way, world: World, whole, tmp_path) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .writer import TrackerWriter, leaves, picture
+from .writer import TrackerWriter, parameters, picture
 
 # Of a name in MLflow.
 _LONGEST = 250
@@ -43,7 +43,7 @@ class MLflowWriter(TrackerWriter):
             self._run_id = run_id or self._create()
             params = [
                 mlflow.entities.Param(self._named(key), str(value))
-                for key, value in leaves(self.params)
+                for key, value in parameters(self.params).items()
                 if self._named(key) not in known  # cannot change
             ]
             for first in range(0, len(params), 100):  # the most that MLflow takes at once

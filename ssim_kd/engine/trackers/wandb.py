@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .writer import FINISHED, KILLED, PATIENCE, TrackerWriter, leaves, picture
+from .writer import FINISHED, KILLED, PATIENCE, TrackerWriter, parameters, picture
 
 #: Axis of the values in a run whose steps are the user's.
 ITERATION = "iteration"
@@ -27,7 +27,7 @@ class WandbWriter(TrackerWriter):
         # A server that is gone would keep the program from its end.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(PATIENCE))
         self._is_users = wandb.run is not None
-        config = None if run_id else dict(leaves(self.params))
+        config = None if run_id else parameters(self.params)
         if wandb.run is not None:
             self._axes: set[str] = set()
             self._run = wandb.run

@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...sharing import without_queries
 from ...writing import write_atomically
+from ...yaml_files import dotted, name_of
 from ..writers import Accessory
 
 logger = logging.getLogger(__name__)
@@ -214,14 +215,10 @@ def _read_runs(path: str) -> dict[str, str]:
         return {}
 
 
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def parameters(node: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a nested config by dotted name; what JSON has no type for as text."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            plain = isinstance(value, str | int | float | list | tuple | None)
-            yield f"{prefix}{key}", value if plain else str(value)
+    plain = str | int | float | list | tuple | None
+    return {k: v if isinstance(v, plain) else name_of(v) for k, v in dotted(node)}
 
 
 def picture(image: Any) -> NDArray[np.uint8]:
