@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
+from ssim_kd.data.validation import json_sets
 from ssim_kd.engine.train_loop import DistillStep
 from ssim_kd.engine.training import Training
 from ssim_kd.engine.writers import StepReport
@@ -69,6 +70,18 @@ def record_steps(folder: str, rank: int) -> None:
 
     StepReport.read = reading  # type: ignore[method-assign]
     DistillStep.run_step = stepping  # type: ignore[method-assign]
+
+
+def record_reads(folder: str, rank: int) -> None:
+    """Append a line for each annotation file that is read."""
+    read = json_sets.read_instances
+
+    def reading(where: str, json_file: str, **options: Any) -> Any:
+        with open(os.path.join(folder, "reads.txt"), "a") as file:
+            file.write(f"rank {rank}: {os.path.basename(json_file)}\n")
+        return read(where, json_file, **options)
+
+    json_sets.read_instances = reading
 
 
 def distillation_gradient(cfg: Any, weights: str, images: torch.Tensor) -> dict[str, torch.Tensor]:

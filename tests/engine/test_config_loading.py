@@ -157,6 +157,17 @@ def test_load_config_reads_its_arguments_only(tmp_path: Path) -> None:
     assert vars(args) == before and load_config(args, add_project_configs) == cfg
 
 
+def test_the_data_are_left_alone_until_all_processes_read_them(tmp_path: Path) -> None:
+    path = data_file(tmp_path / "parts")
+    (path.parent / "train.json").unlink()
+    for suffix, load in ((".yaml", load_yaml), (".py", load_lazy)):
+        line = ["--config-file", f"COCO-Detection/retinanet_R_50_FPN_1x{suffix}", "--epochs", "40"]
+        args = argument_parser().parse_args([*line, "--data", str(path)])
+        load(args, data=False)
+        with pytest.raises(ValueError, match=r"train\.json"):
+            load(args)
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from ssim_kd.engine import argument_parser, run
 from ssim_kd.engine.config_loading import load_lazy
 from ssim_kd.engine.lazy import LazyRecipe
 from ssim_kd.modeling import DistilledDetector, FrozenTeacher
-from tests.engine.runs import World, checkpoint, log, metrics
+from tests.engine.runs import World, assert_same, checkpoint, log, metrics
 
 # A RetinaNet of the zoo made small; the teacher is another LazyConfig with another width.
 BASE = """
@@ -91,10 +92,14 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     module.write_text(MODULE)
     sys.path.insert(0, str(folder))
     files = {"weights": folder / "lazy_teacher.pth"}
-    for name, width in (("teacher", 48), ("student", 32), ("plain", 32)):
+    for name, width in (("teacher", 48), ("student", 32), ("plain", 32), ("fcos", 32)):
         text = BASE.format(
             student_yaml=world.config, module="small_resnet_of_lazy_test", width=width
         )
+        if name == "fcos":
+            # Its P6 is made of P5, and its P7 has one value.
+            text = text.replace("retinanet_R_50", "fcos_R_50").replace("= 128", "= 32")
+            text += "model.head.norm = ''\n"
         if name == "student":
             text += STUDENT.format(teacher=files["teacher"], weights=files["weights"])
         files[name] = folder / f"lazy_{name}.py"
@@ -148,6 +153,18 @@ def test_lazy_main_trains_resumes_and_evaluates_the_student_alone(configs, tmp_p
     plain = instantiate(LazyConfig.load(str(configs["student"])).model.student)
     result = plain.load_state_dict(again["model"])
     assert not result.missing_keys and not result.unexpected_keys
+
+
+def test_lazy_main_resumes_the_loss_normalizer_of_fcos(configs, tmp_path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    opts = ("train.eval_period=0", "train.seed=1")
+    lazy_run(configs["fcos"], whole, *opts)
+    cut.mkdir()
+    shutil.copy(whole / "model_0000000.pth", cut)
+    lazy_run(configs["fcos"], cut, "--resume", *opts)
+    saved = checkpoint(whole)
+    assert saved["trainer"]["hooks"]["RankStates"]["loss_normalizer"] != [100.0]
+    assert_same(saved, checkpoint(cut))
 
 
 def test_lazy_main_puts_a_plain_model_below_its_teacher(configs, tmp_path) -> None:

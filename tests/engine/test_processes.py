@@ -36,6 +36,16 @@ def test_train_two_processes_have_equal_weights(two: Path) -> None:
     assert checkpoint(two)["trainer"]["data"]["processes"] == 2
 
 
+def test_one_process_reads_the_data_for_epochs(world: World, tmp_path) -> None:
+    """For the schedule, the checks and the loader of both."""
+    prepare = partial(inside.record_reads, str(tmp_path))
+    line = world.arguments(tmp_path, *SHORT, "--epochs=1")
+    with children(line, line, folder=tmp_path, prepare=prepare) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
+    assert (tmp_path / "reads.txt").read_text() == "rank 0: annotations.json\n"
+    assert checkpoint(tmp_path)["iteration"] == 2
+
+
 def test_train_slurm_equals_torchrun(world: World, two: Path, tmp_path) -> None:
     env = {
         "SLURM_NTASKS": "2",

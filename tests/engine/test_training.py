@@ -46,6 +46,19 @@ def test_training_is_the_same_in_every_way(way: str, whole: dict[str, Path]) -> 
     assert run["config"] == way and run["teacher"]["sha256"]
 
 
+def test_resumed_from_a_checkpoint_of_the_former_lazy_trainer(world: World, whole, tmp_path):
+    """It has neither the teacher nor the config, seed and states of the processes."""
+    folder = half_of(whole["LazyConfig"], tmp_path / "resumed")
+    saved = torch.load(folder / "model_0000002.pth")
+    had = saved["trainer"]
+    saved["trainer"] = {name: had[name] for name in ("iteration", "optimizer", "grad_scaler")}
+    saved["trainer"]["hooks"] = {"LRScheduler": had["hooks"]["LRScheduler"]}
+    torch.save(saved, folder / "model_0000002.pth")
+    train("LazyConfig", world, folder, "--resume")
+    assert_same(checkpoint(whole["LazyConfig"])["model"], checkpoint(folder)["model"])
+    assert "does not name its teacher, config and seed" in log(folder)
+
+
 @pytest.mark.parametrize("way", WAYS)
 class TestEveryWay:
     def test_resumed_equals_the_whole(self, way, world: World, whole, tmp_path) -> None:
