@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from ssim_kd.command_line import argument_parser
 from ssim_kd.config import add_distill_config
 from ssim_kd.config_files import allow_program
-from ssim_kd.engine.config_loading import load_config
+from ssim_kd.engine import load_config
 from ssim_kd.modeling import FrozenTeacher, teacher_source
 from ssim_kd.modeling.saved_lazy import find_part
 from ssim_kd.modeling.teacher_config import source_of

@@ -18,7 +18,7 @@ from ssim_kd import config
 from ssim_kd.command_line import argument_parser
 from ssim_kd.config import share_keys, write_stock_config
 from ssim_kd.config_files import merge_file
-from ssim_kd.engine.config_loading import load_config
+from ssim_kd.engine import load_config
 from ssim_kd.modeling import FrozenTeacher, find_teacher, teacher_config, teacher_name
 from ssim_kd.modeling.teacher_files import TeacherNotFoundError
 from tests.helpers import (
