@@ -13,10 +13,11 @@ and AP those of studies/results/methods.json, written by ``tools/compare.py stud
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ BEGIN, END = "<!-- methods: tools/methods_table.py -->", "<!-- end of methods --
 KEYS = ("method", "paper", "levels", "needs")
 AP = "AP on digits (gain; seeds)"
 MEASURED, END_MEASURED = "<!-- measured: tools/methods_table.py -->", "<!-- end of measured -->"
+#: Arms that were trained when modules of their methods began with other weights.
+OLD_STARTS = {"fbkd", "icd", "reviewkd", "reviewkd_dkd"}
 #: Ends the name of an arm whose student is a RetinaNet.
 DENSE = "_retinanet"
 COLUMNS = (
@@ -54,11 +57,10 @@ COLUMNS = (
 
 def folders() -> dict[str, Path]:
     """The folder of each project, by the name of its package."""
-    found = {}
-    for name in project_names():
-        module = importlib.import_module(f"ssim_kd.projects.{name}")
-        found[name] = Path(str(module.__file__)).resolve().parents[1]
-    return found
+    modules = {
+        name: importlib.import_module(f"ssim_kd.projects.{name}") for name in project_names()
+    }
+    return {k: Path(str(module.__file__)).resolve().parents[1] for k, module in modules.items()}
 
 
 def summary(name: str) -> dict[str, str]:
@@ -89,7 +91,7 @@ def parameters(config: Path) -> int:
     """Number of trained parameters next to the student's, between two R-50 of 256 channels."""
     args = argparse.Namespace(config_file=str(config), opts=["MODEL.DEVICE", "meta"])
     cfg = load_config(args, add_project_configs)
-    student = _detector(cfg.MODEL.DISTILL.STUDENT_META_ARCHITECTURE, student_config(cfg))
+    student = detector(student_config(cfg).dump())
     with torch.device("meta"):
         distillers = build_distillers(cfg)
         bind_distillers(distillers, student, FrozenTeacher(student))
@@ -97,23 +99,23 @@ def parameters(config: Path) -> int:
     return sum(p.numel() for p in found)
 
 
-_DETECTORS: dict[str, Any] = {}
+@functools.cache
+def detector(config: str) -> Any:
+    """A detector without memory: its shapes are all that is asked for."""
+    with torch.device("meta"):
+        return build_model(CfgNode.load_cfg(config))
 
 
-def _detector(name: str, cfg: CfgNode) -> Any:
-    """A detector without memory, made once: its shapes are all that is asked for."""
-    if name not in _DETECTORS:
-        with torch.device("meta"):
-            _DETECTORS[name] = build_model(cfg)
-    return _DETECTORS[name]
+def read(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} if there is none."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def costs() -> dict[str, float]:
     """Seconds of a step over those with l2, by method; from the first pair that has it."""
-    if not STEP.is_file():
-        return {}
     found: dict[str, float] = {}
-    for pair in json.loads(STEP.read_text())["pairs"].values():
+    for pair in read(STEP).get("pairs", {}).values():
         medians = {k: v["median_s"] for k, v in pair["times"].items() if ":" not in k}
         for arm, seconds in medians.items():
             found.setdefault(arm, seconds / medians["l2"])
@@ -122,22 +124,15 @@ def costs() -> dict[str, float]:
 
 def aps() -> dict[str, dict[int, float]]:
     """AP on the digits' test set by arm and seed; "none" is the plain student."""
-    if not RECORDS.is_file():
-        return {}
     found: dict[str, dict[int, float]] = {}
-    for run in json.loads(RECORDS.read_text())["runs"].values():
+    for run in read(RECORDS).get("runs", {}).values():
         if "arm" in run:
             found.setdefault(run["arm"], {})[run["seed"]] = run["metrics"]["AP"]
     return found
 
 
-def losses() -> dict[str, list[list[float]]]:
-    """[iteration, loss_distill] of the first seed, by arm."""
-    return json.loads(LOSSES.read_text()) if LOSSES.is_file() else {}
-
-
 def collect_losses(output: Path) -> None:
-    """Read them off the folders of a study's runs, and write them."""
+    """Write [iteration, loss_distill] by arm, of the first seed in a study's folder."""
     taken: dict[str, list[list[float]]] = {}
     for file in sorted(output.glob(f"*/*/*/*/{METRICS_FILE}")):
         loss = read_metrics(file.parent).series.get("loss_distill", Series())
@@ -145,7 +140,7 @@ def collect_losses(output: Path) -> None:
         if curve:
             # About every hundred iterations, and the last.
             taken.setdefault(file.parts[-4], [*curve[:-1:5], curve[-1]])
-    found = losses() | taken
+    found = read(LOSSES) | taken
     LOSSES.parent.mkdir(exist_ok=True)
     lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(found[k])}" for k in sorted(found))
     LOSSES.write_text(f"{{\n{lines}\n}}\n")
@@ -153,7 +148,7 @@ def collect_losses(output: Path) -> None:
 
 def rows() -> Iterator[dict[str, str]]:
     """The cells of each project's row, by column."""
-    cost, ap, curves = costs(), aps(), losses()
+    cost, ap, curves = costs(), aps(), read(LOSSES)
     for name, folder in sorted(folders().items(), key=lambda item: item[1].name.lower()):
         found = summary(name)
         count = parameters(config_of(name, folder)) / 1e6
@@ -188,18 +183,16 @@ def _signed(gain: float) -> str:
     return f"{round(gain, 1) + 0.0:+.1f}"
 
 
-def table() -> str:
-    """The table, with its head."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(row[column] for column in COLUMNS)} |" for row in rows()]
-    return "\n".join(lines)
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """In Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def notes() -> str:
     """The sources of the table's figures."""
     found = []
-    if STEP.is_file():
-        step = json.loads(STEP.read_text())
+    if step := read(STEP):
         where = step["environment"]
         found.append(
             f"Step: {', '.join(step['pairs'])} at {step['size'][0]} x {step['size'][1]}, "
@@ -207,15 +200,16 @@ def notes() -> str:
             f"{where['commit']}, the machine shared with other work. Medians; methods without a "
             "config for the first pair are of the other."
         )
-    if RECORDS.is_file():
-        runs = json.loads(RECORDS.read_text())["runs"].values()
-        students: list[Mapping[str, Any]] = [run for run in runs if "arm" in run]
+    if records := read(RECORDS):
+        students = [run for run in records["runs"].values() if "arm" in run]
         plain = ", ".join(f"{ap:.1f}" for _, ap in sorted(aps().get("none", {}).items()))
         commits = sorted({run["commit"] for run in students if run["arm"] != "none"})
         found.append(
             f"AP: [runs and intervals](../docs/results_methods.md), commits {', '.join(commits)}. "
-            f"Gain: over the plain student of the same seed, which has {plain}. Loss weights are "
-            "those of the configs for COCO; nothing was tuned for digits."
+            f"Gain: over the plain student of the same seed, which has {plain}; the mean over "
+            "students of one teacher, and another teacher gives another. Loss weights are those of "
+            "the configs for COCO; nothing was tuned for digits. FBKD, ICD and ReviewKD: of "
+            "modules that began with larger random weights than the authors' do, and than today's."
         )
         found += on_retinanet()
     return "\n\n".join(found)
@@ -234,44 +228,42 @@ def on_retinanet() -> list[str]:
 
 def measured(name: str) -> str:
     """What a project's README says of its runs on the digits: its arms and their intervals."""
-    content = (
-        json.loads(RECORDS.read_text()) if RECORDS.is_file() else {"runs": {}, "statistics": {}}
-    )
+    content = read(RECORDS) or {"runs": {}, "statistics": {}}
     distillers = set(importlib.import_module(f"ssim_kd.projects.{name}").__all__)
     arms = {
         run["arm"]
         for run in content["runs"].values()
         if "arm" in run and distillers & _distillers(run.get("opts", {}))
     }
-    curves = losses()
-    lines = []
+    curves, found = read(LOSSES), []
     for stage in content["statistics"].values():
         for contrast in stage["contrasts"]:
             arm, gain = contrast["arm"], contrast["differences"]["AP"]
             if arm not in arms:
                 continue
             interval = f" [{gain['low']:+.1f}, {gain['high']:+.1f}]" if gain["n"] > 1 else ""
-            cells = (
-                f"`{arm}`",
-                str(gain["n"]),
-                f"{stage['arms'][contrast['against']]['AP']['mean']:.1f}",
-                f"{stage['arms'][arm]['AP']['mean']:.1f}",
-                f"{_signed(gain['mean'])}{interval}",
-                _fall(curves.get(arm)),
+            found.append(
+                (
+                    f"`{arm}`",
+                    str(gain["n"]),
+                    f"{stage['arms'][contrast['against']]['AP']['mean']:.1f}",
+                    f"{stage['arms'][arm]['AP']['mean']:.1f}",
+                    f"{_signed(gain['mean'])}{interval}",
+                    _fall(curves.get(arm)),
+                )
             )
-            lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
+    if not found:
         return "No run on the digits is recorded."
-    head = ("arm", "seeds", "plain student's AP", "AP", "gain [95%]", "its loss, one seed")
-    return "\n".join(
-        [
-            "On digits, with the loss weight of the config for COCO (`studies/methods.yaml`,",
-            "[all of its runs](../../docs/results_methods.md)):",
-            "",
-            f"| {' | '.join(head)} |",
-            "|" + "---|" * len(head),
-            *lines,
-        ]
+    note = "The interval is over students of one teacher; another teacher gives\nanother gain."
+    if arms & OLD_STARTS:
+        note += (
+            " These runs are of modules that began with larger random weights than the\n"
+            "authors' do, and than today's."
+        )
+    head = ("arm", "students", "plain student's AP", "AP", "gain [95%]", "its loss, one seed")
+    return (
+        "On digits, with the loss weight of the config for COCO (`studies/methods.yaml`,\n"
+        f"[all of its runs](../../docs/results_methods.md)). {note}\n\n{table(head, found)}"
     )
 
 
@@ -300,9 +292,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.losses:
         collect_losses(args.losses)
-    write_between(README, BEGIN, f"{table()}\n\n{notes()}", END)
+    write_between(
+        README, BEGIN, f"{table(COLUMNS, (row.values() for row in rows()))}\n\n{notes()}", END
+    )
     for name, folder in folders().items():
-        # A custom method may have no such marks.
         if MEASURED in (readme := folder / "README.md").read_text(encoding="utf-8"):
             write_between(readme, MEASURED, measured(name), END_MEASURED)
 

@@ -22,7 +22,7 @@ IMPLS = ("auto", "reference", "eager", "native", "triton")
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ``ValueError`` with ``allowed`` and ``value`` unless ``value`` is one of them."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
 
 def check_number(
@@ -94,7 +94,7 @@ class SSIMOptions:
     def __post_init__(self) -> None:
         size = self.window_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
-            raise ValueError(f"window_size must be a positive odd integer; got {size!r}")
+            raise ValueError(f"window_size is {size!r}; expected a positive odd integer.")
         check_number("sigma", self.sigma, least=1e-3, most=1e6)
         # The bounds keep C1, C2 and their product, of the order of data_range^4, within float32.
         check_number("data_range", self.data_range, least=1e-6, most=1e6)

@@ -35,7 +35,7 @@ def test_ssim_options_out_of_range(name, values):
 
 
 def test_check_ssim_options_unknown_option():
-    with pytest.raises(ValueError, match=r"window_size.*got 'window'"):
+    with pytest.raises(ValueError, match=r"'window'; expected one of 'window_size'"):
         check_ssim_options(window=11)
 
 

@@ -100,7 +100,7 @@ def test_notes_hold_the_arms_on_retinanet_beside_their_own_plain_student(results
 def test_results_that_are_not_there(results) -> None:
     for file in results.glob("*.json"):
         file.unlink()
-    assert methods_table.costs() == methods_table.aps() == methods_table.losses() == {}
+    assert methods_table.costs() == methods_table.aps() == {}
     assert methods_table.notes() == ""
 
 
@@ -113,7 +113,7 @@ def test_collect_losses_of_the_first_seed(results) -> None:
         (folder / "metrics.json").write_text("\n".join(lines))
     methods_table.collect_losses(results / "out")
     found = {"mgd": [[20, 9.81], [120, 8.81], [220, 7.81], [240, 7.61]]}
-    assert methods_table.losses() == found
+    assert methods_table.read(methods_table.LOSSES) == found
     # What other studies' folders gave is kept.
     methods_table.collect_losses(results / "none")
-    assert methods_table.losses() == found
+    assert methods_table.read(methods_table.LOSSES) == found

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..teacher import FrozenTeacher
-from .base import DISTILLER_REGISTRY, Distiller
+from .base import DISTILLER_REGISTRY
 from .batch import DistillBatch
-from .roi_heads import HEAD_KEYS, check_equal_classes, head_weights
+from .roi_heads import HeadDistiller, check_equal_classes
 
 
 class DensePredictions(NamedTuple):
@@ -158,7 +158,7 @@ def weighted_giou(
 
 
 @DISTILLER_REGISTRY.register()
-class DenseHeadDistiller(Distiller):
+class DenseHeadDistiller(HeadDistiller):
     """Dense head against dense head, anchor by anchor.
 
     :func:`quality_bce` of the class logits over the anchors that are not ignored, and
@@ -166,33 +166,12 @@ class DenseHeadDistiller(Distiller):
     divided by :func:`anchor_normalizer`.
     """
 
-    keys = HEAD_KEYS
-    defaults = {"part_weights": {"cls": 1.0, "box": 1.0}}
     student_taps: Sequence[str] = ("head",)
-    needs_teacher_heads = True
 
     @configurable
-    def __init__(
-        self,
-        *,
-        name: str = "dense_head",
-        cls_weight: float | None = None,
-        box_weight: float | None = None,
-        part_weights: Mapping[str, float | None] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            name: see :class:`Distiller`.
-            cls_weight, box_weight: the same as part_weights {"cls": ..., "box": ...}.
-            part_weights: see :class:`Distiller`.
-            kwargs: of :class:`Distiller`.
-
-        Raises:
-            ValueError: a value out of its range.
-        """
-        weights = head_weights(part_weights, cls=cls_weight, box=box_weight)
-        super().__init__(name=name, part_weights=weights, **kwargs)
+    def __init__(self, *, name: str = "dense_head", **kwargs: Any) -> None:
+        """Arguments as of :class:`HeadDistiller`."""
+        super().__init__(name=name, **kwargs)
 
     def bind(self, student: nn.Module, teacher: FrozenTeacher) -> None:
         """See :func:`check_dense_heads`."""

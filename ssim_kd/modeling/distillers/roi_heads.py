@@ -19,23 +19,6 @@ from ..teacher import FrozenTeacher
 from .base import DISTILLER_REGISTRY, Distiller, part_keys
 from .batch import DistillBatch
 
-#: The keys of the two parts of a head's loss.
-HEAD_KEYS = part_keys("HEAD", "cls", "box")
-
-
-def head_weights(
-    part_weights: Mapping[str, float | None] | None, **given: float | None
-) -> dict[str, float | None]:
-    """The ``part_weights`` of a head's loss, of which some are given by arguments of their own.
-
-    Raises:
-        ValueError: a weight that is negative or not finite.
-    """
-    own = {part: weight for part, weight in given.items() if weight is not None}
-    for part, weight in own.items():
-        check_number(f"{part}_weight", weight, least=0)
-    return {**(part_weights or {}), **own}
-
 
 def check_equal_classes(student: Any, teacher: Any, *, method: str) -> int:
     """The number of classes that both predict.
@@ -160,6 +143,39 @@ def top_class_delta_l1(
     return (probability * difference).sum() / (4 * probability.sum()).clamp(min=1e-6)
 
 
+class HeadDistiller(Distiller):
+    """A method whose loss has the parts "cls" and "box"."""
+
+    keys = part_keys("HEAD", "cls", "box")
+    defaults: Mapping[str, Any] = {"part_weights": {"cls": 1.0, "box": 1.0}}
+    needs_teacher_heads = True
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        cls_weight: float | None = None,
+        box_weight: float | None = None,
+        part_weights: Mapping[str, float | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            name: see :class:`Distiller`.
+            cls_weight, box_weight: the same as part_weights {"cls": ..., "box": ...}.
+            part_weights: see :class:`Distiller`.
+            kwargs: of :class:`Distiller`.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        weights = dict(part_weights or {})
+        for part, weight in (("cls", cls_weight), ("box", box_weight)):
+            if weight is not None:
+                weights[part] = check_number(f"{part}_weight", weight, least=0)
+        super().__init__(name=name, part_weights=weights, **kwargs)
+
+
 class RoIHeadDistiller(Distiller):
     """A method that compares box heads on the proposals that the student trains with."""
 
@@ -180,40 +196,30 @@ class RoIHeadDistiller(Distiller):
 
 
 @DISTILLER_REGISTRY.register()
-class RCNNHeadDistiller(RoIHeadDistiller):
+class RCNNHeadDistiller(RoIHeadDistiller, HeadDistiller):
     """Box head against box head, on the proposals that the student trains with.
 
     :func:`softmax_kd` of the class logits and :func:`top_class_delta_l1` of the box deltas. The
     teacher's box head reads the teacher's maps.
     """
 
-    keys = {**HEAD_KEYS, "temperature": "HEAD.TEMPERATURE"}
-    defaults = {"part_weights": {"cls": 1.0, "box": 1.0}, "temperature": 1.0}
+    keys = {"temperature": "HEAD.TEMPERATURE"}
+    defaults = {"temperature": 1.0}
 
     @configurable
     def __init__(
-        self,
-        *,
-        name: str = "rcnn_head",
-        temperature: float | None = None,
-        cls_weight: float | None = None,
-        box_weight: float | None = None,
-        part_weights: Mapping[str, float | None] | None = None,
-        **kwargs: Any,
+        self, *, name: str = "rcnn_head", temperature: float | None = None, **kwargs: Any
     ) -> None:
         """
         Args:
             name: see :class:`Distiller`.
             temperature: T of the softmax, > 0; None for the method's own.
-            cls_weight, box_weight: the same as part_weights {"cls": ..., "box": ...}.
-            part_weights: see :class:`Distiller`.
-            kwargs: of :class:`Distiller`.
+            kwargs: of :class:`HeadDistiller`.
 
         Raises:
             ValueError: a value out of its range.
         """
-        weights = head_weights(part_weights, cls=cls_weight, box=box_weight)
-        super().__init__(name=name, part_weights=weights, **kwargs)
+        super().__init__(name=name, **kwargs)
         self.temperature: Any = temperature
         if temperature is not None:
             check_number("temperature", temperature, above=0)
