@@ -22,6 +22,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def folder_of(path: str) -> str:
+    """The folder of a file, which may be remote; "" for a bare name."""
+    return path[: path.rindex("/") + 1] if is_remote(path) else os.path.dirname(path)
+
+
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file that is either whole or not there.
 

@@ -12,7 +12,7 @@ from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 from fvcore.common.config import BASE_KEY
 
-from .writing import is_remote
+from .writing import folder_of, is_remote
 
 #: The configs of Detectron2's model zoo.
 ZOO = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
@@ -222,5 +222,5 @@ def _base_path(base: str, path: str) -> str:
     base = os.path.expanduser(base)
     if os.path.isabs(base) or is_remote(base):
         return base
-    found = os.path.join(os.path.dirname(path), base)
+    found = os.path.join(folder_of(path), base)
     return found if PathManager.exists(found) else shipped(base) or found

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ssim_kd import writing
-from ssim_kd.writing import write_atomically, write_together
+from ssim_kd.writing import folder_of, write_atomically, write_together
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 1 vs 2")])
@@ -27,6 +27,13 @@ def test_write_atomically_fails(error, written, tmp_path) -> None:
         write_atomically(str(path), fail)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_folder_of() -> None:
+    """Of a file at the root of a remote store too: "store:/x" is a local path."""
+    for folder in ("store://", "store://bucket/run/", "runs", ""):
+        file = os.path.join(folder, "x.pth")
+        assert os.path.join(folder_of(file), "y") == os.path.join(folder, "y")
 
 
 def test_write_atomically_syncs_before_it_renames(tmp_path, monkeypatch) -> None:

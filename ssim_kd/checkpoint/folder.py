@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 
 from ..unpickling import read_torch_file
-from ..writing import is_remote
+from ..writing import folder_of, is_remote
 from .files import is_zip, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def is_of_last_run(path: str) -> bool:
 
     True if the files do not say so.
     """
-    folder = os.path.dirname(path)
+    folder = folder_of(path)
     last = tagged_in(folder)
     if last is None:
         return tag_of(folder) != NONE_YET

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..data import count_classes, once, register_coco
 from ..data.coco import note_source
 from ..data.validation import num_classes_key
-from ..writing import is_remote
+from ..writing import folder_of, is_remote
 
 _SET_KEYS = ("json", "images")
 _SPLITS = ("train", "val", "test")
@@ -59,7 +59,7 @@ def read_data_file(path: str) -> DataFile:
         ValueError: a file that is not readable or not of this form.
     """
     sets = _read_sets(path)
-    folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
+    folder = folder_of(path if is_remote(path) else os.path.abspath(path))
     name = str(sets.pop("name", os.path.splitext(os.path.basename(path))[0]))
     entries = {
         split: [f"{name}_{split}", *(_place(sets[split][k], folder) for k in _SET_KEYS)]

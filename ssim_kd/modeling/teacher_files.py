@@ -6,6 +6,7 @@ from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import BEST, is_of_last_run
+from ..writing import folder_of
 from ..yaml_files import ZOO, near_shipped
 
 KEY = "MODEL.DISTILL.TEACHER.NAME"
@@ -45,8 +46,8 @@ def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
         return _config_in(path, name), _weights_of(weights, path, name)
     if is_file(path):
         if path.endswith((".pth", ".pkl")):
-            return _config_in(os.path.dirname(path), name), _weights_of(weights or path, "", name)
-        return path, _weights_of(weights, os.path.dirname(path), name)
+            return _config_in(folder_of(path), name), _weights_of(weights or path, "", name)
+        return path, _weights_of(weights, folder_of(path), name)
     try:
         return str(model_zoo.get_config_file(name)), _weights_of(weights or name, "", name)
     except RuntimeError:

@@ -15,8 +15,8 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
+from ssim_kd import visualization
 from ssim_kd.checkpoint import StudentCheckpointer
-from ssim_kd.engine import hooks
 from ssim_kd.engine.hooks import BestCheckpoint, RankStates, VisualizeDistillation
 from ssim_kd.engine.writers import GuardedWriter, PeriodicWriter
 from tests.engine.runs import World
@@ -59,7 +59,7 @@ def test_visualize_distillation_fails_once(error, monkeypatch, caplog) -> None:
         drawn.append(1)
         raise error
 
-    monkeypatch.setattr(hooks, "loss_map_images", fail)
+    monkeypatch.setattr(visualization, "loss_map_images", fail)
     hook = VisualizeDistillation(2, lambda: [{}], key="VIS_PERIOD")
     for iteration in range(6):
         hook.trainer = trainer(iteration)
@@ -73,7 +73,7 @@ def test_visualize_distillation_draws(world: World, tmp_path: Path, monkeypatch)
     import numpy as np
 
     image = np.zeros((4, 6, 3), dtype=np.uint8)
-    monkeypatch.setattr(hooks, "loss_map_images", lambda *_, **__: {"p3": image})
+    monkeypatch.setattr(visualization, "loss_map_images", lambda *_, **__: {"p3": image})
     hook = VisualizeDistillation(2, lambda: [{}], key="VIS_PERIOD")
     hook.trainer = trainer(1)
     with EventStorage() as storage:
