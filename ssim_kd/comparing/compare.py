@@ -4,11 +4,22 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
+from detectron2.modeling import build_model
+
+from ..command_line import argument_parser
+from ..data import check_datasets, register_datasets
+from ..engine import load_config
+from ..modeling import teacher_source
+from ..projects import add_project_configs
 from .records import Records
 from .report import write_report
-from .study import Run, Study, read_study
+from .study import TEACHER, Run, Study, read_study
+
+if TYPE_CHECKING:
+    from .running import Place
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,9 +71,7 @@ def _run(args: argparse.Namespace) -> int:
             weights = {**dict.fromkeys(study.content["arms"], 1.0), **records.tuned}
             asked = [run for name in stages for run in _asked(study, name, weights, args)]
             if records.missing(asked):
-                from .checking import check
-
-                check([*study.models.values(), *asked], study.models, place)
+                _check_trainings([*study.models.values(), *asked], study.models, place)
             # All stages at once, as far as no weight has to be tuned in between.
             runs: dict[str, Run] = {}
             for name in stages:
@@ -98,3 +107,37 @@ def _check_names(args: argparse.Namespace, study: Study) -> None:
         unknown = sorted(set(getattr(args, flag) or ()) - set(names))
         if unknown:
             raise ValueError(f"--{flag}: {args.study} has no {unknown}; expected {sorted(names)}.")
+    if len(args.opts) % 2 or not all("=" in pair for pair in args.submitit):
+        raise ValueError(
+            f"--opts {args.opts} --submitit {args.submitit}: expected KEY VALUE, NAME=VALUE."
+        )
+
+
+def _check_trainings(runs: Iterable[Run], models: Mapping[str, Run], place: "Place") -> None:
+    """Read the config of each training as it will, check its data and build its model.
+
+    Seeds of an arm are the same training here; one by a script is the script's.
+
+    Raises:
+        ValueError: naming the training.
+    """
+    from .running import overrides
+
+    checked = set()
+    for run in runs:
+        opts = {**overrides(run, models, place), "SEED": 0, "OUTPUT_DIR": "unused"}
+        command = ["--config-file", str(run.config), *(str(x) for kv in opts.items() for x in kv)]
+        if run.script or str(command) in checked:
+            continue
+        checked.add(str(command))
+        try:
+            cfg = load_config(argument_parser().parse_args(command), add_project_configs)
+            if str(cfg.DATASETS) not in checked:
+                register_datasets(cfg)
+                check_datasets(cfg, train=True)
+                checked.add(str(cfg.DATASETS))
+            if opts.get(TEACHER) and not run.teacher:
+                teacher_source(cfg)  # what the study trains is not there yet
+            build_model(cfg)
+        except Exception as error:
+            raise ValueError(f"{run.key}: {error}") from error

@@ -4,8 +4,13 @@ import os
 import shlex
 from pathlib import Path
 
-from . import plots, tables
-from .analysis import Stage, analyse, as_dict
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from . import tables
+from .analysis import Stage, analyse, as_dict, distinct
 from .records import Records
 from .study import Study
 
@@ -41,9 +46,9 @@ def _page(study: Study, records: Records, stages: list[Stage], page: Path) -> st
         parts.append(tables.identical_table(stage, asked.get("identical", [])))
         if stage.contrasts:
             parts.append(tables.contrasts_table(stage))
-            parts.append(_picture(plots.differences(stage), page, f"{study.name}_{stage.name}"))
+            parts.append(_picture(differences_plot(stage), page, f"{study.name}_{stage.name}"))
         if stage.contrasts or baseline in stage.summaries:
-            parts.append(_picture(plots.curves(stage), page, f"{study.name}_{stage.name}_curves"))
+            parts.append(_picture(curves_plot(stage), page, f"{study.name}_{stage.name}_curves"))
     if any(key.startswith("tuning/") for key in records.runs):
         parts += ["## Tuning\n", _included(study, "tuning"), tables.tuning_table(study, records)]
     shown = {stage.name for stage in stages}
@@ -78,7 +83,7 @@ def _included(study: Study, name: str) -> str:
     return (study.path.parent / path).read_text() if path else ""
 
 
-def _picture(figure: plots.Figure, page: Path, name: str) -> str:
+def _picture(figure: Figure, page: Path, name: str) -> str:
     path = page.parent / "assets" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -115,3 +120,51 @@ def _provenance(study: Study, records: Records, page: Path) -> str:
             "",
         ]
     )
+
+
+def differences_plot(stage: Stage) -> Figure:
+    """Paired differences in AP: each unit a dot, the mean with its interval a bar."""
+    figure, axes = _figure(6.4, 0.9 + 0.45 * len(stage.contrasts))
+    for row, contrast in enumerate(stage.contrasts):
+        found = contrast.differences["AP"]
+        axes.plot(contrast.each, np.full(found.n, row), "o", color="0.6", markersize=4, alpha=0.7)
+        if found.n > 1:
+            half = found.high - found.mean
+            axes.errorbar(found.mean, row, xerr=half, fmt="D", color="C0", capsize=4, markersize=5)
+        else:
+            axes.plot(found.mean, row, "D", color="C0", markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    labels = [f"{contrast.arm} − {contrast.against}" for contrast in stage.contrasts]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(f"difference in AP, a dot a {stage.unit}; bar: 95% interval of the mean")
+    return figure
+
+
+def curves_plot(stage: Stage) -> Figure:
+    """AP over iterations: the mean over students, and one SD to either side."""
+    figure, axes = _figure(6.4, 3.8)
+    for number, (arm, by_slot) in enumerate(stage.records.items()):
+        points: dict[int, list[float]] = {}
+        found = distinct(by_slot)
+        for record in found:
+            for iteration, value in record["curve"]:
+                points.setdefault(iteration, []).append(value)
+        x = sorted(points)
+        mean = np.array([np.mean(points[i]) for i in x])
+        sd = np.array([np.std(points[i], ddof=1) if len(points[i]) > 1 else 0.0 for i in x])
+        axes.plot(x, mean, "o-", color=f"C{number}", markersize=3, label=f"{arm} ({len(found)})")
+        axes.fill_between(x, mean - sd, mean + sd, color=f"C{number}", alpha=0.15, linewidth=0)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("AP, mean ± SD over students")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", alpha=0.2)
+    return figure, axes

@@ -271,7 +271,14 @@ def test_a_study_that_is_wrong_is_refused(
 
 @pytest.mark.parametrize(
     "flag, wrong, known",
-    [("--stages", "plain_", "main"), ("--arms", "plain_", "ssim"), ("--seeds", "77", "[1, 3]")],
+    [
+        *[
+            ("--stages", "plain_", "main"),
+            ("--arms", "plain_", "ssim"),
+            ("--seeds", "77", "[1, 3]"),
+        ],
+        *[("--opts", "SEED", "KEY VALUE"), ("--submitit", "gpu", "NAME=VALUE")],
+    ],
 )
 def test_main_names_what_the_study_has(
     bench: Bench, flag: str, wrong: str, known: str, capsys: pytest.CaptureFixture[str]
