@@ -30,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssim_kd.config import student_config
-from ssim_kd.modeling import DistilledDetector, FrozenTeacher, build_distillers, teacher_config
+from ssim_kd.modeling import DistilledDetector, FrozenTeacher, build_distillers, teacher_source
 from tools.benchmarking import (
     PAIRS,
     ROOT,
@@ -76,7 +76,7 @@ def build_arms(name: str, args: argparse.Namespace, arms: tuple[str, ...]) -> di
     built: dict[str, nn.Module] = {"student": student, "none": DistilledDetector(student=student)}
     losses = [arm for arm in arms if arm not in built]
     if losses:
-        teacher = stand_in(teacher_config(cfg))
+        teacher = stand_in(teacher_source(cfg).cfg)
     for loss in losses:
         built[loss] = DistilledDetector(
             student=student,

@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ssim_kd.modeling import FrozenTeacher, teacher_config
+from ssim_kd.modeling import FrozenTeacher, teacher_source
 from tools.benchmark_step import parser, settle
 from tools.benchmarking import PAIRS, Clock, environment, images, shipped_config, stand_in, summary
 
@@ -36,7 +36,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
 def measure(name: str, args: argparse.Namespace, *, compiled: bool) -> dict[str, Any]:
     """The teacher's forward by option: time, and how far its features move."""
     cfg = shipped_config(name, args.device)
-    model = stand_in(teacher_config(cfg))
+    model = stand_in(teacher_source(cfg).cfg)
     state = model.state_dict()
     on_device = [x["image"].to(args.device) for x in images(args.images, *args.size)]
     teachers = {}
@@ -45,7 +45,7 @@ def measure(name: str, args: argparse.Namespace, *, compiled: bool) -> dict[str,
         # Compiling takes a minute a model: one shows what it gives.
         if (args.device == "cpu" and slow_on_cpu) or (kwargs.get("compiled") and not compiled):
             continue
-        copy = build_model(teacher_config(cfg))
+        copy = build_model(teacher_source(cfg).cfg)
         copy.load_state_dict(state)
         teachers[option] = FrozenTeacher(copy, **kwargs).load().to(args.device)
     reference = {k: v.double() for k, v in teachers["stock float32"](on_device).items()}

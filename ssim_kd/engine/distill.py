@@ -26,7 +26,6 @@ from ..modeling import (
     Distiller,
     FrozenTeacher,
     SSIMDistiller,
-    load_detector,
 )
 from ..modeling.teacher_config import source_of
 from .defaults import recipe_of
@@ -249,7 +248,7 @@ class ModuleRecipe(Recipe):
         """Evaluate the teacher on the student's data."""
         found = self._teacher
         if isinstance(found, str | Path):
-            found, _ = load_detector(source_of(str(found)))
+            found, _ = source_of(str(found)).load()
             found.to(next(self._student.parameters()).device)
         if self._evaluate is None or not isinstance(found, nn.Module):
             raise ValueError(

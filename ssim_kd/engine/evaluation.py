@@ -25,7 +25,7 @@ from torch import nn
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.validation import num_classes, num_classes_key
-from ..modeling import TeacherSource, classes, load_detector, teacher_name, teacher_source
+from ..modeling import TeacherSource, classes, teacher_name, teacher_source
 from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     teacher.DATALOADER = cfg.DATALOADER.clone()
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
-    model, _ = load_detector(source)
+    model, _ = source.load()
     if source.cfg is None:
         _check_equal_classes(cfg, classes.num_classes(model))
         teacher.INPUT.FORMAT = getattr(model, "input_format", None) or "BGR"

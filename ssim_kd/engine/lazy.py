@@ -43,7 +43,7 @@ from ..data import (
     build_train_loader,
     train_records,
 )
-from ..modeling import DistilledDetector, FrozenTeacher, load_detector
+from ..modeling import DistilledDetector, FrozenTeacher
 from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
 from .coco_evaluation import ScoredCOCOEvaluator
@@ -304,7 +304,7 @@ class LazyRecipe(ConfigRecipe):
             )
             return student, test
         source = self._teacher()
-        model: Any = load_detector(source)[0]
+        model: Any = source.load()[0]
         if "mapper" in test:
             test.mapper.image_format = (
                 source.input_format or getattr(model, "input_format", None) or "BGR"

@@ -23,9 +23,8 @@ from .norms import CellBatchNorm
 from .plain_names import unwrap
 from .taps import Call, Tap, tappable_levels
 from .teacher import FrozenTeacher
-from .teacher_config import TeacherSource, teacher_config, teacher_name, teacher_source
+from .teacher_config import TeacherSource, teacher_name, teacher_source
 from .teacher_files import find_teacher
-from .teacher_loading import load_detector
 from .timm_backbone import TimmBackbone
 
 __all__ = [
@@ -52,11 +51,9 @@ __all__ = [
     "check_number",
     "check_numbers",
     "find_teacher",
-    "load_detector",
     "part_keys",
     "resolved_config",
     "tappable_levels",
-    "teacher_config",
     "teacher_name",
     "teacher_source",
     "unwrap",

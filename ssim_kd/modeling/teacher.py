@@ -1,23 +1,16 @@
 """The teacher: a detector of any kind, as it was found; its weights are loaded later."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from torch import nn
 
-from ..sharing import without_queries
 from .loaded_teacher import LoadedTeacher, TeacherOptions
 from .taps import tappable_levels
 from .teacher_config import TeacherSource, source_of, teacher_source
-from .teacher_loading import build_structure, load_detector
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -114,8 +107,8 @@ class FrozenTeacher:
 
     @classmethod
     def _from_source(cls, source: TeacherSource, **options: Any) -> "FrozenTeacher":
-        load, input_format = partial(_load, source), source.input_format
-        teacher = cls(build_structure(source), input_format=input_format, load=load, **options)
+        input_format = source.input_format
+        teacher = cls(source.structure(), input_format=input_format, load=source.load, **options)
         teacher.source = source
         return teacher
 
@@ -176,7 +169,7 @@ class FrozenTeacher:
             image_format: channel order of the images, if the constructor was given none.
 
         Raises:
-            ValueError: what :meth:`check` and :func:`load_detector` raise.
+            ValueError: what :meth:`check` and :meth:`TeacherSource.load` raise.
         """
         names = list(self.model.backbone.output_shape()) if names is None else names
         self.check(names, image_format)
@@ -185,18 +178,6 @@ class FrozenTeacher:
             model, sha256 = self._load("" if heads or keep else "backbone.")
         options = replace(self.options, image_format=self.options.image_format or image_format)
         return LoadedTeacher(model, names, options, heads=heads, keep=keep, sha256=sha256)
-
-
-def _load(source: TeacherSource, strict_prefix: str) -> tuple[nn.Module, str]:
-    model: Any
-    model, weights = load_detector(source, strict_prefix=strict_prefix)
-    logger.info(
-        "Teacher: %s, %.1fM parameters on its feature path, weights %s (sha256 %s)",
-        type(model).__name__,
-        sum(p.numel() for p in model.backbone.parameters()) / 1e6,
-        *(without_queries(weights.path), weights.sha256[:12]),
-    )
-    return model, weights.sha256
 
 
 def teacher_dtype(cfg: CfgNode) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: its config, and how it is built."""
+"""Where a teacher comes from: its config, how it is built, and where its weights are."""
 
 import logging
 import os
@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..checkpoint import load_strictly, local_file, read_weights, sha256_of
 from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, may_run, merge_file
+from ..sharing import without_queries
 from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
 from .saved_lazy import IMAGE_FORMAT, check_parts, read_saved_model, targets_of
 from .teacher_files import KEY, RUN_CONFIG, TeacherNotFoundError, find_teacher, is_file
@@ -32,8 +35,8 @@ class TeacherSource:
         build: makes the detector, with random weights, on a device.
         input_format: the channel order that it was trained on; "" for ``input_format`` of the
             detector, or BGR if it has none.
-        cfg: its config where that is a YAML, else None.
-        read: makes the detector with its weights, where they are not in Detectron2's format.
+        cfg: its config if that is a YAML, frozen; its ``MODEL.WEIGHTS`` are the teacher's.
+        read: makes the detector with its weights, if they are not in Detectron2's format.
     """
 
     name: str
@@ -42,6 +45,62 @@ class TeacherSource:
     input_format: str = ""
     cfg: CfgNode | None = None
     read: Callable[[], nn.Module] | None = None
+
+    def structure(self) -> nn.Module:
+        """The detector without weights: shapes only, if its modules allow that.
+
+        Raises:
+            ValueError: it cannot be built.
+        """
+        try:
+            with torch.device("meta"):
+                return self.build("meta")
+        except Exception:  # a module that computes with its tensors while it is built
+            return self._built()
+
+    def load(self, strict_prefix: str = "") -> tuple[nn.Module, str]:
+        """The whole detector with its weights, on the CPU, and their SHA-256.
+
+        Args:
+            strict_prefix: of the keys that must fit; "" for all.
+
+        Raises:
+            ValueError: it cannot be built, or what :func:`load_strictly` raises.
+        """
+        key = "MODEL.DISTILL.TEACHER.WEIGHTS"
+        model: Any
+        if self.read is not None:
+            sha256 = sha256_of(local_file(self.weights, key=key))
+            model = self.read()
+        else:
+            weights = read_weights(self.weights, key=key)
+            sha256, model = weights.sha256, self._built()
+            unfit = load_strictly(model, weights, feature_path=strict_prefix)
+            if unfit:
+                logger.warning(
+                    "The teacher's heads do not fit its config (%d keys, e.g. %s). Only its "
+                    "features are used, which fit. --eval-teacher would refuse it.",
+                    *(len(unfit), unfit[0]),
+                )
+        logger.info(
+            "Teacher: %s, %.1fM parameters on its feature path, weights %s (sha256 %s)",
+            type(model).__name__,
+            sum(p.numel() for p in model.backbone.parameters()) / 1e6,
+            *(without_queries(self.weights), sha256[:12]),
+        )
+        return model, sha256
+
+    def _built(self) -> nn.Module:
+        try:
+            # The teacher is built when it is first used: what is drawn for its weights, which are
+            # then replaced, may not shift the random numbers that the student trains with.
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                return self.build("cpu")
+        except Exception as error:
+            raise ValueError(
+                f"The teacher cannot be built from {KEY} {self.name!r} with its OPTS: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def teacher_source(cfg: CfgNode) -> TeacherSource:
@@ -102,18 +161,6 @@ def source_of(
             f"The teacher's config is not readable: {KEY} {name!r} with OPTS {list(opts)}: {error}"
         ) from error
     return TeacherSource(name, weights, partial(_build_yaml, config), config.INPUT.FORMAT, config)
-
-
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The config of a YAML teacher, frozen; its ``MODEL.WEIGHTS`` are the teacher's.
-
-    Raises:
-        ValueError: as :func:`teacher_source`; or the teacher is a LazyConfig.
-    """
-    source = teacher_source(cfg)
-    if source.cfg is None:
-        raise ValueError(f"{KEY} is {source.name!r}, which is no YAML; expected one here.")
-    return source.cfg
 
 
 def _yaml_config(path: str, weights: str, opts: Sequence[Any], student: CfgNode | None) -> CfgNode:

@@ -12,7 +12,7 @@ from detectron2 import model_zoo
 
 from ssim_kd.engine import argument_parser, load_config, recipe, run
 from ssim_kd.engine.preflight import check_start, settings_of
-from ssim_kd.modeling.teacher_config import teacher_config
+from ssim_kd.modeling import teacher_source
 from ssim_kd.projects import add_project_configs
 from tests.engine.runs import World
 
@@ -152,7 +152,7 @@ def test_load_config_no_keys(kind, world: World, tmp_path) -> None:
         world.cfg(tmp_path, config=config)
     cfg = world.cfg(tmp_path, "MODEL.DISTILL.TEACHER.NAME", config)
     with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.TEACHER\.NAME .*" + expected):
-        teacher_config(cfg)
+        teacher_source(cfg)
 
 
 def test_load_config_shared_base(world: World, tmp_path) -> None:

@@ -10,8 +10,7 @@ from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-import ssim_kd.modeling.teacher_loading as teacher_loading
-from ssim_kd.modeling import DistilledDetector, SSIMDistiller, teacher_config
+from ssim_kd.modeling import DistilledDetector, SSIMDistiller, teacher_config, teacher_source
 from tests.helpers import (
     KINDS,
     build,
@@ -214,8 +213,7 @@ def test_where_the_weights_are(config, weights, expected) -> None:
     cfg = full_config()
     cfg.MODEL.DISTILL.TEACHER.NAME = config
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = weights
-    found = teacher_config(cfg)
-    assert expected == found.MODEL.WEIGHTS
+    assert expected == teacher_source(cfg).cfg.MODEL.WEIGHTS
 
 
 def test_a_config_of_ones_own_needs_weights(tmp_path) -> None:
@@ -225,10 +223,10 @@ def test_a_config_of_ones_own_needs_weights(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"TEACHER\.WEIGHTS is ''.*'mine\.yaml'|TEACHER\.WEIGHTS is ''"
     ):
-        teacher_config(cfg)
+        teacher_source(cfg)
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = "nowhere/faster.yaml"
     with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is 'nowhere/faster\.yaml'"):
-        teacher_config(cfg)
+        teacher_source(cfg)
 
 
 def test_a_triton_that_cannot_be_had_is_told_with_its_key(weights_of, monkeypatch) -> None:
@@ -250,7 +248,7 @@ def test_channel_orders_that_cannot_be_converted(ours, theirs, weights_of) -> No
 
 def test_without_distillation_no_teacher_is_read(weights_of, monkeypatch) -> None:
     monkeypatch.setattr(
-        teacher_loading, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
+        teacher_config, "read_weights", lambda *_a, **_k: pytest.fail("the teacher was read")
     )
     build(distilled_config("faster", "faster", weights_of("faster"), D + "ENABLED", False))
 

@@ -19,7 +19,7 @@ from ssim_kd.command_line import argument_parser
 from ssim_kd.config import share_keys, write_stock_config
 from ssim_kd.config_files import merge_file
 from ssim_kd.engine import load_config
-from ssim_kd.modeling import FrozenTeacher, find_teacher, teacher_config, teacher_name
+from ssim_kd.modeling import FrozenTeacher, find_teacher, teacher_name, teacher_source
 from ssim_kd.modeling.teacher_files import TeacherNotFoundError
 from tests.helpers import (
     build,
@@ -115,14 +115,14 @@ def partial_yaml(full_yaml, tmp_path) -> Path:
 
 def test_teacher_config_default_of_the_users_key(partial_yaml, caplog) -> None:
     share_keys(add_wide)
-    assert teacher_config(student(partial_yaml)).MODEL.WIDE.WIDTH == 8
+    assert teacher_source(student(partial_yaml)).cfg.MODEL.WIDE.WIDTH == 8
     assert "MODEL.WIDE" not in caplog.text
 
 
 def test_teacher_config_users_key_that_nothing_sets(partial_yaml, caplog) -> None:
-    assert teacher_config(student(partial_yaml)).MODEL.WIDE.WIDTH == 16
+    assert teacher_source(student(partial_yaml)).cfg.MODEL.WIDE.WIDTH == 16
     assert "MODEL.WIDE" in caplog.text and "partial.yaml" in caplog.text
-    found = teacher_config(student(partial_yaml, "MODEL.WIDE.WIDTH", 12))
+    found = teacher_source(student(partial_yaml, "MODEL.WIDE.WIDTH", 12)).cfg
     assert found.MODEL.WIDE.WIDTH == 12
 
 
@@ -134,12 +134,12 @@ def test_teacher_config_keys_that_nothing_reads(full_yaml, tmp_path, caplog) -> 
     content["SEMISUPNET"] = {"EMA_KEEP_RATE": 0.99}
     path = tmp_path / "main.yaml"
     path.write_text(yaml.safe_dump(content))
-    cfg = teacher_config(student(path, "SOLVER.BASE_LR", 0.5))
+    cfg = teacher_source(student(path, "SOLVER.BASE_LR", 0.5)).cfg
     assert cfg.SOLVER.BASE_LR == 0.5
     for key in ("FUTURE_PRECISION", "SOLVER.FUTURE_DECAYS", "SEMISUPNET.EMA_KEEP_RATE"):
         assert key in caplog.text
     with pytest.raises(ValueError, match=r"SOLVER\.BASE_LRR"):
-        teacher_config(student(path, "SOLVER.BASE_LRR", 0.5))
+        teacher_source(student(path, "SOLVER.BASE_LRR", 0.5))
 
 
 def test_write_stock_config_keeps_the_users_keys(full_yaml, tmp_path) -> None:
