@@ -29,6 +29,7 @@ from .folder import (
     run_of,
     tagged_in,
 )
+from .names import leave_out_compiled
 
 # A start may lack these: files of ImageNet backbones do not have them, and their initial values are
 # neutral.
@@ -78,6 +79,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: ``keep`` is negative.
         """
+        leave_out_compiled(model)
         super().__init__(model, save_dir, **others)
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; expected 0 or more.")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .files import Weights
+from .names import leave_out_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
             f"{weights.key} is {weights.path!r}, the file of an ImageNet backbone; expected that "
             "of a trained detector."
         )
+    leave_out_compiled(model)
     expected = {k: v for k, v in model.state_dict().items() if not _tolerated(k)}
     given = {k: v for k, v in weights.tensors.items() if not _tolerated(k)}
     missing = [k for k in expected if k not in given]

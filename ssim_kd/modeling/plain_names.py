@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint.names import leave_out, leave_out_compiled
 from .inherit import inherit_in_training
 
 _STUDENT, _DISTILLERS = "student.", "distillers."
@@ -30,7 +31,8 @@ class LikeStudent(nn.Module):
         # The student itself stays "student": the empty name is that of the whole.
         start = f"{prefix}." if prefix else ""
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            yield _plain(name, start), module
+            nested = start + _STUDENT
+            yield start + name[len(nested) :] if name.startswith(nested) else name, module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,37 +61,20 @@ def _blank(cls: Any) -> Any:
 
 def keep_plain_names(model: nn.Module) -> None:
     """Of a model with ``student`` and ``distillers``: in the state dict, read and written."""
-    model.register_state_dict_post_hook(_flatten)
-    model.register_load_state_dict_pre_hook(_nest)
-    model.register_load_state_dict_post_hook(_name_plainly)
+    leave_out_compiled(model)
+    leave_out(model, "student", beside=_DISTILLERS)
+    model.register_load_state_dict_pre_hook(_note_start)
+    model.register_load_state_dict_post_hook(_excuse_start)
 
 
-def _plain(name: str, start: str) -> str:
-    nested = start + _STUDENT
-    return start + name[len(nested) :] if name.startswith(nested) else name
-
-
-def _flatten(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix + _STUDENT)]:
-        state[_plain(key, prefix)] = state.pop(key)
-
-
-def _nest(module: Any, state: dict[str, Any], prefix: str, _metadata: Any, *_args: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        name = key[len(prefix) :]
-        if not name.startswith((_DISTILLERS, _STUDENT)):
-            state[f"{prefix}{_STUDENT}{name}"] = state.pop(key)
+def _note_start(module: Any, state: dict[str, Any], prefix: str, *_args: Any) -> None:
     # Weights to start from hold nothing of the distillers, which then keep what they have.
     module._starts = not any(k.startswith(prefix + _DISTILLERS) for k in state)
 
 
-def _name_plainly(module: Any, incompatible: Any) -> None:
-    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        keys[:] = [
-            key.replace(_STUDENT, "", 1)
-            for key in keys
-            if not (module._starts and _DISTILLERS in key)
-        ]
+def _excuse_start(module: Any, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not (module._starts and _DISTILLERS in key)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

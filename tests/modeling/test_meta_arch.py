@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from torch.utils.checkpoint import checkpoint
 
 from ssim_kd.config import student_config
+from ssim_kd.modeling import DistilledDetector
 from tests.helpers import (
     build,
     distilled_config,
@@ -162,6 +163,20 @@ def test_names_are_those_of_the_plain_student(cfg) -> None:
     assert modules[""] is model and modules["student"] is model.student
     wrapped = [name for name, _ in torch.nn.ModuleDict({"module": model}).named_parameters()]
     assert wrapped == [f"module.{name}" for name in found]
+
+
+def test_a_compiled_part_has_plain_names_in_checkpoints() -> None:
+    student, stock = build(stock_config("faster")), build(stock_config("faster"), seed=1)
+    student.backbone = torch.compile(student.backbone, disable=True)
+    student.roi_heads.box_head = torch.compile(student.roi_heads.box_head, disable=True)
+    model = DistilledDetector(student=student)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    model.load_state_dict(stock.state_dict())
+    assert all(torch.equal(v, stock.state_dict()[k]) for k, v in model.state_dict().items())
+    found = model.load_state_dict({"backbone.x": torch.zeros(1)}, strict=False)
+    assert found.unexpected_keys == ["backbone.x"]
+    assert "backbone.fpn_output2.weight" in found.missing_keys
+    assert set(found.missing_keys) < stock.state_dict().keys()
 
 
 def test_a_model_can_be_pickled_whole(cfg, tmp_path) -> None:
