@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
 
 from ..config_files import find_config_file
+from ..yaml_files import read_with_bases
 from .short_form import expand
 
 TEACHER = "MODEL.DISTILL.TEACHER.NAME"
@@ -251,8 +251,7 @@ def flattened(config: Path) -> dict[str, Any]:
             else:
                 yield prefix + key, value
 
-    found = dict(keys(CfgNode.load_yaml_with_base(str(config))))
-    return _renamed(found, _FORMER, TEACHER)
+    return dict(keys(read_with_bases(str(config))[0]))
 
 
 def _renamed(values: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

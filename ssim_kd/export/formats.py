@@ -145,6 +145,7 @@ def export_torchscript(adapter: TracingAdapter, path: Path, classes: Sequence[st
     """
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    traced.requires_grad_(False)  # else its outputs have a gradient, and no .numpy()
     # A full disk ends torch's own writer, and with it the process.
     content = io.BytesIO()
     torch.jit.save(traced, content, _extra_files={CLASSES: json.dumps([*classes])})

@@ -12,7 +12,7 @@ import yaml
 from ssim_kd.__main__ import main
 from ssim_kd.comparing import running
 from ssim_kd.comparing.records import Records
-from ssim_kd.comparing.study import read_study
+from ssim_kd.comparing.study import flattened, read_study
 from tests.comparing.test_compare import Inline
 from tests.documentation import fences, user_folder
 from tests.engine.runs import ROOT, save_random_detector
@@ -85,6 +85,14 @@ def test_wrong_study_trains_nothing(
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error and len(error.splitlines()) < 6
+
+
+def test_config_on_a_base_of_the_zoo(folder: Path) -> None:
+    base = "_BASE_: COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml\nMODEL: {WEIGHTS: ''}\n"
+    (folder / "mine.yaml").write_text(base)
+    study = read_study(Path(changed(folder, config="mine.yaml")))
+    (run, *_) = study.stage("main", {})["pkd"].values()
+    assert flattened(run.config)["MODEL.RESNETS.DEPTH"] == 50
 
 
 def test_fingerprint_does_not_depend_on_the_place(folder: Path, tmp_path: Path) -> None:

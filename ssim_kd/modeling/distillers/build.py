@@ -56,7 +56,9 @@ def bind_distillers(
             if distiller.balance is not None:
                 distiller.balance.bind(student, distiller.student_taps)
         if distiller.own:
-            own = ", ".join(f"{k} {_short(v)}" for k, v in distiller.own.items())
+            own = ", ".join(
+                f"{k} {'all' if v == [] else _short(v)}" for k, v in distiller.own.items()
+            )
             logger.info("Distiller %s: the method's own are %s.", distiller.name, own)
 
 
