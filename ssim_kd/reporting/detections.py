@@ -3,12 +3,12 @@
 import base64
 import contextlib
 import io
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,6 +18,9 @@ from pycocotools.coco import COCO
 
 from ..data.coco import own_json_file
 from ..data.digits.dataset import DIGITS_NAMES, splits_from_config
+from ..data.json_file import read_instances
+from ..data.needs import Needs
+from ..data.validation.coco_file import inspect_coco
 from .errors import CORRECT, IGNORED, ErrorAnalysis, analyse
 from .runs import PREDICTIONS, NotAvailableError, Run
 
@@ -65,6 +68,15 @@ class Detections:
     limit: int
 
 
+class _Row(msgspec.Struct):
+    """A detection in a file of Detectron2's COCOEvaluator."""
+
+    image_id: int | float | str
+    category_id: int | float | str
+    score: float
+    bbox: tuple[float, float, float, float] | None = None
+
+
 def find_test_set(run: Run, name: str) -> TestSet:
     """The files of a set that a run was tested on.
 
@@ -100,24 +112,22 @@ def read_truth(test_set: TestSet) -> COCO:
         NotAvailableError: the file cannot be read.
     """
     try:
-        with open(test_set.json_file, encoding="utf-8") as file:
-            content = json.load(file)
-        annotations = [a for a in content["annotations"] if len(a.get("bbox") or ()) == 4]
-        # pycocotools takes an id of 0 for no match.
-        numbered = [
-            {
-                "iscrowd": 0,
-                "area": a["bbox"][2] * a["bbox"][3],
-                **a,
-                "id": number,
-            }
-            for number, a in enumerate(annotations, start=1)
-        ]
-        return _index({**content, "annotations": numbered})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_instances("the test set", test_set.json_file, annotated=True)
+        if problems := inspect_coco(content, Needs(), unique_annotations=False).problems:
+            raise ValueError("; ".join(problems))
+    except (OSError, ValueError) as error:
         raise NotAvailableError(
             f"the annotations {test_set.json_file} are not readable: {_short(error)}"
         ) from error
+    # pycocotools takes an id of 0 for no match.
+    numbered = [
+        {"iscrowd": 0, **a, "id": number}
+        for number, a in enumerate(content["annotations"], start=1)
+    ]
+    for annotation in numbered:
+        if not isinstance(annotation.get("area"), int | float):
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    return _index({**content, "annotations": numbered})
 
 
 def read_detections(path: Path, truth: COCO, *, limit: int) -> Detections:
@@ -127,21 +137,20 @@ def read_detections(path: Path, truth: COCO, *, limit: int) -> Detections:
         NotAvailableError: the file does not exist, or is of another set.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        boxes = [
-            {
-                **{key: row[key] for key in ("image_id", "category_id", "bbox", "score")},
-                "id": number,
-                "iscrowd": 0,
-                "area": row["bbox"][2] * row["bbox"][3],
-            }
-            for number, row in enumerate(rows, start=1)
-            if "bbox" in row
-        ]
+        rows = msgspec.json.decode(path.read_bytes(), type=list[_Row])
     except FileNotFoundError:
         raise NotAvailableError(f"no {path.name} in {path.parent}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NotAvailableError(f"{path} is not readable: {_short(error)}") from error
+    boxes = [
+        {
+            **{"image_id": row.image_id, "category_id": row.category_id, "score": row.score},
+            **{"id": number, "iscrowd": 0},
+            **{"bbox": list(row.bbox), "area": row.bbox[2] * row.bbox[3]},
+        }
+        for number, row in enumerate(rows, start=1)
+        if row.bbox is not None
+    ]
     alien = {box["image_id"] for box in boxes} - truth.imgs.keys()
     alien |= {box["category_id"] for box in boxes} - truth.cats.keys()
     if alien:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ssim_kd.reporting.detections import PREDICTIONS, read_detections
 from ssim_kd.reporting.errors import KINDS, analyse, evaluate_boxes
+from ssim_kd.reporting.runs import NotAvailableError
 from tests.reporting.made import FOUND, TRUTH, box, read_set, write_run, write_set
 
 
@@ -137,3 +140,29 @@ def test_analyse_agrees_with_tidecv(tmp_path: Path) -> None:
     assert detections.errors.counts == counts
     for name, kind in names.items():
         assert detections.errors.costs[kind] == pytest.approx(costs[name], abs=0.01), kind
+
+
+DEEP = "[" * 90_000
+ROW = box(1, 1, 0, 0, 10, 10, score=0.5)
+
+
+@pytest.mark.parametrize("change", [None, {"bbox": ["x", 0, 1, 1]}, {"category_id": 9}, DEEP])
+def test_read_truth_malformed(change: Any, tmp_path: Path) -> None:
+    truth = [*TRUTH, {**TRUTH[0], **change} if isinstance(change, dict) else change]
+    entry = write_set(tmp_path)
+    content = json.loads(Path(entry[1]).read_text()) | {"annotations": truth}
+    Path(entry[1]).write_text(json.dumps(content).replace(f'"{DEEP}"', DEEP))
+    with pytest.raises(NotAvailableError, match=r"truth\.json"):
+        read_set(entry)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [DEEP, [None], [{**ROW, "score": "x"}], [{**ROW, "bbox": [1]}], [{**ROW, "image_id": []}]],
+)
+def test_read_detections_malformed(found: Any, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    path.write_text(found if isinstance(found, str) else json.dumps(found))
+    truth = read_set(write_set(tmp_path / "data"))
+    with pytest.raises(NotAvailableError, match=r"found\.json is not readable"):
+        read_detections(path, truth, limit=100)
