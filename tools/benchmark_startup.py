@@ -46,7 +46,14 @@ _STOCK = """
 import sys, torch
 from detectron2.config import get_cfg
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, defaults
+from detectron2.utils import comm
+
+def wrapped(model, **_):  # Detectron2's own gives DDP the number of a GPU
+    ddp = torch.nn.parallel.DistributedDataParallel
+    return ddp(model, broadcast_buffers=False) if comm.get_world_size() > 1 else model
+
+defaults.create_ddp_model = wrapped
 
 def main(args):
     folder = args.config_file.rsplit("/", 1)[0]
