@@ -40,7 +40,7 @@ def value_and_grad(x, y, **options):
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def check(impl, shape, dtype, scaling, scaling_grad, masked):
+def check(impl, shape, dtype, scaling, scaling_grad, masked, window_size=11):
     """Compare ``impl`` with the reference; masked cases are channels-last and "valid" as well."""
     g = torch.Generator().manual_seed(sum(shape))
     x, y = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
@@ -53,6 +53,7 @@ def check(impl, shape, dtype, scaling, scaling_grad, masked):
         "scaling": scaling,
         "scaling_grad": scaling_grad,
         "mask": mask,
+        "window_size": window_size,
         "padding": "valid" if masked else "same",
     }
     expected, expected_grad = value_and_grad(x, y, impl="reference", **options)
@@ -132,14 +133,15 @@ def test_ssim_loss_of_non_finite_maps_is_not_finite(impl, bad):
     assert not ssim_loss(x, y, impl=impl).isfinite()
 
 
+# The interpreter takes its time for each cell of the window.
 TRITON_CASES = [
-    ((1, 1, 1, 1), torch.float32, None, True, False),
-    ((2, 2, 1, 7), torch.float32, "channel", True, True),
-    ((2, 2, 3, 3), torch.float32, "batch", True, False),
-    ((1, 2, 7, 7), torch.bfloat16, "sample", True, True),
-    ((2, 2, 13, 12), torch.float32, "channel", True, False),
-    ((1, 2, 12, 13), torch.float16, None, True, True),
-    ((1, 1, 5, 9), torch.float32, "channel", False, True),
+    ((1, 1, 1, 1), torch.float32, None, True, False, 5),
+    ((2, 2, 1, 7), torch.float32, "channel", True, True, 5),
+    ((2, 2, 3, 3), torch.float32, "batch", True, False, 3),
+    ((1, 2, 7, 7), torch.bfloat16, "sample", True, True, 5),
+    ((2, 2, 13, 12), torch.float32, "channel", True, False, 11),
+    ((1, 2, 12, 13), torch.float16, None, True, True, 3),
+    ((1, 1, 5, 9), torch.float32, "channel", False, True, 5),
 ]
 
 
@@ -194,7 +196,7 @@ def _interpreted() -> None:
     check_level_weights("triton")
     launch.SMALL_SCRATCH = 0  # then channels go in groups, as on large maps
     for scaling, masked in ((None, False), ("channel", True)):
-        check("triton", (2, 4, 6, 5), torch.float32, scaling, True, masked)
+        check("triton", (2, 4, 6, 5), torch.float32, scaling, True, masked, 3)
     for magnitude, scaling in ((1e6, None), (1e38, "channel")):
         big = torch.full((1, 1, 3, 3), magnitude)
         big[0, 0, 1, 1] *= -2

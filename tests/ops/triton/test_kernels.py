@@ -31,6 +31,8 @@ VARIANTS = [
 @pytest.mark.parametrize("kernel,constants", VARIANTS, ids=lambda v: getattr(v, "__name__", ""))
 def test_kernels_compile(kernel, constants, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if capability == 80 and "K" in constants:
+        constants = {**constants, "K": 3}  # An unrolled window of 11 takes long.
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
