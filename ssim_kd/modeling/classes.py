@@ -32,15 +32,6 @@ def num_classes(model: nn.Module) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def num_stuff_classes(model: nn.Module) -> int | None:
-    """The number of classes of a detector's semantic segmentation; None without one."""
-    detector: Any = unwrap(model)
-    head = getattr(detector._modules.get("student", detector), "sem_seg_head", None)
-    predictor = getattr(head, "predictor", None)
-    channels = getattr(predictor, "out_channels", None)
-    return channels if _is_count(channels) else None
-
-
 def _parts(detector: nn.Module) -> Iterator[Any]:
     for name, part in detector.named_modules():
         # A mask head of one class is class-agnostic.

@@ -86,21 +86,7 @@ def rtdetr_weights(name: str) -> str:
     )
 
 
-def build_rtdetr(name: str) -> ModuleTeacher:
-    """As :func:`load_rtdetr`, with random weights: only the model's config is read."""
-    transformers = _import_transformers()
-    path = os.path.expanduser(name.removeprefix(HUB))
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        model = transformers.AutoModelForObjectDetection.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The teacher {name!r} is not available as a detector of transformers: {error}"
-        ) from error
-    return rtdetr_teacher(model)
-
-
-def load_rtdetr(name: str) -> ModuleTeacher:
+def load_rtdetr(name: str, *, weights: bool = True) -> ModuleTeacher:
     """An RT-DETR, RT-DETRv2 or D-FINE of ``transformers`` as a teacher.
 
     The maps after its hybrid encoder are p3, p4 and p5, of strides 8, 16 and 32 and, in the
@@ -112,28 +98,33 @@ def load_rtdetr(name: str) -> ModuleTeacher:
     Args:
         name: a folder written by ``save_pretrained``, or a name on the Hugging Face hub such as
             "PekingU/rtdetr_r50vd", also with "hf://" before it.
+        weights: False for random ones: then only the model's config is read.
 
     Raises:
         ImportError: transformers is not installed.
         ValueError: another kind of model, or weights that are missing or do not fit.
     """
     transformers = _import_transformers()
-    path = os.path.expanduser(name.removeprefix(HUB))
+    path, missing = os.path.expanduser(name.removeprefix(HUB)), []
+    detectors = transformers.AutoModelForObjectDetection
     try:
-        model, info = transformers.AutoModelForObjectDetection.from_pretrained(
-            path, output_loading_info=True, dtype=torch.float32
-        )
+        if weights:
+            model, info = detectors.from_pretrained(
+                path, output_loading_info=True, dtype=torch.float32
+            )
+            missing = sorted(k for k in info["missing_keys"] if "num_batches_tracked" not in k)
+        else:
+            model = detectors.from_config(transformers.AutoConfig.from_pretrained(path))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The teacher {name!r} is not available as a detector of transformers: {error}"
         ) from error
-    missing = sorted(key for key in info["missing_keys"] if "num_batches_tracked" not in key)
     if missing:
         raise ValueError(
             f"The weights of the teacher {name!r} lack {len(missing)} tensors of its config "
             f"(e.g. {missing[:3]}); expected the whole model."
         )
-    return rtdetr_teacher(model, **_pixel_statistics(transformers, path))
+    return rtdetr_teacher(model, **(_pixel_statistics(transformers, path) if weights else {}))
 
 
 def rtdetr_teacher(

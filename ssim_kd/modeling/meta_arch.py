@@ -14,11 +14,10 @@ from ..config import student_config
 from ..logs import share_log
 from .distillers import DistillBatch, Distiller, bind_distillers, build_distillers
 from .distillers.balance import measure_gradients
-from .features import check_features, feature_sums
 from .inherit import check_inherited, copy_inherited, inherit_in_training, inherited_keys
 from .loaded_teacher import LoadedTeacher
 from .plain_names import LikeStudent, keep_plain_names
-from .taps import Tap
+from .taps import Tap, check_features, feature_sums
 from .teacher import FrozenTeacher
 from .teacher_files import TeacherNotFoundError
 
@@ -117,7 +116,6 @@ class DistilledDetector(LikeStudent):
                 "of as many channels."
             )
         image_format = getattr(self.student, "input_format", None) or "BGR"
-        teacher.check((), image_format)
         # Adapters may not shift the random numbers that the student trains with: then a run without
         # distillation is comparable draw by draw.
         with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,7 @@ from ..checkpoint import load_strictly, local_file, read_weights, sha256_of
 from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, may_run, merge_file
 from ..sharing import without_queries
-from .external_teacher import build_rtdetr, is_rtdetr, load_rtdetr, rtdetr_weights
+from .external_teacher import is_rtdetr, load_rtdetr, rtdetr_weights
 from .saved_lazy import IMAGE_FORMAT, check_parts, read_saved_model, targets_of
 from .teacher_files import KEY, RUN_CONFIG, TeacherNotFoundError, find_teacher, is_file
 
@@ -208,7 +208,7 @@ def _build_lazy(node: DictConfig, device: str) -> nn.Module:
 
 
 def _build_rtdetr(name: str, device: str) -> nn.Module:
-    return build_rtdetr(name).to(device)
+    return load_rtdetr(name, weights=False).to(device)
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:

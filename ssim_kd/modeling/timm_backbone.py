@@ -17,16 +17,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..config import add_timm_config
+from ..config import add_timm_config as add_timm_config
 from .timm_models import check_options, checked_overlay, import_timm, levels_of
-
-__all__ = [
-    "TimmBackbone",
-    "add_timm_config",
-    "build_retinanet_timm_fpn_backbone",
-    "build_timm_backbone",
-    "build_timm_fpn_backbone",
-]
 
 logger = logging.getLogger(__name__)
 
