@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from ssim_kd.metrics_file import Series
+from tests.documentation import ROOT
 from tools import demo, demo_training
 
 TEACHER, STUDENT, DISTILLED = demo.TRAININGS
@@ -170,6 +172,9 @@ def test_the_table() -> None:
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[3].split() == ["distilled", "student", "2.5", "2.0", "3.0", "0.23M", "40.0", "61s"]
     assert lines[-3].startswith("Distillation changed the student's AP by +1.5, in one run")
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    ranges = re.findall(r"\d+ to \d+", " ".join(lines))
+    assert len(ranges) == 2 and all(f"| {found} |" in page for found in ranges)
 
 
 def test_bad_data_folder_is_told_and_the_status_is_not_zero(

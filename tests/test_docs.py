@@ -11,7 +11,7 @@ import pytest
 from detectron2 import model_zoo
 
 from ssim_kd.config_files import find_config_file
-from tests.documentation import PAGES, ROOT, name
+from tests.documentation import PAGES, ROOT, commands, name
 from tests.helpers import full_config
 
 
@@ -84,6 +84,12 @@ def test_no_figure_begins_a_line_as_a_list_would(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 80
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own_data.md"])
+def test_the_control_is_trained_first(page: str) -> None:
+    students = [c for c in commands(ROOT / page) if " train " in c and c[-14:] != "output/teacher"]
+    assert ["--teacher" in command for command in students] == [False, True]
 
 
 def test_installation_names_every_extra() -> None:

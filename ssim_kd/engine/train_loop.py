@@ -320,7 +320,8 @@ class DistillStep(TrainerBase):
         except OSError as error:
             report = f"Images {images}; the report on the step was not written ({error})."
         raise NonFiniteError(
-            f"Not finite at iteration {iteration}: {', '.join(wrong)}. {report}",
+            f"Not finite at iteration {iteration}: {', '.join(wrong)}. {report} A lower learning "
+            "rate, a longer warm-up or a lower weight of the distillation may help.",
             # A teacher never changes: no later step can be better.
             fatal=fatal or any(name.startswith("teacher ") for name in wrong),
         )
