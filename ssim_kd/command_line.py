@@ -206,6 +206,11 @@ def argument_parser(
     return parser
 
 
+def is_evaluation(args: argparse.Namespace) -> bool:
+    """Whether a command line trains nothing."""
+    return any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
+
+
 def export_parser(program: str | None = None) -> argparse.ArgumentParser:
     """Of ``ssim-kd export``."""
     parser = _parser(_EXPORT, program)

@@ -7,14 +7,17 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
-from .yaml_files import dotted, is_shipped, read_with_bases, shipped
+from .yaml_files import dotted, is_shipped, near_shipped, read_with_bases, shipped
 
 
 def find_config_file(name: str) -> str:
@@ -25,6 +28,47 @@ def find_config_file(name: str) -> str:
     if not name or PathManager.exists(name):
         return name
     return shipped(name) or name
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a command line comes to.
+
+    Attributes:
+        cfg: a YAML config, frozen, or a LazyConfig.
+        config_file: the path of the file; "" for none.
+        notes: what arguments have set, a line each, for the log.
+    """
+
+    cfg: Any
+    config_file: str
+    notes: list[str]
+
+
+def find_file(name: str) -> str:
+    """The path of ``--config-file``; "" for none.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = find_config_file(os.path.expanduser(name))
+    if path and not PathManager.exists(path):
+        raise ValueError(
+            f"--config-file is {name!r}, which cannot be opened: neither a file nor the name of a "
+            f"config of ssim_kd or of Detectron2's model zoo{near_shipped(name)}."
+        )
+    return path
+
+
+def beside(path: str, config_file: str) -> str:
+    """A path that is not there may be relative to the folder of ``--config-file``."""
+    near = os.path.join(os.path.dirname(config_file), path)
+    return near if path and not os.path.exists(path) and os.path.exists(near) else path
+
+
+def lacks_gpu(device: str) -> bool:
+    """Whether this machine has no GPU that PyTorch can use, for a device that is one."""
+    return device.startswith("cuda") and not torch.cuda.is_available()
 
 
 def merge_file(cfg: CN, path: str) -> set[str]:

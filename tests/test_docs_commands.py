@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 
 from ssim_kd import DistilledDetector, FrozenTeacher, SSIMDistiller
 from ssim_kd.__main__ import COMMANDS as ssim_kd_commands
+from ssim_kd.config_loading.yaml_config import apply_data
 from ssim_kd.engine import argument_parser, load_config
-from ssim_kd.engine.data_file import apply_data
 from ssim_kd.modeling import external_teacher, teacher_source
 from ssim_kd.projects import add_project_configs
 from tests.documentation import PAGES, ROOT, commands, fences, name, user_folder
@@ -209,7 +209,7 @@ def test_python_of_the_pages_is_run() -> None:
     """Who adds a block adds it to the tests below."""
     counts = {name(page): len(fences(page, "python")) for page in PAGES}
     expected = {"docs/own_code.md": 4, "docs/teachers.md": 3, "projects/README.md": 3}
-    expected["docs/trackers.md"] = 2  # tests/engine/test_trackers.py
+    expected["docs/trackers.md"] = 2  # tests/trackers/test_trackers.py
     assert {page: count for page, count in counts.items() if count} == expected
 
 

@@ -8,8 +8,8 @@ import pytest
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 
-from ssim_kd.engine.trackers import TrackerWriter
 from ssim_kd.sharing import without_queries
+from ssim_kd.trackers import TrackerWriter
 
 SIGNED = "https://host.org/a/t.pth?sig=SECRET&x=1"
 TEXTS = {

@@ -7,8 +7,9 @@ from typing import Any
 
 from detectron2.utils import comm
 
+from ..command_line import is_evaluation
 from ..config_files import is_lazy
-from .config_loading import AddConfig, is_evaluation
+from ..config_loading import AddConfig
 from .launch import launch_processes, start_up, with_one_line_errors
 from .lazy import LazyRecipe
 from .recipe import ConfigRecipe

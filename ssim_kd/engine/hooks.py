@@ -18,9 +18,9 @@ from torch import nn
 
 from ..checkpoint import BEST
 from ..modeling import unwrap
+from ..trackers import Accessory
 from .evaluation import box_ap
 from .signals import StopOnSignal
-from .writers import Accessory
 
 logger = logging.getLogger(__name__)
 

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import FINAL
 from ..config import add_notes
+from ..config_loading import load_lazy
 from ..data import (
     EvaluationLoader,
     Needs,
@@ -46,14 +47,13 @@ from ..data import (
 from ..modeling import DistilledDetector, FrozenTeacher
 from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
+from ..trackers import TrackerWriter
 from .coco_evaluation import ScoredCOCOEvaluator
-from .config_loading import load_lazy
 from .evaluation import load_for_evaluation
 from .optimizer import add_groups
 from .preflight import check_class_count
 from .recipe import ConfigRecipe
 from .settings import Settings, as_text
-from .trackers import TrackerWriter
 from .training import Training
 
 #: The keys of the settings of a training. Those that Detectron2 does not have may be left out:

@@ -25,15 +25,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..checkpoint import checkpoints_in, local_file, read_file
+from ..command_line import is_evaluation
+from ..config_loading import AddConfig, load_yaml, value_of
 from ..data import Needs
 from ..data.mapper import check_image_files
 from ..modeling import teacher_name
 from ..modeling.classes import num_classes
-from .config_loading import AddConfig, is_evaluation, load_yaml
+from ..trackers import check_trackers
 from .evaluation import box_ap
-from .schedule import value_of
 from .settings import Settings
-from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ..config_files import Loaded
+from ..config_loading import value_of
 from ..data import DatasetSummary, Needs, check_datasets, class_names, once
 from ..logs import end_logs
 from ..sharing import without_queries
-from .config_loading import Loaded
 from .output_lock import make_output_dir, output_lock
 from .preflight import check_scored, check_start, check_teacher, same_weights
 from .report import log_version
-from .schedule import value_of
 from .settings import Settings
 from .training import Training
 
@@ -109,6 +109,8 @@ class ConfigRecipe(Recipe):
         own: which parts code of the user's builds, for :func:`ssim_kd.data.check_datasets`.
         scheduler: makes the schedule of the learning rate.
         advice: on the schedule, for the message.
+        model: builds what is trained.
+        pictures: loads so many images, the first that are evaluated, as the model takes them.
         detector: builds what is evaluated, the arguments of ``evaluate``.
         evaluate: returns results by task.
     """
@@ -120,6 +122,8 @@ class ConfigRecipe(Recipe):
     own: Mapping[str, bool]
     scheduler: Callable[[torch.optim.Optimizer], Any]
     advice: str
+    model: Callable[[], nn.Module]
+    pictures: Callable[[int], list[dict[str, Any]]]
     detector: Callable[..., tuple]
     evaluate: Callable[..., Mapping[str, Any]]
 

@@ -14,7 +14,9 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import FINAL
+from ..command_line import is_evaluation
 from ..config import write_stock_config
+from ..config_loading import AddConfig, load_yaml, scale_workers
 from ..data import (
     EvaluationLoader,
     Needs,
@@ -24,8 +26,8 @@ from ..data import (
 )
 from ..modeling import DistilledDetector, resolved_config, teacher_source
 from ..sharing import without_queries
+from ..trackers import build_trackers
 from ..writing import write_atomically
-from .config_loading import AddConfig, is_evaluation, load_yaml
 from .evaluation import (
     build_evaluator,
     build_tta_model,
@@ -45,9 +47,7 @@ from .preflight import (
     settings_of,
 )
 from .recipe import ConfigRecipe
-from .schedule import scale_workers
 from .settings import Settings
-from .trackers import build_trackers
 from .training import Training
 
 

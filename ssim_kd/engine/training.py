@@ -27,6 +27,7 @@ from ..checkpoint import ResumeError, StudentCheckpointer
 from ..data import TrainLoader
 from ..modeling import DistilledDetector, LoadedTeacher, unwrap
 from ..sharing import without_queries
+from ..trackers import TrackerWriter
 from .hooks import (
     BestCheckpoint,
     PreciseBN,
@@ -38,7 +39,6 @@ from .hooks import (
 from .report import write_report, write_run
 from .settings import Settings, as_text, differences
 from .signals import StopOnSignal
-from .trackers import TrackerWriter
 from .train_loop import DistillStep
 from .writers import GuardedWriter, PeriodicWriter
 

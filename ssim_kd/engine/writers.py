@@ -1,9 +1,7 @@
 """Metrics: the scalars of a step, read late, and writers that stop no training."""
 
-import contextlib
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.engine import hooks
@@ -11,31 +9,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import distributed as dist
 
-logger = logging.getLogger(__name__)
-
-
-class Accessory:
-    """What a training goes on without: an error is reported once, and nothing is tried again."""
-
-    def __init__(self, name: str) -> None:
-        """
-        Args:
-            name: for the warning.
-        """
-        self.name = name
-        self.failed = False
-
-    @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
-        """Inside, an error is a warning."""
-        try:
-            yield
-        except Exception as error:
-            self.failed = True
-            logger.warning(
-                "%s failed and is left out from here on; the training goes on. %s: %s",
-                *(self.name, type(error).__name__, error),
-            )
+from ..trackers import Accessory
 
 
 class GuardedWriter(EventWriter):

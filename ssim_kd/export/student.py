@@ -21,8 +21,8 @@ from torch import nn
 from ssim_kd.checkpoint import load_strictly, read_weights
 from ssim_kd.config import add_notes, read_classes, write_stock_config
 from ssim_kd.config_files import is_lazy, merge_file
+from ssim_kd.config_loading import load_lazy, load_yaml
 from ssim_kd.data import register_datasets
-from ssim_kd.engine.config_loading import load_lazy, load_yaml
 from ssim_kd.engine.evaluation import build_evaluator, student_for_evaluation
 from ssim_kd.projects import add_project_configs
 from ssim_kd.writing import write_atomically, write_together

@@ -164,7 +164,8 @@ def name_functions(node: Any) -> None:
     One that passes its argument on, ``lambda c: NaiveSyncBatchNorm(c, stats_mode="N")``, becomes
     the same ``partial(NaiveSyncBatchNorm, stats_mode="N")``. Any other stays as it is.
     """
-    for key in node if isinstance(node, DictConfig) else range(len(node)):
+    keys: Any = node if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             continue
         value = node[key]

@@ -14,9 +14,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
 from ssim_kd.config import add_distill_config
+from ssim_kd.config_loading.yaml_config import ignored_keys, load_yaml
 from ssim_kd.data import check_datasets, register_datasets
 from ssim_kd.engine import DistillTrainer, argument_parser, distill, load_config, main
-from ssim_kd.engine.config_loading import ignored_keys, load_yaml
 from ssim_kd.engine.settings import Settings
 from ssim_kd.engine.train_loop import DistillStep
 from ssim_kd.modeling import DistilledDetector, SSIMDistiller

@@ -11,8 +11,8 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
+from ssim_kd.config_loading import load_lazy
 from ssim_kd.engine import argument_parser, run
-from ssim_kd.engine.config_loading import load_lazy
 from ssim_kd.engine.lazy import LazyRecipe
 from ssim_kd.modeling import DistilledDetector, FrozenTeacher
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics

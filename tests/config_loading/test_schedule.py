@@ -12,7 +12,7 @@ from detectron2.config import instantiate
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
-from ssim_kd.engine.schedule import (
+from ssim_kd.config_loading import (
     LazySchedule,
     Schedule,
     YamlSchedule,

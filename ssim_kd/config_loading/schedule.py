@@ -3,16 +3,13 @@
 :func:`rescale` computes it; :class:`YamlSchedule` and :class:`LazySchedule` read and write it.
 """
 
-import copy
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 #: A warm-up of the learning rate is not shortened below this many iterations, or a quarter of the
 #: training. It is mmdetection's default; Detectron2's zoo has 1000 iterations, for 90,000.
@@ -22,8 +19,6 @@ LEAST_WARMUP = 500
 # points of the training (STOP_ITER, STEPS). Arguments in a LazyConfig are named alike.
 _LENGTH = re.compile(r".*_iters", re.I)
 _POINT = re.compile(r".*_iter|steps", re.I)
-# Schedulers that count in shares of the training.
-_RELATIVE = ("fvcore.common.param_scheduler.", "detectron2.solver.")
 
 
 @dataclass(frozen=True)
@@ -105,13 +100,13 @@ def rescale(
         warmup=_shortened(schedule.warmup, ratio, least),
         checkpoint_period=period,
         eval_period=evaluation,
-        milestones=_scaled(schedule.milestones, ratio, length),
+        milestones=scaled_points(schedule.milestones, ratio, length),
         distillers=tuple(
             (
                 key,
                 _shortened(value, ratio, least)
                 if _LENGTH.fullmatch(key)
-                else _scaled(value, ratio, length),
+                else scaled_points(value, ratio, length),
             )
             for key, value in schedule.distillers
         ),
@@ -122,7 +117,7 @@ def _shortened(count: int, ratio: float, least: int = 1) -> int:
     return min(count, max(round(count * ratio), least, 1))
 
 
-def _scaled(value: Any, ratio: float, length: int) -> Any:
+def scaled_points(value: Any, ratio: float, length: int) -> Any:
     """Points that keep their share of the training; several lose those that fall on its end."""
     if isinstance(value, tuple):
         return tuple(sorted(n for n in {round(n * ratio) for n in value} if 0 < n < length))
@@ -231,138 +226,18 @@ class ConfigSchedule:
         return [*notes, f"Schedule{seen}: {shown}"]
 
 
-class YamlSchedule(ConfigSchedule):
-    """The schedule in a YAML config."""
-
-    keys = {
-        "batch": "SOLVER.IMS_PER_BATCH",
-        "max_iter": "SOLVER.MAX_ITER",
-        "milestones": "SOLVER.STEPS",
-        "lr": "SOLVER.BASE_LR",
-        "warmup": "SOLVER.WARMUP_ITERS",
-        "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
-        "eval_period": "TEST.EVAL_PERIOD",
-    }
-
-    def read(self) -> Schedule:
-        """The schedule of the config."""
-        found = super().read()
-        return replace(found, milestones=tuple(found.milestones or ()))
-
-    def write(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
-        """Set the keys of the config, but those that were set by hand."""
-        # Its lists may be those of another config that was merged.
-        self.cfg.MODEL.DISTILL.TERMS = copy.deepcopy(self.cfg.MODEL.DISTILL.TERMS)
-        super().write(schedule, by_hand)
-
-    def counts(self) -> Iterator[tuple[str, Any, Any]]:
-        """Also of the terms."""
-        yield from _below("MODEL.DISTILL", self.cfg.MODEL.DISTILL)
-        for i, term in enumerate(self.cfg.MODEL.DISTILL.TERMS):
-            for k in range(1, len(term) - 1, 2):
-                if _is_count(term[k].rpartition(".")[2]):
-                    yield f"MODEL.DISTILL.TERMS[{i}].{term[k]}", term, k + 1
-
-    def epochs(self, asked: float | None, by_hand: Collection[str], notes: list[str]) -> Any:
-        """The epochs to train for: what is asked for, or ``SOLVER.EPOCHS``."""
-        own = self.cfg.SOLVER.EPOCHS
-        if not 0 <= own < math.inf:
-            raise ValueError(f"SOLVER.EPOCHS is {own}; expected 0 or a positive number.")
-        if own and {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"} <= set(by_hand):
-            raise ValueError(
-                f"SOLVER.EPOCHS is {own} and SOLVER.MAX_ITER {self.cfg.SOLVER.MAX_ITER}; expected "
-                "one of them."
-            )
-        if asked is not None and "SOLVER.EPOCHS" not in by_hand:
-            return asked
-        if asked is not None:
-            notes.append(f"SOLVER.EPOCHS {own:g} is set by hand: not --epochs {asked:g}.")
-        return own or None
-
-
-class LazySchedule(ConfigSchedule):
-    """The schedule in a LazyConfig, whose scheduler counts in shares of the training."""
-
-    keys = {
-        "batch": "dataloader.train.total_batch_size",
-        "max_iter": "train.max_iter",
-        "lr": "optimizer.lr",
-        "warmup": "lr_multiplier.warmup_length",
-        "checkpoint_period": "train.checkpointer.period",
-        "eval_period": "train.eval_period",
-    }
-
-    def read(self) -> Schedule:
-        """The schedule of the config.
-
-        Raises:
-            ValueError: it lacks a key, or has a scheduler that counts in no shares of the training.
-        """
-        self._check_scheduler()
-        found = super().read()
-        missing = [self.keys[name] for name in ("batch", "max_iter") if not getattr(found, name)]
-        if missing:
-            raise ValueError(
-                f"--epochs and --batch read {', '.join(missing)}, which the LazyConfig lacks; "
-                f"expected it there. Without the two set {self.keys['max_iter']} and what follows "
-                "it."
-            )
-        return replace(found, warmup=round(found.warmup * found.max_iter))
-
-    def write(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
-        """Set the keys of the config, but those that were set by hand."""
-        # Shares of the length as it was.
-        OmegaConf.resolve(self.cfg.lr_multiplier)
-        share: Any = schedule.warmup / schedule.max_iter
-        super().write(replace(schedule, warmup=share), by_hand)
-
-    def counts(self) -> Iterator[tuple[str, Any, Any]]:
-        """Of the calls in ``model.distillers``."""
-        return _below("model.distillers", value_of(self.cfg, "model.distillers"))
-
-    def _check_scheduler(self) -> None:
-        nodes = [self.cfg.lr_multiplier]
-        while nodes:
-            node = nodes.pop()
-            parts = node.values() if isinstance(node, DictConfig) else node
-            nodes += [part for part in parts if isinstance(part, DictConfig | ListConfig)]
-            target = node.get("_target_") if isinstance(node, DictConfig) else None
-            if target is None:
-                continue
-            name = target if isinstance(target, str) else f"{target.__module__}.{target.__name__}"
-            if not name.startswith(_RELATIVE):
-                raise ValueError(
-                    f"lr_multiplier is made by {name}, whose arguments --epochs and --batch cannot "
-                    "scale; expected a scheduler of fvcore.common.param_scheduler. Set "
-                    f"{', '.join(self.keys.values())} and lr_multiplier instead."
-                )
-
-
-def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
-    """``DefaultTrainer.auto_scale_workers``, the iterations of distillers included."""
-    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
-    if scaled is cfg:
-        return cfg
-    ratio, frozen = cfg.SOLVER.IMS_PER_BATCH / scaled.SOLVER.IMS_PER_BATCH, scaled.is_frozen()
-    scaled.defrost()
-    schedule, length = YamlSchedule(cfg).read(), scaled.SOLVER.MAX_ITER
-    counts = tuple((key, _scaled(value, ratio, length)) for key, value in schedule.distillers)
-    YamlSchedule(scaled).write_counts(replace(schedule, distillers=counts))
-    if frozen:
-        scaled.freeze()
-    return scaled
-
-
-def _below(name: str, node: Any) -> Iterator[tuple[str, Any, Any]]:
+def below(name: str, node: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Each key below a node that counts iterations: its name, and where its value is."""
     pairs: Any = node.items() if isinstance(node, dict | DictConfig) else enumerate(node or ())
     for key, value in pairs:
         if isinstance(value, dict | DictConfig):
-            yield from _below(f"{name}.{key}", value)
-        elif _is_count(str(key)) and value is not None:
+            yield from below(f"{name}.{key}", value)
+        elif is_count(str(key)) and value is not None:
             yield f"{name}.{key}", node, key
 
 
-def _is_count(key: str) -> bool:
+def is_count(key: str) -> bool:
+    """Whether a key is named as those that count iterations."""
     return bool(_LENGTH.fullmatch(key) or _POINT.fullmatch(key))
 
 

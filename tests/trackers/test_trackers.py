@@ -17,11 +17,11 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ssim_kd import DistillTrainer, MLflowWriter, WandbWriter
+from ssim_kd import DistillTrainer, MLflowWriter, WandbWriter, trackers
 from ssim_kd.config import write_stock_config
-from ssim_kd.engine import lazy, trackers
+from ssim_kd.engine import lazy
 from ssim_kd.engine.preflight import check_config
-from ssim_kd.engine.trackers.writer import parameters
+from ssim_kd.trackers.writer import parameters
 from tests.documentation import fences
 from tests.engine.runs import ROOT, World, log, metrics
 

@@ -1,46 +1,40 @@
-"""From the command line to a config, YAML or LazyConfig: file, arguments, overrides.
+"""From the command line of a YAML config to the config: file, arguments, overrides.
 
-Overrides (KEY VALUE, key=value) win over arguments, and those over the file.
+Overrides (KEY VALUE) win over arguments, and those over the file.
 """
 
 import argparse
+import copy
+import math
 import os
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
 import yaml
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.config import LazyCall as L
-from detectron2.data import get_detection_dataset_dicts
-from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig, OmegaConf
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 
+from ..command_line import is_evaluation
 from ..config import add_distill_config, import_method, share_keys
 from ..config_files import (
+    Loaded,
     allow_program,
+    beside,
     did_you_mean,
-    find_config_file,
+    find_file,
     is_lazy,
     is_saved_lazy_config,
-    load_lazy_file,
+    lacks_gpu,
     merge_file,
 )
-from ..data import Needs, check_datasets, count_images, register_datasets, train_records
-from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller, teacher_name
-from ..modeling.saved_lazy import name_functions
-from ..yaml_files import near_shipped
-from .data_file import apply_data, apply_lazy_data
-from .schedule import LazySchedule, YamlSchedule, value_of
+from ..data import Needs, check_datasets, count_images, register_datasets
+from ..data.validation import num_classes_key
+from ..modeling import teacher_name
+from .data_file import read_data_file
+from .schedule import ConfigSchedule, Schedule, below, is_count, scaled_points, value_of
 
-# By these names or itself, of which ours reads a file once.
-_DETECTRON2_RECORDS = (
-    get_detection_dataset_dicts,
-    "detectron2.data.get_detection_dataset_dicts",
-    "detectron2.data.build.get_detection_dataset_dicts",
-)
 # Config keys that hold paths, in which "~" is the user's home.
 _PATHS = (
     *("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DISTILL.TEACHER.NAME"),
@@ -52,30 +46,8 @@ _FORMER = "MODEL.DISTILL.TEACHER.CONFIG_FILE"
 _TEACHER = {"MODEL.DISTILL.TEACHER.NAME", _FORMER}
 # Keys of which arguments take in what overrides have set.
 _EXTENDED = ("DATASETS.REGISTER_COCO", "MODEL.META_ARCHITECTURE")
-# Overrides of what --teacher puts around the student.
-_WRAPPING = ("model.student", "model.teacher", "model.distillers")
 
 AddConfig = Callable[[CfgNode], None]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a command line comes to.
-
-    Attributes:
-        cfg: a YAML config, frozen, or a LazyConfig.
-        config_file: the path of the file; "" for none.
-        notes: what arguments have set, a line each, for the log.
-    """
-
-    cfg: Any
-    config_file: str
-    notes: list[str]
-
-
-def is_evaluation(args: argparse.Namespace) -> bool:
-    """Whether a command line trains nothing."""
-    return any(getattr(args, flag, False) for flag in ("eval_only", "eval_teacher"))
 
 
 def load_yaml(
@@ -97,7 +69,7 @@ def load_yaml(
     for add in filter(None, (add_config, *map(import_method, getattr(args, "imports", ())))):
         add(cfg)
         share_keys(add)
-    config_file = _find(args.config_file)
+    config_file = find_file(args.config_file)
     own = _merge_file(cfg, config_file) if config_file else set()
     max_iter = cfg.SOLVER.MAX_ITER
     opts, by_hand = list(args.opts), {str(key) for key in args.opts[::2]}
@@ -113,7 +85,7 @@ def load_yaml(
     if data_file and "DATASETS.DATA_FILE" not in by_hand:
         cfg.DATASETS.DATA_FILE = data_file
     if cfg.DATASETS.DATA_FILE and data:
-        path = _beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
+        path = beside(os.path.expanduser(cfg.DATASETS.DATA_FILE), config_file)
         notes += apply_data(cfg, path, own - by_hand)
     if teacher:
         apply_teacher(cfg, teacher)
@@ -124,7 +96,7 @@ def load_yaml(
     node.NAME, node.CONFIG_FILE = teacher_name(cfg), ""
     for key in _PATHS:
         _expand(cfg, key)
-    node.NAME = _beside(node.NAME, config_file)
+    node.NAME = beside(node.NAME, config_file)
     if is_lazy(node.NAME) and (teacher or _TEACHER & by_hand):
         allow_program(node.NAME)
     if data and not is_evaluation(args):
@@ -138,56 +110,10 @@ def load_yaml(
             max_iter=max_iter,
         )
         notes += ignored_keys(cfg)
-    if "MODEL.DEVICE" not in by_hand | own and _lacks(cfg.MODEL.DEVICE):
+    if "MODEL.DEVICE" not in by_hand | own and lacks_gpu(cfg.MODEL.DEVICE):
         cfg.MODEL.DEVICE = "cpu"
         notes.append("This machine has no GPU that PyTorch can use: MODEL.DEVICE is 'cpu'.")
     cfg.freeze()
-    return Loaded(cfg, config_file, notes)
-
-
-def load_lazy(args: argparse.Namespace, *, data: bool = True) -> Loaded:
-    """Read a LazyConfig, and apply the overrides ("key=value") and the arguments.
-
-    Overrides of ``model`` mean the student where ``--teacher`` wraps it, and are applied before.
-
-    Args:
-        args, data: see :func:`load_yaml`.
-
-    Raises:
-        ValueError: the file cannot be read, lacks a part, or an override does not fit.
-    """
-    notes: list[str] = []
-    config_file = _find(args.config_file)
-    inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
-    by_hand = {text.lstrip("+~").partition("=")[0] for text in args.opts}
-    cfg = _with_overrides(lambda: load_lazy_file(config_file), inside, args)
-    trains = not is_evaluation(args)
-    needed = ["model", "dataloader", "train", *(["optimizer", "lr_multiplier"] if trains else [])]
-    missing = [key for key in needed if key not in cfg]
-    if missing:
-        raise ValueError(f"--config-file {config_file} lacks {missing}.")
-    if getattr(args, "data", "") and data:
-        path = _beside(os.path.expanduser(args.data), config_file)
-        notes += apply_lazy_data(cfg, path, by_hand)
-    if data and trains:
-        notes += LazySchedule(cfg).apply(
-            epochs=getattr(args, "epochs", None),
-            batch=getattr(args, "batch", None),
-            by_hand=by_hand,
-            count_images=lambda: _count_lazy_images(cfg),
-        )
-    if getattr(args, "teacher", ""):
-        if "student" not in cfg.model:
-            # In a deeper place, what names others by their place would name none.
-            OmegaConf.resolve(cfg)
-        cfg.model = _distilled(cfg.model, args.teacher)
-    outside = [text for text in args.opts if text not in inside]
-    cfg = _with_overrides(lambda: cfg, outside, args)
-    cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
-    name_functions(cfg)  # so that the folder of the run can be read
-    if _lacks(str(cfg.train.device)):
-        cfg.train.device = "cpu"
-        notes.append("This machine has no GPU that PyTorch can use: train.device is 'cpu'.")
     return Loaded(cfg, config_file, notes)
 
 
@@ -202,16 +128,6 @@ def apply_teacher(cfg: CfgNode, name: str) -> None:
         distill.TEACHER.WEIGHTS, distill.TEACHER.OPTS = "", []
     distill.TEACHER.NAME, distill.TEACHER.CONFIG_FILE = name, ""
     distill.ENABLED = True
-
-
-def _distilled(model: DictConfig, teacher: str) -> DictConfig:
-    """A model that learns from a teacher: what it was, wrapped, if it learned from none."""
-    if "student" not in model:
-        model = L(DistilledDetector)(student=model, max_iter="${..train.max_iter}")
-    if not model.get("distillers"):
-        model.distillers = [L(SSIMDistiller)()]
-    model.teacher = L(FrozenTeacher.load_from)(name=teacher)
-    return model
 
 
 def ignored_keys(cfg: CfgNode) -> list[str]:
@@ -231,10 +147,6 @@ def ignored_keys(cfg: CfgNode) -> list[str]:
     ]
 
 
-def _lacks(device: str) -> bool:
-    return device.startswith("cuda") and not torch.cuda.is_available()
-
-
 def _count_images(cfg: CfgNode) -> int:
     """The number of images that are trained on; the checks name a fault."""
     register_datasets(cfg)
@@ -246,28 +158,37 @@ def _count_images(cfg: CfgNode) -> int:
         raise
 
 
-def _count_lazy_images(cfg: DictConfig) -> int:
-    try:
-        node = cfg.dataloader.train.dataset
-        if node.get("_target_") in _DETECTRON2_RECORDS:
-            return len(train_records(**{key: node[key] for key in node if key != "_target_"}))
-        return len(instantiate(node))
-    except Exception as error:
-        raise ValueError(
-            "--epochs needs the number of images of dataloader.train.dataset, which cannot be "
-            f"counted ({type(error).__name__}: {error}); expected a data set with a length, or "
-            "train.max_iter instead of --epochs."
-        ) from error
+def apply_data(cfg: CfgNode, path: str, own: Collection[str]) -> list[str]:
+    """Set the data sets and the number of classes of a data file in a YAML config, in place.
 
+    Args:
+        cfg: changed in place.
+        path: of the file.
+        own: keys that the user's config file sets; classes among them must be the data's.
 
-def _find(name: str) -> str:
-    path = find_config_file(os.path.expanduser(name))
-    if path and not PathManager.exists(path):
-        raise ValueError(
-            f"--config-file is {name!r}, which cannot be opened: neither a file nor the name of a "
-            f"config of ssim_kd or of Detectron2's model zoo{near_shipped(name)}."
-        )
-    return path
+    Returns:
+        what was set, a line each.
+
+    Raises:
+        ValueError: see :func:`read_data_file`; or other classes.
+    """
+    data = read_data_file(path)
+    entries = list(data.entries.values())
+    registered = [entry for entry in cfg.DATASETS.REGISTER_COCO if entry not in entries]
+    cfg.DATASETS.REGISTER_COCO = [*registered, *entries]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (data.entries["train"][0],), data.tests
+    read = num_classes_key(cfg) or "MODEL.ROI_HEADS.NUM_CLASSES"
+    for node, key in (
+        (cfg.MODEL.ROI_HEADS, "MODEL.ROI_HEADS.NUM_CLASSES"),
+        (cfg.MODEL.RETINANET, "MODEL.RETINANET.NUM_CLASSES"),
+    ):
+        if key == read and key in own and data.classes != node.NUM_CLASSES:
+            raise ValueError(
+                f"{key} is {node.NUM_CLASSES} in the config file, but {data.entries['train'][1]} "
+                f"has {data.classes} categories; expected the same. Leave the key out of the file."
+            )
+        node.NUM_CLASSES = data.classes
+    return [f"--data {path}: {data.classes} classes, {cfg.DATASETS.TRAIN} and {data.tests}"]
 
 
 def _merge_file(cfg: CfgNode, path: str) -> set[str]:
@@ -294,18 +215,6 @@ def _merge_file(cfg: CfgNode, path: str) -> set[str]:
         if isinstance(error, KeyError):
             advice = did_you_mean(cfg, str(error))
         raise ValueError(f"--config-file {path} cannot be read: {error}{advice}") from error
-
-
-def _with_overrides(
-    load: Callable[[], DictConfig], opts: list[str], args: argparse.Namespace
-) -> DictConfig:
-    try:
-        return LazyConfig.apply_overrides(load(), opts)
-    except Exception as error:
-        raise ValueError(
-            f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
-            f"{type(error).__name__}: {error}. Expected a LazyConfig, and overrides key=value."
-        ) from error
 
 
 def _merge_options(cfg: CfgNode, opts: list[str], *, but: Collection[str] = ()) -> None:
@@ -344,7 +253,65 @@ def _expand(cfg: CfgNode, key: str) -> None:
         node[name] = type(value)(os.path.expanduser(path) for path in value)
 
 
-def _beside(path: str, config_file: str) -> str:
-    """A path that is not there may be relative to the folder of ``--config-file``."""
-    beside = os.path.join(os.path.dirname(config_file), path)
-    return beside if path and not os.path.exists(path) and os.path.exists(beside) else path
+class YamlSchedule(ConfigSchedule):
+    """The schedule in a YAML config."""
+
+    keys = {
+        "batch": "SOLVER.IMS_PER_BATCH",
+        "max_iter": "SOLVER.MAX_ITER",
+        "milestones": "SOLVER.STEPS",
+        "lr": "SOLVER.BASE_LR",
+        "warmup": "SOLVER.WARMUP_ITERS",
+        "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
+        "eval_period": "TEST.EVAL_PERIOD",
+    }
+
+    def read(self) -> Schedule:
+        """The schedule of the config."""
+        found = super().read()
+        return replace(found, milestones=tuple(found.milestones or ()))
+
+    def write(self, schedule: Schedule, by_hand: Collection[str] = ()) -> None:
+        """Set the keys of the config, but those that were set by hand."""
+        # Its lists may be those of another config that was merged.
+        self.cfg.MODEL.DISTILL.TERMS = copy.deepcopy(self.cfg.MODEL.DISTILL.TERMS)
+        super().write(schedule, by_hand)
+
+    def counts(self) -> Iterator[tuple[str, Any, Any]]:
+        """Also of the terms."""
+        yield from below("MODEL.DISTILL", self.cfg.MODEL.DISTILL)
+        for i, term in enumerate(self.cfg.MODEL.DISTILL.TERMS):
+            for k in range(1, len(term) - 1, 2):
+                if is_count(term[k].rpartition(".")[2]):
+                    yield f"MODEL.DISTILL.TERMS[{i}].{term[k]}", term, k + 1
+
+    def epochs(self, asked: float | None, by_hand: Collection[str], notes: list[str]) -> Any:
+        """The epochs to train for: what is asked for, or ``SOLVER.EPOCHS``."""
+        own = self.cfg.SOLVER.EPOCHS
+        if not 0 <= own < math.inf:
+            raise ValueError(f"SOLVER.EPOCHS is {own}; expected 0 or a positive number.")
+        if own and {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"} <= set(by_hand):
+            raise ValueError(
+                f"SOLVER.EPOCHS is {own} and SOLVER.MAX_ITER {self.cfg.SOLVER.MAX_ITER}; expected "
+                "one of them."
+            )
+        if asked is not None and "SOLVER.EPOCHS" not in by_hand:
+            return asked
+        if asked is not None:
+            notes.append(f"SOLVER.EPOCHS {own:g} is set by hand: not --epochs {asked:g}.")
+        return own or None
+
+
+def scale_workers(cfg: CfgNode, world_size: int) -> CfgNode:
+    """``DefaultTrainer.auto_scale_workers``, the iterations of distillers included."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if scaled is cfg:
+        return cfg
+    ratio, frozen = cfg.SOLVER.IMS_PER_BATCH / scaled.SOLVER.IMS_PER_BATCH, scaled.is_frozen()
+    scaled.defrost()
+    schedule, length = YamlSchedule(cfg).read(), scaled.SOLVER.MAX_ITER
+    counts = tuple((key, scaled_points(value, ratio, length)) for key, value in schedule.distillers)
+    YamlSchedule(scaled).write_counts(replace(schedule, distillers=counts))
+    if frozen:
+        scaled.freeze()
+    return scaled

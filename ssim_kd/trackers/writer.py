@@ -1,5 +1,6 @@
 """What the writers of all trackers share."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -8,7 +9,7 @@ import queue
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,10 +19,9 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
-from ...sharing import without_queries
-from ...writing import write_atomically
-from ...yaml_files import dotted, name_of
-from ..writers import Accessory
+from ..sharing import without_queries
+from ..writing import write_atomically
+from ..yaml_files import dotted, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,30 @@ PATIENCE = 30.0
 _KINDS = ("scalars", "pictures", "histograms")
 # States of a run in MLflow's words.
 FINISHED, KILLED, FAILED = "FINISHED", "KILLED", "FAILED"
+
+
+class Accessory:
+    """What a training goes on without: an error is reported once, and nothing is tried again."""
+
+    def __init__(self, name: str) -> None:
+        """
+        Args:
+            name: for the warning.
+        """
+        self.name = name
+        self.failed = False
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside, an error is a warning."""
+        try:
+            yield
+        except Exception as error:
+            self.failed = True
+            logger.warning(
+                "%s failed and is left out from here on; the training goes on. %s: %s",
+                *(self.name, type(error).__name__, error),
+            )
 
 
 class TrackerWriter(EventWriter):

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from .mlflow import MLflowWriter
 from .wandb import WandbWriter
-from .writer import TRACKED_RUNS, TrackerWriter, check_package
+from .writer import TRACKED_RUNS, Accessory, TrackerWriter, check_package
 
 #: Writers by their name in ``TRACKING.WRITERS``.
 TRACKERS: dict[str, type[TrackerWriter]] = {w.name: w for w in (MLflowWriter, WandbWriter)}
@@ -46,6 +46,7 @@ def check_trackers(cfg: CfgNode) -> None:
 __all__ = [
     "TRACKED_RUNS",
     "TRACKERS",
+    "Accessory",
     "MLflowWriter",
     "TrackerWriter",
     "WandbWriter",

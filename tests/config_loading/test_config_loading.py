@@ -12,8 +12,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from omegaconf import OmegaConf
 
+from ssim_kd.config_files import Loaded
+from ssim_kd.config_loading import load_lazy, load_yaml
 from ssim_kd.engine import argument_parser, load_config
-from ssim_kd.engine.config_loading import Loaded, load_lazy, load_yaml
 from ssim_kd.projects import add_project_configs
 from ssim_kd.reporting.runs import flatten
 from tests.engine.test_arguments import cfg_of, data_file
