@@ -14,11 +14,11 @@ def leave_out(module: nn.Module, child: str, *, beside: str = "") -> None:
         child: its name.
         beside: start of the keys that are not the child's.
     """
-    names = {"inner": f"{child}.", "beside": beside}
+    inner = f"{child}."
     # Functions and no closures: the module can be pickled.
-    module.register_state_dict_post_hook(partial(_flatten, **names))
-    module.register_load_state_dict_pre_hook(partial(_nest, **names))
-    module.register_load_state_dict_post_hook(partial(_shorten, **names))
+    module.register_state_dict_post_hook(partial(_flatten, inner=inner))
+    module.register_load_state_dict_pre_hook(partial(_nest, inner=inner, beside=beside))
+    module.register_load_state_dict_post_hook(partial(_shorten, inner=inner))
 
 
 def leave_out_compiled(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def leave_out_compiled(model: nn.Module) -> None:
 
 
 def _flatten(
-    _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, *, inner: str, **_: str
+    _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, *, inner: str
 ) -> None:
     start = prefix + inner
     for key in [k for k in state if k.startswith(start)]:
@@ -44,6 +44,6 @@ def _nest(
         state[prefix + inner + key[len(prefix) :]] = state.pop(key)
 
 
-def _shorten(_module: nn.Module, incompatible: Any, *, inner: str, **_: str) -> None:
+def _shorten(_module: nn.Module, incompatible: Any, *, inner: str) -> None:
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
         keys[:] = [key.replace(inner, "", 1) for key in keys]

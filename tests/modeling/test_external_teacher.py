@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,14 +226,7 @@ def test_rtdetr_that_is_another_model_is_an_error(tmp_path) -> None:
 
 
 def test_missing_transformers_is_named_with_its_extra(monkeypatch) -> None:
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "transformers":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"ssim_kd\[detr\]"):
         load_rtdetr("hf://PekingU/rtdetr_r50vd")
 

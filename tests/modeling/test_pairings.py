@@ -80,19 +80,14 @@ def test_common_levels_are_found(student, teacher, levels, weights_of) -> None:
     assert list(the_distiller(model).adapters) == [level for level in levels if level[0] == "p"]
 
 
-@pytest.mark.parametrize("levels", [RES, ["res5", "p3"], ["p4"]])
-def test_levels_can_be_named(levels, weights_of) -> None:
-    cfg = distilled_config(
-        "faster", "mask", weights_of("mask"), "MODEL.DISTILL.IN_FEATURES", levels
-    )
-    model = build(cfg)
+@pytest.mark.parametrize(
+    ("teacher", "levels"), [("mask", RES), ("mask", ["res5", "p3"]), ("c4", ["res4"])]
+)
+def test_levels_can_be_named(teacher, levels, weights_of) -> None:
+    named = ("MODEL.DISTILL.IN_FEATURES", levels)
+    model = build(distilled_config("faster", teacher, weights_of(teacher), *named))
     assert the_distiller(model).levels == levels
     check_step(model)
-
-
-def test_an_fpn_student_learns_from_a_c4_teacher_by_name(weights_of) -> None:
-    cfg = distilled_config("faster", "c4", weights_of("c4"), "MODEL.DISTILL.IN_FEATURES", ["res4"])
-    check_step(build(cfg))
 
 
 def test_class_counts_may_differ(weights_of) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import logging
+import sys
 
 import pytest
 import torch
@@ -235,14 +235,7 @@ def test_value_that_does_not_work_is_named(key, value, expected) -> None:
 
 
 def test_missing_timm_is_named_with_its_extra(monkeypatch) -> None:
-    original = builtins.__import__
-
-    def without_timm(name, *args, **kwargs):
-        if name == "timm":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_timm)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"ssim_kd\[timm\]"):
         TimmBackbone(LIGHT)
 
