@@ -13,6 +13,7 @@ from ..config_loading import AddConfig
 from .launch import launch_processes, start_up, with_one_line_errors
 from .lazy import LazyRecipe
 from .recipe import ConfigRecipe
+from .train_loop import NonFiniteError
 from .trainer import DistillTrainer, YamlRecipe
 
 _FLAGS = ("resume", "eval_only", "eval_teacher")
@@ -26,8 +27,8 @@ def run(
 ) -> Any:
     """Train or evaluate, in as many processes as the command line asks for.
 
-    An error before the first step ends the program with status 1 and one line; its traceback is in
-    ``OUTPUT_DIR/log.txt``.
+    An error before the first step, or values that are not finite, end the program with status 1
+    and one line; the traceback is in ``OUTPUT_DIR/log.txt``.
 
     Args:
         args: of :func:`ssim_kd.engine.argument_parser`.
@@ -68,7 +69,8 @@ def _run_process(*given: Any) -> Any:
     with contextlib.ExitStack() as stack:
         with start_up():
             work = _prepare(stack, *given)
-        return work()
+        with start_up(NonFiniteError):
+            return work()
 
 
 def recipe_of(

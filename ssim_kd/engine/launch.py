@@ -244,22 +244,22 @@ def _free_url(args: argparse.Namespace) -> str:
 
 
 # What their messages leave open without their names.
-_SELF_EXPLANATORY = (ValueError, RuntimeError, OSError)
+_SELF_EXPLANATORY = (ValueError, RuntimeError, OSError, FloatingPointError)
 
 
 class StartUpError(Exception):
-    """An error before the first step, whose traceback is in the log file."""
+    """An error before the first step, or a diverged training; its traceback is in the log file."""
 
 
 @contextlib.contextmanager
-def start_up() -> Iterator[None]:
-    """Inside, an error becomes a :class:`StartUpError` with its message.
+def start_up(kind: type[Exception] = Exception) -> Iterator[None]:
+    """Inside, an error of a kind becomes a :class:`StartUpError` with its message.
 
     Before there is a log file for the traceback, this is so for errors in values and files alone.
     """
     try:
         yield
-    except Exception as error:
+    except kind as error:
         logs = _log_files()
         explained = isinstance(error, _SELF_EXPLANATORY)
         if not logs and not explained:

@@ -38,6 +38,14 @@ class NonFiniteError(FloatingPointError):
         self.fatal = fatal
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteError))
+
+
+# Detectron2 logs the traceback of what ends a training. Ours is logged, or raised, anyway.
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_news)
+
+
 Scalars = dict[str, torch.Tensor]
 
 

@@ -327,6 +327,18 @@ def test_run_prints_one_line_of_an_error_before_the_first_step(
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
+def test_run_prints_one_line_of_a_training_that_diverges(world: World, tmp_path, capfd) -> None:
+    options = ("SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_ITERS", 0, "DATASETS.TEST", "()")
+    with pytest.raises(SystemExit) as stopped:
+        run(argument_parser().parse_args(world.arguments(tmp_path, *options)), add_project_configs)
+    output = capfd.readouterr()
+    assert stopped.value.code == 1
+    text = output.out + output.err
+    assert text.count("Not finite at iteration") == 1 and "Traceback" not in text
+    assert "learning rate" in output.err.splitlines()[-1]
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
 def test_run_prints_one_line_of_an_error_before_there_is_a_log(capfd) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(argument_parser().parse_args(["NO.KEY", "3"]), add_project_configs)
