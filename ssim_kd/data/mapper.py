@@ -20,8 +20,6 @@ Mapper = Callable[[Record], Record | None]
 
 # Pillow's modes with more than 8 bits a channel. Detectron2 would clip them to 255 in silence.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-
-
 # Keys of a record that Detectron2's readers give paths of files.
 _FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
 
@@ -65,7 +63,7 @@ class CheckedMapper:
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{where}: {error}") from None
         except Exception as error:
-            fault = _fault(file_name, error) if self._reads_images else _own_fault(error)
+            fault = _fault(file_name, error, decodes=self._reads_images)
             if fault is None:
                 raise RuntimeError(f"{where}: the mapper failed: {error!r}") from error
             raise UnreadableImageError(f"{where}: {fault}") from error
@@ -145,15 +143,17 @@ def check_image_files(where: str, records: Sequence[Record]) -> None:
             ) from error
 
 
-def _own_fault(error: Exception) -> str | None:
-    """Return what is wrong with a file that a custom mapper reads, as far as it says so."""
-    if isinstance(error, OSError | utils.SizeMismatchError):
-        return f"it cannot be read: {error}"
-    return None
+def _fault(file_name: str, error: Exception, *, decodes: bool) -> str | None:
+    """Return what is wrong with a file, or None if it is not to blame.
 
-
-def _fault(file_name: str, error: Exception) -> str | None:
-    """Return what is wrong with an image file, or None if it is not to blame."""
+    Args:
+        file_name: of the record.
+        error: of the mapper.
+        decodes: whether the file is an image; a custom mapper may read any.
+    """
+    if not decodes:
+        known = isinstance(error, OSError | utils.SizeMismatchError)
+        return f"it cannot be read: {error}" if known else None
     if isinstance(error, utils.SizeMismatchError):
         return f"its size is not that of the annotations (EXIF rotation counts): {error}"
     try:

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,7 @@ from detectron2.utils import comm
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from .mapper import (
-    Mapper,
-    Record,
-    UnreadableImageError,
-    seeded,
-)
+from .mapper import Mapper, Record, UnreadableImageError, seeded
 from .samplers import BatchOrder, Draw, sample_seed
 from .workers import batches
 
@@ -67,7 +63,8 @@ class TrainLoader:
         self._num_workers = num_workers
         self._groups = groups
         self._shape = {"images": len(records), "batch": batch_size, "processes": world_size}
-        self._mapper, self._indices, self._collate = mapper, indices, _Collate(collate_fn)
+        self._mapper, self._indices = mapper, indices
+        self._collate = partial(_collate, collate_fn)
         self._skip = skip_corrupt
         self._num_classes = num_classes
         self._records = records
@@ -201,13 +198,10 @@ class _Samples(Dataset[Record]):
             )
 
 
-class _Collate:
-    """Takes out what was skipped, and makes a batch of the rest."""
-
-    def __init__(self, function: Callable[[list[Any]], Any] | None) -> None:
-        self._function = function
-
-    def __call__(self, samples: list[Any]) -> tuple[list[str], Any]:
-        # A custom mapper may return something else than a dictionary.
-        skipped = [m for s in samples if isinstance(s, dict) for m in s.pop(_SKIPPED, ())]
-        return skipped, samples if self._function is None else self._function(samples)
+def _collate(
+    function: Callable[[list[Any]], Any] | None, samples: list[Any]
+) -> tuple[list[str], Any]:
+    """Take out what was skipped, and make a batch of the rest."""
+    # A custom mapper may return something else than a dictionary.
+    skipped = [m for s in samples if isinstance(s, dict) for m in s.pop(_SKIPPED, ())]
+    return skipped, samples if function is None else function(samples)

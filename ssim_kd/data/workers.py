@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,9 +18,12 @@ def batches(loader: DataLoader) -> Generator[Any, None, None]:
     torchrun, SLURM and shells send the signals to the workers as well; a training that lost one
     cannot finish its step. Close the generator if it is left before its end.
     """
-    with _signals_blocked():
-        # Workers inherit the mask.
+    # Workers inherit the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
         found = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield from found
     finally:
@@ -76,12 +78,3 @@ def build_evaluation_loader(
         records, mapper=checked, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
     return EvaluationLoader(loader)
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

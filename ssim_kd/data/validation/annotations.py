@@ -9,6 +9,7 @@ import numpy as np
 
 from ..needs import Needs
 from ..records import visible_keypoints
+from .findings import Findings
 
 Annotation = dict[str, Any]
 
@@ -44,33 +45,30 @@ def name(annotation: Annotation) -> str:
 
 
 def inspect_keypoints(
-    annotations: Sequence[Annotation], owners: Sequence[int], needs: Needs
-) -> dict[str, list[str]]:
+    found: Findings, annotations: Sequence[Annotation], owners: Sequence[int], needs: Needs
+) -> None:
     """Find what is wrong with "keypoints" and "num_keypoints".
 
     Args:
+        found: takes it.
         annotations: each with "id" and "image_id".
         owners: the position of each one's image.
         needs: of the student.
-
-    Returns:
-        as :func:`inspect_masks`.
     """
-    found: dict[str, list[str]] = {"problems": [], "untrainable": [], "unscorable": []}
     if not needs.keypoints and not any("keypoints" in a for a in annotations):
-        return found
+        return
     wrong = [
         (a, fault)
         for a in annotations
         if a.get("keypoints") and (fault := keypoints_fault(a["keypoints"], 0))
     ]
     if wrong:
-        found["problems"].append(
+        found.problems.append(
             f'{len(wrong)} annotations have "keypoints" {wrong[0][1]} (for example '
             f"{name(wrong[0][0])})"
         )
     if wrong or not needs.keypoints:
-        return found
+        return
     seen = np.zeros(max(owners, default=-1) + 1, dtype=np.int64)
     for annotation, owner in zip(annotations, owners, strict=True):
         seen[owner] += visible_keypoints(annotation)
@@ -84,27 +82,26 @@ def inspect_keypoints(
         if fault and trained[owner] and not a.get("iscrowd", 0)
     ]
     unscored = [(a, fault) for a, fault in zip(annotations, faults, strict=True) if fault]
-    for key, those in (("untrainable", untrained), ("unscorable", unscored)):
+    for sentences, those in ((found.untrainable, untrained), (found.unscorable, unscored)):
         if those:
-            found[key].append(
+            sentences.append(
                 f'{len(those)} annotations have "keypoints" {those[0][1]} (for example '
                 f"{name(those[0][0])}), but {advice}."
             )
     if not trained.any():
-        found["untrainable"].append(
+        found.untrainable.append(
             f'No image has {needs.least_keypoints} labelled "keypoints" '
             f"({needs.key('MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE')}): none would be "
             "trained on."
         )
     uncounted = [a for a in annotations if not isinstance(a.get("num_keypoints"), int)]
     if uncounted:
-        found["unscorable"].append(
+        found.unscorable.append(
             f'{len(uncounted)} annotations have no "num_keypoints" (for example '
             f"{name(uncounted[0])}), which COCO's evaluation needs: the number with v > 0."
         )
     elif not any(a["num_keypoints"] for a in annotations if not a.get("iscrowd", 0)):
-        found["unscorable"].append('"num_keypoints" is 0 everywhere: the AP would be NaN.')
-    return found
+        found.unscorable.append('"num_keypoints" is 0 everywhere: the AP would be NaN.')
 
 
 def inspect_scoring(annotations: Sequence[Annotation]) -> list[str]:

@@ -30,11 +30,11 @@ def check_stuff_classes(needs: Needs, where: str, classes: Sequence[str]) -> Non
     Raises:
         ValueError: they differ.
     """
+    key = needs.key("MODEL.SEM_SEG_HEAD.NUM_CLASSES")
     if needs.num_stuff is not None and classes and needs.num_stuff != len(classes):
         raise ValueError(
-            f"{where} has {len(classes)} stuff_classes, but "
-            f"{needs.key('MODEL.SEM_SEG_HEAD.NUM_CLASSES')} is {needs.num_stuff}. Set it to "
-            f"{len(classes)}."
+            f"{where} has {len(classes)} stuff_classes, but {key} is {needs.num_stuff}. Set {key} "
+            f"to {len(classes)}."
         )
 
 

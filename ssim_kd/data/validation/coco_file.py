@@ -94,8 +94,8 @@ def inspect_coco(
     if coco and not found.problems:
         owners = owner.tolist()
         shapes = [(image["height"], image["width"]) for image in images]
-        found.add(inspect_masks(annotations, [shapes[i] for i in owners], needs))
-        found.add(inspect_keypoints(annotations, owners, needs))
+        inspect_masks(found, annotations, [shapes[i] for i in owners], needs)
+        inspect_keypoints(found, annotations, owners, needs)
         unscorable = inspect_scoring(annotations)
         found.unscorable += unscorable
         if not unscorable:

@@ -123,7 +123,7 @@ def check_records_for_mapper(needs: Needs, where: str, records: Sequence[Any]) -
     found = inspect_records(records, needs.num_classes, mapped=needs)
     if not found.scored and needs.num_classes is not None:
         found.problems.append('none has "annotations", which a detector is trained with')
-    _refuse_problems(where, "its records", found)
+    _refuse(where, "its records", found.problems)
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
         raise FileNotFoundError(f"{where}: {json_file} does not exist. {_advice(name)}")
     if read:
         json_set = load_json_set(where, name, needs, annotated=training)
-        _refuse_problems(where, json_file, json_set.findings)
+        _refuse(where, json_file, json_set.findings.problems)
         ids, names = zip(*json_set.categories, strict=True)
         if module == _LVIS_READER:
             names = lvis_classes(where, name, json_file, ids)
@@ -166,7 +166,7 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
         unique = "minival" not in json_file
         coco = kind in COCO_KINDS
         found = inspect_coco(content, needs, unique_annotations=unique, coco=coco, read=False)
-        _refuse_problems(where, json_file, found)
+        _refuse(where, json_file, found.problems)
     if module.startswith("detectron2.data.datasets."):
         _check_folder(where, name)
         # That of Cityscapes takes minutes; the classes are known.
@@ -181,7 +181,7 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
     inspected = inspect_records(
         records, len(classes) or needs.num_classes, scored=coco, converted=coco and not json_file
     )
-    _refuse_problems(where, "its records", inspected)
+    _refuse(where, "its records", inspected.problems)
     if coco and not json_file and inspected.annotations and not classes:
         raise ValueError(
             f"{where} has no thing_classes, which COCO's evaluation needs: "
@@ -198,11 +198,6 @@ def _check_folder(where: str, name: str) -> None:
     folder = meta.get("image_root") or meta.get("dirname") or meta.get("image_dir")
     if folder and not PathManager.isdir(folder):
         raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
-
-
-def _refuse_problems(where: str, source: str, found: Findings) -> None:
-    if found.problems:
-        raise ValueError(f"{where}: {source}: {'; '.join(found.problems)}. Correct the file.")
 
 
 def _check_scoring(where: str, inspected: _Inspected) -> None:
@@ -248,9 +243,12 @@ def _check_any_usable(summaries: Sequence[DatasetSummary]) -> None:
         )
 
 
-def _refuse(where: str, json_file: str, problems: list[str]) -> None:
+def _refuse(where: str, source: str, problems: list[str]) -> None:
+    """Clauses are joined; sentences say what to do."""
+    if problems and problems[0].endswith("."):
+        raise ValueError(f"{where}: {source}: {' '.join(problems)}")
     if problems:
-        raise ValueError(f"{where}: {json_file}: {' '.join(problems)}")
+        raise ValueError(f"{where}: {source}: {'; '.join(problems)}. Correct it.")
 
 
 def _advice(name: str) -> str:

@@ -36,11 +36,6 @@ class Findings:
     unscorable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, found: dict[str, list[str]]) -> None:
-        """Add sentences to the lists that the keys name."""
-        for key, sentences in found.items():
-            getattr(self, key).extend(sentences)
-
 
 @dataclass(frozen=True)
 class DatasetSummary:

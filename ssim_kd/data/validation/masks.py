@@ -7,6 +7,7 @@ import numpy as np
 
 from ..needs import Needs
 from .annotations import Annotation, are_numbers, name
+from .findings import Findings
 
 # Kinds of "segmentation": of each, what Detectron2's reader does with the annotation.
 NONE = "none"  # keeps it without a mask
@@ -114,18 +115,18 @@ def _decompressed(counts: str | bytes) -> list[int]:
 
 
 def inspect_masks(
-    annotations: Sequence[Annotation], sizes: Sequence[tuple[Any, Any]], needs: Needs
-) -> dict[str, list[str]]:
+    found: Findings,
+    annotations: Sequence[Annotation],
+    sizes: Sequence[tuple[Any, Any]],
+    needs: Needs,
+) -> None:
     """Find what is wrong with "segmentation".
 
     Args:
+        found: takes it.
         annotations: each with "id" and "image_id".
         sizes: (height, width) of each one's image.
         needs: of the student.
-
-    Returns:
-        sentences under "problems" (Detectron2 cannot read it), "untrainable", "unscorable" and
-        "notes".
     """
     by_kind: dict[str, list[tuple[Annotation, str]]] = {}
     empty: list[Annotation] = []
@@ -137,59 +138,52 @@ def inspect_masks(
             empty.append(annotation)
 
     def several(*kinds: str, crowds: bool = True) -> list[tuple[Annotation, str]]:
-        found = [pair for kind in kinds for pair in by_kind.get(kind, ())]
-        return [pair for pair in found if crowds or not pair[0].get("iscrowd", 0)]
+        pairs = [pair for kind in kinds for pair in by_kind.get(kind, ())]
+        return [pair for pair in pairs if crowds or not pair[0].get("iscrowd", 0)]
 
-    found: dict[str, list[str]] = {
-        "problems": [],
-        "untrainable": [],
-        "unscorable": [],
-        "notes": [],
-    }
     if malformed := several(MALFORMED):
         first, fault = malformed[0]
-        found["problems"].append(
+        found.problems.append(
             f'{len(malformed)} annotations have a "segmentation" that cannot be read (for example '
             f"{name(first)}: it {fault})"
         )
     short = several(SHORT)
     if short and len(short) == len(annotations):
-        found["untrainable"].append(
+        found.untrainable.append(
             f"The polygons of all {len(short)} annotations have fewer than three points (for "
             f"example {name(short[0][0])}), and Detectron2 leaves such annotations out: correct "
             '"segmentation", or leave the key out if there are boxes alone.'
         )
     elif short:
-        found["notes"].append(
+        found.notes.append(
             f"{len(short)} annotations left out by Detectron2, whose polygons have fewer than "
             f"three points ({name(short[0][0])})"
         )
     if not needs.masks:
-        return found
+        return
     if partly := several(PARTLY):
-        found["notes"].append(
+        found.notes.append(
             f"{len(partly)} annotations lose polygons of fewer than three points "
             f"({name(partly[0][0])})"
         )
     if empty:
-        found["notes"].append(f"{len(empty)} masks without a pixel in the image ({name(empty[0])})")
+        found.notes.append(f"{len(empty)} masks without a pixel in the image ({name(empty[0])})")
     # Crowds are scored, but not trained on.
-    for key, wrong in (
-        ("untrainable", several(NONE, OTHER_SIZE, crowds=False)),
-        ("unscorable", several(NONE, SHORT, PARTLY, OTHER_SIZE)),
+    for sentences, wrong in (
+        (found.untrainable, several(NONE, OTHER_SIZE, crowds=False)),
+        (found.unscorable, several(NONE, SHORT, PARTLY, OTHER_SIZE)),
     ):
         if wrong:
             first, fault = wrong[0]
             detail = f": it {fault}" if fault else ""
-            found[key].append(
+            sentences.append(
                 f'{len(wrong)} of {len(annotations)} annotations have no usable "segmentation" '
                 f"(for example {name(first)}{detail}), but {needs.key('MODEL.MASK_ON')} is True: "
                 "correct it, or learn no masks."
             )
     if needs.mask_format == "polygon" and (rle := several(RLE, crowds=False)):
-        found["untrainable"].append(
+        found.untrainable.append(
             f'{len(rle)} annotations have a run-length encoding as "segmentation" (for example '
             f"{name(rle[0][0])}), but {needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to "
             "'bitmask'."
         )
-    return found

@@ -16,6 +16,7 @@ from ssim_kd.data.validation.annotations import (
     inspect_scoring,
     keypoints_fault,
 )
+from ssim_kd.data.validation.findings import Findings
 from ssim_kd.data.validation.masks import inspect_masks, segmentation_kind
 from tests.data.coco_sets import content
 
@@ -107,8 +108,14 @@ def annotations(*segmentations, **more):
 
 def masks(*segmentations, needs=MASKS, **more):
     rows = annotations(*segmentations, **more)
-    found = inspect_masks(rows, [(24, 32)] * len(rows), needs)
-    return {key: " ".join(sentences) for key, sentences in found.items() if sentences}
+    found = Findings()
+    inspect_masks(found, rows, [(24, 32)] * len(rows), needs)
+    return shown(found)
+
+
+def shown(found):
+    lists = {key: value for key, value in vars(found).items() if isinstance(value, list) and value}
+    return {key: " ".join(sentences) for key, sentences in lists.items()}
 
 
 def test_inspect_masks_good():
@@ -178,8 +185,9 @@ THREE = Needs(keypoints=3)
 
 def keypoints(*rows, needs=THREE, owners=None):
     rows = [{"id": i + 1, "image_id": 1, "num_keypoints": 2, **row} for i, row in enumerate(rows)]
-    found = inspect_keypoints(rows, owners or [0] * len(rows), needs)
-    return {key: " ".join(sentences) for key, sentences in found.items() if sentences}
+    found = Findings()
+    inspect_keypoints(found, rows, owners or [0] * len(rows), needs)
+    return shown(found)
 
 
 def test_inspect_keypoints_good():
