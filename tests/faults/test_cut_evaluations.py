@@ -42,7 +42,7 @@ def test_evaluation_cut_of_one_process(method, workers, world: World, tmp_path) 
         assert run.wait() == 0, run.output[-3000:]
     line = world.arguments(cut, "--resume", *options)
     with children(line, folder=cut, prepare=prepare(cut, method, 0)) as (run,):
-        run.wait_for(f"COCOEvaluator.{method}")
+        run.wait_for(f"COCOEvaluator.{method}", 180)
         begin = time.monotonic()
         run.signal(signal.SIGTERM)
         assert run.wait(SOON) == 143, run.output[-3000:]
@@ -60,7 +60,7 @@ def test_evaluation_cut_of_two_processes(method, slow, world: World, tmp_path) -
     """One waits for the other inside of torch."""
     line = world.arguments(tmp_path, *OPTIONS)
     with children(line, line, folder=tmp_path, prepare=prepare(tmp_path, method, slow)) as ranks:
-        ranks[slow].wait_for(f"COCOEvaluator.{method}")
+        ranks[slow].wait_for(f"COCOEvaluator.{method}", 180)
         time.sleep(1)
         for rank in ranks:
             rank.signal(signal.SIGTERM)
@@ -73,7 +73,7 @@ def test_evaluation_cut_the_last(world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, "--resume", *options)
     slow = prepare(tmp_path, "_eval_predictions", 0)
     with children(line, folder=tmp_path, prepare=slow) as (run,):
-        run.wait_for("COCOEvaluator._eval_predictions")
+        run.wait_for("COCOEvaluator._eval_predictions", 180)
         run.signal(signal.SIGTERM)
         assert run.wait(SOON) == 143
     before = checkpoint(tmp_path)

@@ -42,12 +42,13 @@ def kill(ranks: list[Child], folder: Path, kind: str, dice: random.Random) -> bo
     def writing() -> bool:
         return any(name.endswith(".tmp") for name in os.listdir(folder))
 
-    if kind == "anywhere":
+    def done() -> int:
         recorded = folder / "steps_rank0.jsonl"
-        before = recorded.read_bytes().count(b"\n") if recorded.exists() else 0
-        wait_until(lambda: over() or "Starting training" in main.output, 120)
-        end = before + dice.randint(1, 9)
-        wait_until(lambda: over() or recorded.read_bytes().count(b"\n") >= end, 60)
+        return recorded.read_bytes().count(b"\n") if recorded.exists() else 0
+
+    if kind == "anywhere":
+        end = done() + dice.randint(1, 9)
+        wait_until(lambda: over() or done() >= end, 120)
         time.sleep(dice.uniform(0, 0.3))
     else:
         # Some of these moments, not always the first.
