@@ -34,6 +34,7 @@ def check_number(
     most: float | None = None,
     below: float | None = None,
     whole: bool = False,
+    optional: bool = False,
 ) -> Any:
     """A number as it is, if it is finite and within its bounds.
 
@@ -42,6 +43,7 @@ def check_number(
         value: an int or float, no bool.
         least, above, most, below: >=, >, <=, <.
         whole: whether it has to be an int.
+        optional: whether it may be None.
 
     Returns:
         ``value``; a float unless ``whole``.
@@ -49,6 +51,8 @@ def check_number(
     Raises:
         ValueError: it is another; the message begins with ``name``.
     """
+    if optional and value is None:
+        return None
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
     if not (

@@ -141,9 +141,7 @@ class CrossKDDistiller(DenseHeadDistiller):
             ValueError: a value out of its range.
         """
         super().__init__(name=name or ("bckd" if depth == 0 else "crosskd"), **kwargs)
-        if depth is not None:
-            check_number("depth", depth, least=0, whole=True)
-        self.depth: Any = depth
+        self.depth = check_number("depth", depth, least=0, whole=True, optional=True)
         self.positive_levels = positive_levels
         self.adapter: Any = adapter
         self.mask_padding = mask_padding

@@ -101,9 +101,7 @@ class FBKDDistiller(PyramidDistiller):
             ValueError: a value out of its range.
         """
         super().__init__(name=name, **kwargs)
-        self.temperature: Any = temperature
-        if temperature is not None:
-            check_number("temperature", temperature, above=0)
+        self.temperature = check_number("temperature", temperature, above=0, optional=True)
         self.channel_attention: Any = channel_attention
         self.pool_strides = check_numbers("pool_strides", pool_strides, least=1)
         self.inner_channels = check_numbers("inner_channels", inner_channels, least=1)

@@ -121,9 +121,7 @@ class ICDDistiller(PyramidDistiller):
             raise ValueError(f"fake_size is {fake_size}; expected a mean and a deviation.")
         mean, deviation = (check_number("fake_size", v, least=0) for v in fake_size)
         self.num_classes = num_classes
-        self.max_boxes: Any = max_boxes
-        if max_boxes is not None:
-            check_number("max_boxes", max_boxes, least=1, whole=True)
+        self.max_boxes = check_number("max_boxes", max_boxes, least=1, whole=True, optional=True)
         self.drawing: dict[str, Any] = {
             "fake_ratio": check_number("fake_ratio", fake_ratio, least=0),
             "fake_size": (mean, deviation),

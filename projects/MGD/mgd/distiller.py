@@ -54,9 +54,7 @@ class MGDDistiller(PyramidDistiller):
             ValueError: a value out of its range.
         """
         super().__init__(name=name, **kwargs)
-        self.mask_ratio: Any = mask_ratio
-        if mask_ratio is not None:
-            check_number("mask_ratio", mask_ratio, least=0, below=1)
+        self.mask_ratio = check_number("mask_ratio", mask_ratio, least=0, below=1, optional=True)
         self.reference = reference_size("reference", reference)
 
     def build(self, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> None:

@@ -92,8 +92,7 @@ class Distiller(nn.Module):
             self._set_weight(weight)
         self.part_weights: dict[str, Any] = dict(part_weights or {})
         for part, value in self.part_weights.items():
-            if value is not None:
-                check_number(f"part_weights.{part}", value, least=0)
+            check_number(f"part_weights.{part}", value, least=0, optional=True)
         self.scalar_weights: dict[str, float] = {}
         self.own: dict[str, Any] = {}
         self.key_names: Mapping[str, str] = {}

@@ -140,7 +140,13 @@ class PyramidDistiller(Distiller):
         self.student_taps = self.teacher_taps = self.levels
         self.strides = {level: int(shape.stride) for level, shape in student.items()}
         self.teacher_strides = {level: int(shape.stride) for level, shape in teacher.items()}
-        self._check_strides()
+        pairs = {k: (stride, self.teacher_strides[k]) for k, stride in self.strides.items()}
+        unlike = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+        if unlike and self.resize == "error":
+            raise ValueError(
+                f"Strides (student, teacher) differ: {unlike}. Leave these levels out of `levels`, "
+                "or set `resize` to 'bilinear'."
+            )
         self.level_weights = self.level_weights or [1.0] * len(self.levels)
         if len(self.level_weights) != len(self.levels):
             raise ValueError(
@@ -176,18 +182,6 @@ class PyramidDistiller(Distiller):
                 f"{self.levels}; expected one a level."
             )
         return values
-
-    def _check_strides(self) -> None:
-        unlike = {
-            level: (stride, self.teacher_strides[level])
-            for level, stride in self.strides.items()
-            if stride != self.teacher_strides[level]
-        }
-        if unlike and self.resize == "error":
-            raise ValueError(
-                f"Strides (student, teacher) differ: {unlike}. Leave these levels out of `levels`, "
-                "or set `resize` to 'bilinear'."
-            )
 
     def forward(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch

@@ -220,9 +220,7 @@ class RCNNHeadDistiller(RoIHeadDistiller, HeadDistiller):
             ValueError: a value out of its range.
         """
         super().__init__(name=name, **kwargs)
-        self.temperature: Any = temperature
-        if temperature is not None:
-            check_number("temperature", temperature, above=0)
+        self.temperature = check_number("temperature", temperature, above=0, optional=True)
 
     def parts(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: DistillBatch
