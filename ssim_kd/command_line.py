@@ -98,14 +98,11 @@ def quiet_libraries() -> None:
 
 
 class _Pairs(argparse.Action):
-    """KEY VALUE pairs; a flag among them would not be read. They may come in several parts."""
+    """KEY VALUE pairs, which may come in several parts."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
     ) -> None:
-        flags = [text for text in values if text.startswith("--")]
-        if flags:
-            parser.error(f"{flags[0]} comes after the overrides; expected flags before them.")
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values])
 
 
@@ -198,10 +195,9 @@ def argument_parser(
     )
     add(
         "opts",
-        default=None,
-        nargs=argparse.REMAINDER,
-        action=_Pairs,
-        help='overrides at the end: KEY VALUE pairs; "path.key=value" for a LazyConfig',
+        default=[],
+        nargs="*",
+        help='overrides: KEY VALUE pairs, all together; "path.key=value" for a LazyConfig',
     )
     return parser
 

@@ -41,7 +41,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--help"], 0),
         (["trian"], 2),
         (["--config"], 2),
-        (["train", "SOLVER.MAX_ITER", "3", "--resume"], 2),
+        (["train", "SOLVER.MAX_ITER", "3", "--no-such-flag"], 2),
         (["export"], 2),
         *(([name, "--help"], 0) for name in COMMANDS),
     ],

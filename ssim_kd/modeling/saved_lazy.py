@@ -4,12 +4,12 @@ A saved LazyConfig names what to call, and ``LazyConfig.load`` calls whatever it
 parts of detectors are called: classes of Detectron2, torch.nn and ssim_kd.
 """
 
-import importlib
 import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pydoc import locate
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -39,30 +39,16 @@ def find_part(name: str) -> Any:
     Raises:
         ValueError: anything else, which is not imported.
     """
-    found: Any = None
+    owner, _, method = name.rpartition(".")
+    of_class = method in _METHODS
     if re.fullmatch(r"\w+(\.\w+)+", name) and name.startswith(_PACKAGES):
-        found, rest = _module_of(name)
-        # Through a class only: what a module has imported is not its own.
-        found = getattr(found, rest.pop(0), None) if rest else None
-        found = found if _is_part(found) else None
-        if found is not None and rest:
-            found = getattr(found, rest[0], None) if rest in ([m] for m in _METHODS) else None
-    if found is None:
-        raise ValueError(
-            f"it calls {name!r}; expected parts of Detectron2, torch.nn and ssim_kd only. Name the "
-            ".py file of its training instead, if you trust it, with MODEL.DISTILL.TEACHER.WEIGHTS"
-        )
-    return found
-
-
-def _module_of(name: str) -> tuple[Any, list[str]]:
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 1, -1):
-        try:
-            return importlib.import_module(".".join(parts[:end])), parts[end:]
-        except ModuleNotFoundError:
-            continue
-    return importlib.import_module(parts[0]), parts[1:]
+        part = locate(owner if of_class else name)
+        if _is_part(part) and (not of_class or hasattr(part, method)):
+            return getattr(part, method) if of_class else part
+    raise ValueError(
+        f"it calls {name!r}; expected parts of Detectron2, torch.nn and ssim_kd only. Name the "
+        ".py file of its training instead, if you trust it, with MODEL.DISTILL.TEACHER.WEIGHTS"
+    )
 
 
 def _is_part(found: Any) -> bool:

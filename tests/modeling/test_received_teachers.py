@@ -124,7 +124,7 @@ CALLS = [
     "payload.Model",
     "detectron2.config.LazyConfig.load",
     "detectron2.modeling.backbone.fpn.math.sqrt",
-    "detectron2.modeling.backbone.fpn.nn.Linear",
+    "detectron2.modeling.backbone.fpn.nn.init.ones_",
     "detectron2.modeling.build_model",
     "detectron2.modeling...payload",
     "detectron2.layers.nms.torch.load",
