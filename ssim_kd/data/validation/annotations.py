@@ -23,7 +23,9 @@ def keypoints_fault(keypoints: Any, count: int) -> str:
         keypoints: ``[x1, y1, v1, x2, ...]`` with v = 0 unlabelled, 1 hidden, 2 visible.
         count: of the keypoints; 0: any.
     """
-    if not isinstance(keypoints, list | tuple | np.ndarray) or not are_numbers(keypoints):
+    if isinstance(keypoints, np.ndarray):
+        keypoints = keypoints.tolist()
+    if not isinstance(keypoints, list | tuple) or not are_numbers(keypoints):
         return "that is not a list of finite numbers"
     if count and len(keypoints) != 3 * count:
         return f"of {len(keypoints)} numbers, not 3 * {count}"

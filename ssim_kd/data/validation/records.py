@@ -39,7 +39,7 @@ def inspect_records(
         counts and problems, with the number of the record.
     """
     found = Findings(images=len(records), categories=num_classes or 0)
-    found.scored = bool(records) and "annotations" in records[0]
+    found.scored = bool(records) and isinstance(records[0], dict) and "annotations" in records[0]
     keys = {"annotations": "which the first record has"} if found.scored else {}
     if mapped is not None:
         keys["file_name"] = "which Detectron2's mapper reads"
@@ -50,18 +50,30 @@ def inspect_records(
     ids: set[Any] = set()
     largest = 0.0
     for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            if scored or mapped:  # a custom mapper takes anything
+                wrong["are not dictionaries"].append(f"record {i}: {record!r:.80}")
+            continue
         here = f"record {i} ({record.get('file_name', 'no file_name')})"
         for key in keys.keys() - record.keys():
             wrong[f'have no "{key}", {keys[key]}'].append(here)
         if scored and "image_id" in record:
+            if not isinstance(record["image_id"], int | float | str | np.generic):
+                wrong['have an "image_id" that is neither number nor text'].append(here)
+                continue
             if record["image_id"] in ids:
                 wrong['have an "image_id" that appears before'].append(here)
             ids.add(record["image_id"])
         shape = record.get("height"), record.get("width")
-        annotations = record.get("annotations") or ()
+        annotations = record.get("annotations", ())
+        if not isinstance(annotations, list | tuple) or not all(
+            isinstance(annotation, dict) for annotation in annotations
+        ):
+            wrong['have "annotations" that are not a list of dictionaries'].append(here)
+            continue
         found.annotations += len(annotations)
         found.empty_images += not annotations
-        labelled = sum(map(visible_keypoints, annotations)) if mapped else 0
+        labelled = sum(map(_labelled, annotations)) if mapped and mapped.keypoints else 0
         for k, annotation in enumerate(annotations):
             found.usable += annotation.get("iscrowd", 0) == 0
             what = f"annotation {k} of {here}"
@@ -86,15 +98,22 @@ def inspect_records(
     return found
 
 
+def _labelled(annotation: Annotation) -> int:
+    """Labelled keypoints; 1 if they cannot be counted, so that the fault is found."""
+    wrong = "keypoints" in annotation and keypoints_fault(annotation["keypoints"], 0)
+    return 1 if wrong else visible_keypoints(annotation)
+
+
 def _class_fault(annotation: Annotation, num_classes: int | None, *, crowds: bool) -> str:
     crowd, category = annotation.get("iscrowd", 0), annotation.get("category_id")
+    number: Any = category
     if crowd not in (0, 1):
         return '"iscrowd" that is neither 0 nor 1'
     if crowd and not crowds:
         return ""
-    if not isinstance(category, numbers.Real) or not float(category).is_integer():
+    if not isinstance(category, numbers.Real) or category % 1 != 0:
         return '"category_id" that is not a whole number'
-    if not 0 <= float(category) < (num_classes or math.inf):
+    if not 0 <= number < (num_classes or math.inf):
         return f'"category_id" out of [0, {num_classes})'
     return ""
 

@@ -59,6 +59,10 @@ def test_inspect_records_counts():
         ({"category_id": ...}, False, "category_id"),
         ({"iscrowd": 2}, False, "iscrowd"),
         ({"iscrowd": None}, False, "iscrowd"),
+        ({"category_id": 10**400}, False, "category_id"),
+        ({"annotations": [None]}, False, "annotations"),
+        ({"annotations": 5}, False, "annotations"),
+        ({"image_id": [1]}, True, "image_id"),
         ({"annotations": ...}, False, "annotations"),
         ({"image_id": 0}, True, "image_id"),
         ({"image_id": ...}, True, "image_id"),
@@ -110,6 +114,13 @@ def test_inspect_records_without_annotations():
     assert found.problems == [] and not found.scored
 
 
+def test_inspect_records_that_only_a_custom_mapper_takes():
+    paths = ["a.png", "b.png"]
+    assert inspect_records(paths, 2).problems == []
+    (problem,) = inspect_records(paths, 2, mapped=Needs()).problems
+    assert "record 0: 'a.png'" in problem
+
+
 EVERYTHING = Needs(masks=True, keypoints=1)
 
 
@@ -131,6 +142,7 @@ def mapped(data, needs=EVERYTHING):
         ({"segmentation": {**RLE, "size": [32, 24]}}, '"size"'),
         ({"keypoints": [5, 5, 2, 9]}, '"keypoints"'),
         ({"keypoints": [5, 5, 2] * 2}, '"keypoints"'),
+        ({"keypoints": 5}, '"keypoints"'),
     ],
 )
 def test_inspect_records_mapped(change, word):
