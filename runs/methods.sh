@@ -3,5 +3,5 @@
 # studies/results/methods.json, then the table. It shares its teachers with the digits study. In a checkout with `pip install -e '.[digits,study]'`.
 set -e
 cd "$(dirname "$0")/.."
-OMP_NUM_THREADS=1 python tools/compare.py studies/methods.yaml --docs docs/results_methods.md --output output/compare/digits --opts DATALOADER.NUM_WORKERS 0 "$@"
+OMP_NUM_THREADS=1 python -m ssim_kd compare studies/methods.yaml --docs docs/results_methods.md --output output/compare/digits --opts DATALOADER.NUM_WORKERS 0 "$@"
 python tools/methods_table.py --losses output/compare/digits

@@ -9,7 +9,7 @@ shipped configs. Costs are those of projects/results/step.json, written by
 
     tools/benchmark_step.py --arms pkd cwd mgd ... --output projects/results/step.json
 
-and AP those of studies/results/methods.json, written by ``tools/compare.py studies/methods.yaml``.
+and AP those of studies/results/methods.json, written by ``ssim-kd compare studies/methods.yaml``.
 """
 
 import argparse
@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--losses", type=Path, help="folder of the runs of tools/compare.py")
+    parser.add_argument("--losses", type=Path, help="folder of the runs of ssim-kd compare")
     args = parser.parse_args()
     if args.losses:
         collect_losses(args.losses)

@@ -31,11 +31,13 @@ def write_report(study: Study, records: Records, page: Path | None) -> None:
     records.save()
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_page(study, records, stages, page))
+    print(f"{records.path}\n{page}")
 
 
 def _page(study: Study, records: Records, stages: list[Stage], page: Path) -> str:
     parts = [f"# {study.content.get('title', study.name)}\n", _included(study, "findings")]
-    parts += ["## Models\n", tables.models_table(study, records)]
+    if study.models:
+        parts += ["## Models\n", tables.models_table(study, records)]
     for stage in stages:
         parts += [f"## {stage.title}\n", _asked(study, stage)]
         asked = study.content["stages"][stage.name]
@@ -98,15 +100,16 @@ def _provenance(study: Study, records: Records, page: Path) -> str:
         f"Python {m['python']}, torch {m['torch']}, torchvision {m['torchvision']}"
         for m in records.machines
     ]
-    root = study.path.resolve().parent.parent
-    relative = [os.path.relpath(p.resolve(), root) for p in (study.path, page)]
-    command = f"tools/compare.py {shlex.quote(relative[0])} --docs {shlex.quote(relative[1])}"
+    paths = [path.resolve() for path in (study.path, page, records.path)]
+    root = os.path.commonpath([path.parent for path in paths])
+    relative = [shlex.quote(os.path.relpath(path, root)) for path in paths]
+    command = f"ssim-kd compare {relative[0]} --docs {relative[1]}"
     return "\n".join(
         [
             "## Where the figures come from\n",
             f"`{command}` trains what has no record in "
-            f"`{os.path.relpath(records.path.resolve(), root)}` and writes this page from it; with "
-            "`--report` it only writes. Do not edit this page.\n",
+            f"`{relative[2]}` and writes this page from it; with `--report` it only writes. Do not "
+            "edit this page.\n",
             f"{len(records.runs)} trainings, {hours:.1f} hours of processor time, commit "
             f"{', '.join(commits)}. CPU s is the processor time of a training with its start and "
             "its evaluations; MB is the most memory it held. Differences are paired by teacher and "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .analysis import Stage, distinct
 from .records import METRICS, Record, Records
 from .statistics import Difference, Summary, summarise
-from .study import AUTO, TUNED, Study
+from .study import AUTO, TEACHER, TUNED, Study
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -152,9 +152,10 @@ def _mean_of(found: Sequence[Record], name: str) -> str:
 
 
 def _weight(arm: str, study: Study, records: Records) -> str:
-    weight = study.content["arms"][arm].get("weight")
+    content = study.content["arms"][arm]
+    weight = content.get("weight")
     if weight is None:
-        return ""
+        return "own" if TEACHER in content.get("opts", {}) else ""
     if weight == TUNED:
         return f"{records.tuned[arm]:g} (tuned)"
     return AUTO if weight == AUTO else f"{weight:g}"

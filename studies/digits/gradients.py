@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How strong is a loss on maps next to the detection losses? Norms of their gradients.
 
-For each run, a distilled training of ``tools/compare.py studies/digits.yaml``: with its weights at
+For each run, a distilled training of ``ssim-kd compare studies/digits.yaml``: with its weights at
 the end, on batches of the training set, the norm of the gradient of the detection losses in the
 student's backbone, and that of its distillation loss with the weight 1.
 

@@ -58,9 +58,12 @@ def test_example_is_trained_at_the_first_try(
     for name in ("plain", "pkd"):
         run = folder / "output" / "study" / "students" / name / "1"
         assert ("distill/pkd_p2" in (run / "metrics.json").read_text()) == (name == "pkd")
-    assert "pkd − plain" in (folder / "results" / "study.md").read_text()
+    page = (folder / "results" / "study.md").read_text()
+    assert "pkd − plain" in page and "| pkd | own |" in page and "## Models" not in page
+    assert "`ssim-kd compare study.yaml --docs results/study.md`" in page
     said = capsys.readouterr()
     assert "(2 of 2) students/pkd/1: AP" in said.out + said.err
+    assert said.out.endswith(f"{folder / 'results' / 'study.md'}\n")
     assert not list(tmp_path.iterdir())
 
 
