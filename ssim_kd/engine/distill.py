@@ -91,7 +91,7 @@ def distill(
         max_iter: steps, for a module as student.
         optimizer: for a module as student. None: SGD with a learning rate of 0.001 and momentum
             0.9. Parameters of the distillers that it does not have are added to it; those that a
-            method trains by an optimizer of its own are trained by that.
+            method trains by a separate optimizer are trained by that.
         scheduler: makes the schedule of the learning rate from the optimizer, for a module as
             student. None: it is constant.
         evaluate: for a module as student: takes the student, in eval mode, and returns results by

@@ -83,7 +83,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> Datas
 
 
 def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.Module]:
-    """Build the student alone, with weights that fit it to the last key. No teacher is touched.
+    """Build only the student, with weights that fit it to the last key. No teacher is touched.
 
     Args:
         cfg: the config of the training.
@@ -122,7 +122,7 @@ def load_for_evaluation(model: nn.Module, path: str, *, key: str, folder: str) -
 def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     """Build the whole teacher, heads included, to be evaluated on the student's data.
 
-    The config of a YAML teacher is its own, but for DATASETS, DATALOADER, OUTPUT_DIR and the
+    The config of a YAML teacher is its own, except DATASETS, DATALOADER, OUTPUT_DIR and the
     device. A LazyConfig teacher is evaluated at the student's image size.
 
     Raises:

@@ -39,7 +39,7 @@ class Reseed(HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """Detectron2's PreciseBN, whose images depend on the seed and the iteration alone.
+    """Detectron2's PreciseBN, whose images depend only on the seed and the iteration.
 
     Detectron2's own continues with one iterator, which a resumed run cannot take up. The teacher
     and the distillers, whose outputs it would discard, are not run.
@@ -52,7 +52,7 @@ class PreciseBN(hooks.PreciseBN):
         self._data_loader.seed = self.trainer.seed
         self._data_loader.start_iter = self.trainer.iter + 1
         logger.info("Precise statistics of batch norms: %d iterations.", self._num_iter)
-        # A storage of its own discards what the model logs.
+        # A separate storage discards what the model logs.
         with EventStorage(), contextlib.closing(iter(self._data_loader)) as batches:
             update_bn_stats(self._model, itertools.islice(batches, self._num_iter), self._num_iter)
 
@@ -69,7 +69,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 class RankStates(HookBase):
-    """Gathers, before a checkpoint, the state that each process has of its own.
+    """Gathers, before a checkpoint, the state that differs by process.
 
     RetinaNet and FCOS keep the running mean of the number of positive anchors in a plain attribute,
     ``loss_normalizer``: a resumed run needs that of each process.
@@ -215,7 +215,7 @@ class SavedEvaluation(hooks.EvalHook):
     def __init__(self, period: int, function: Callable[[], Any], stop: StopOnSignal) -> None:
         """
         Args:
-            period: in iterations; 0 for after the last alone.
+            period: in iterations; 0: only after the last.
             function: evaluates.
             stop: the hook that handles SIGTERM; runs before this one.
         """

@@ -140,7 +140,7 @@ def _join(
 ) -> None:
     """Join the process group, and make the group of this machine, which Detectron2 needs."""
     if cuda:
-        # SLURM may show each process its own GPU alone, which is then number 0.
+        # SLURM may show each process only its own GPU, which is then number 0.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     else:
         # By default each process takes every core.
@@ -150,7 +150,7 @@ def _join(
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(ranks_per_machine)
     else:
-        # Detectron2 0.6 makes it inside launch() alone.
+        # Detectron2 0.6 makes it only inside launch().
         for first in range(0, dist.get_world_size(), ranks_per_machine):
             group = dist.new_group(list(range(first, first + ranks_per_machine)))
             if first <= dist.get_rank() < first + ranks_per_machine:
@@ -243,7 +243,7 @@ def _free_url(args: argparse.Namespace) -> str:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-# What their messages leave open without their names.
+# Errors whose message is clear without the type's name.
 _SELF_EXPLANATORY = (ValueError, RuntimeError, OSError, FloatingPointError)
 
 
@@ -255,7 +255,7 @@ class StartUpError(Exception):
 def start_up(kind: type[Exception] = Exception) -> Iterator[None]:
     """Inside, an error of a kind becomes a :class:`StartUpError` with its message.
 
-    Before there is a log file for the traceback, this is so for errors in values and files alone.
+    Before there is a log file for the traceback, this holds only for errors in values and files.
     """
     try:
         yield

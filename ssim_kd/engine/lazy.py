@@ -290,7 +290,7 @@ class LazyRecipe(ConfigRecipe):
         return source_of(node.name, node.get("weights", ""), list(node.get("opts", ())))
 
     def detector(self, *, teacher: bool) -> tuple[nn.Module, DictConfig]:
-        """What is evaluated: the student alone, or the whole teacher at the student's image size.
+        """What is evaluated: only the student, or the whole teacher at the student's image size.
 
         Raises:
             ValueError: weights that do not fit to the last key.

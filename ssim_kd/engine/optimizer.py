@@ -1,4 +1,4 @@
-"""The optimizer: Detectron2's, with groups of their own for the modules of distillers."""
+"""The optimizer: Detectron2's, with separate groups for the modules of distillers."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def add_groups(
     main: torch.optim.Optimizer, model: nn.Module, *, base_lr: float, max_iter: int
 ) -> torch.optim.Optimizer:
-    """Move what distillers ask for by ``param_groups`` into optimizers of its own.
+    """Move what distillers ask for by ``param_groups`` into separate optimizers.
 
     Args:
         main: of all parameters of the model; it loses those.
@@ -66,7 +66,7 @@ def add_groups(
 class GroupedOptimizer(torch.optim.Optimizer):
     """Several optimizers that are stepped, saved and scheduled as one.
 
-    A learning rate scheduler sees the groups of all. A group with a schedule of its own takes the
+    A learning rate scheduler sees the groups of all. A group with its own schedule takes the
     learning rate from that.
     """
 

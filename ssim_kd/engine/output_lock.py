@@ -75,7 +75,7 @@ def _is_written(name: str) -> bool:
 
 @contextlib.contextmanager
 def output_lock(folder: str) -> Iterator[None]:
-    """Hold a folder for this run. Where the file system has no locks, warn and go on.
+    """Hold a folder for this run. If the file system has no locks, warn and continue.
 
     Args:
         folder: exists, or is a URL, which is not locked. Every process of a run calls this; the

@@ -129,7 +129,7 @@ def check_config(cfg: CfgNode, *, evaluate: bool) -> None:
 
 
 def check_tested(cfg: CfgNode) -> None:
-    """Raise ValueError if there is no data set to evaluate on."""
+    """Raise ValueError without a data set to evaluate on."""
     if not cfg.DATASETS.TEST:
         raise ValueError(
             "DATASETS.TEST is (): there is nothing to evaluate on; expected at least one data set "
@@ -252,7 +252,7 @@ def check_scored(settings: Settings, needs: Needs, summaries: Sequence[Any]) -> 
         summaries: of these, from :func:`ssim_kd.data.check_datasets`.
 
     Raises:
-        ValueError: there is no test set, or the first has no ground truth.
+        ValueError: no test set is named, or the first has no ground truth.
     """
     expected, key = settings.expected_ap, settings.key("expected_ap")
     if not expected:

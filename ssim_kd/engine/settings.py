@@ -11,7 +11,7 @@ from ..yaml_files import dotted, name_of
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of a training, and what they are called where the user sets them.
+    """The values of a training, and the names of their keys.
 
     Attributes:
         output_dir: for checkpoints and logs.

@@ -190,7 +190,7 @@ class DistillStep(TrainerBase):
                     self._raise_for_features(part, error)
                 unlike = {k: tuple(v.shape) for k, v in losses.items() if v.numel() != 1}
                 if unlike:
-                    raise ValueError(f"The losses {unlike} are no scalars; expected one value.")
+                    raise ValueError(f"The losses {unlike} are not scalars; expected one value.")
                 total = sum(losses.values()) / self.settings.accumulate
             self.grad_scaler.scale(total).backward()
         losses = {name: loss.detach() for name, loss in losses.items()}

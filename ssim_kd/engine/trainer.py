@@ -96,7 +96,7 @@ class DistillTrainer(Training, DefaultTrainer):
     def check_evaluation(self) -> None:
         """See :func:`ssim_kd.engine.preflight.check_evaluation`; builds the TTA wrapper as well.
 
-        A subclass with a ``test`` of its own is not checked.
+        A subclass with a custom ``test`` is not checked.
         """
         if is_overridden(self, DefaultTrainer, "test"):
             return
@@ -126,7 +126,7 @@ class DistillTrainer(Training, DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """A loader whose batches depend on the seed and the iteration alone.
+        """A loader whose batches depend only on the seed and the iteration.
 
         A subclass may return :func:`ssim_kd.data.build_train_loader` with a custom mapper or data
         set, or any other iterable of batches, which costs the exact resume.

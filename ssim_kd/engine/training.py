@@ -158,7 +158,7 @@ class Training(DistillStep):
         if main:
             found.append(hooks.PeriodicCheckpointer(self.checkpointer, settings.checkpoint_period))
         found += [SavedEvaluation(settings.eval_period, self._test, self._stop)]
-        # Pictures and the last evaluation before the writers, which the main process alone has.
+        # Pictures and the last evaluation before the writers, which only the main process has.
         if main and self.distills and settings.vis_period > 0 and self._pictures is not None:
             found.append(
                 VisualizeDistillation(
@@ -192,7 +192,7 @@ class Training(DistillStep):
         return [GuardedWriter(w) for w in (*self._trackers(), *standard)]
 
     def start_trackers(self) -> None:
-        """Open the run in each tracker, or go on with it where the training was resumed.
+        """Open the run in each tracker, or continue it if the training was resumed.
 
         Raises:
             ValueError: a tracker cannot be reached or configured.
@@ -249,7 +249,7 @@ class Training(DistillStep):
         else:
             # In the last iteration EvalHook takes a failed training for a finished one.
             self._hooks[:] = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
-        # The workers end here, also where an error's traceback keeps the iterator.
+        # The workers end here, even if an error's traceback keeps the iterator.
         self.close()
         try:
             super().after_train()

@@ -41,7 +41,7 @@ class GuardedWriter(EventWriter):
 class PeriodicWriter(hooks.PeriodicWriter):
     """Detectron2's PeriodicWriter, which also writes after each evaluation.
 
-    Its writers keep the latest value of a metric alone: of evaluations between two periods they
+    Its writers keep only the latest value of a metric: of evaluations between two periods they
     would lose all but the last.
     """
 

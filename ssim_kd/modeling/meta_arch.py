@@ -54,7 +54,7 @@ class DistilledDetector(LikeStudent):
         loaded_teacher: with its weights; None before the first step or :meth:`load_teacher`.
         distillers: the terms of the loss by name.
         metrics: detached scalars of the last training step, by the name they are logged under.
-        health: one scalar a level and model, finite where its features are; of the last step.
+        health: one scalar a level and model, finite if its features are; of the last step.
     """
 
     @configurable
@@ -78,7 +78,7 @@ class DistilledDetector(LikeStudent):
             log_period: iterations after which scalars are put into the ``EventStorage``; 0: never.
             init_from_teacher: "fpn", "heads": parts of the student that are copied from the teacher
                 before the first step of a training that begins at iteration 0.
-            missing_teacher: why there is no teacher although there should be; raised in training.
+            missing_teacher: why the teacher is missing; raised in training.
 
         Raises:
             ValueError: a teacher without distillers or the reverse, two terms of one name, or a
@@ -180,7 +180,7 @@ class DistilledDetector(LikeStudent):
 
     @property
     def device(self) -> torch.device:
-        """Where the student's parameters are."""
+        """The device of the student's parameters."""
         return next(self.student.parameters()).device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -220,7 +220,7 @@ class DistilledDetector(LikeStudent):
             student=self.student,
         )
         if "loss_distill" in losses:
-            raise ValueError("The student has a loss of the name 'loss_distill' of its own.")
+            raise ValueError("The student itself has a loss named 'loss_distill'.")
         check_features(self.student, list(self.distillers.values()), ours)
         return {**losses, "loss_distill": self._distill(losses, ours, theirs, batch)}
 

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class CellBatchNorm(_BatchNorm):
     """Batch norm of maps (N, C, H, W) or cells (M, C).
 
-    Where a channel has a single value, which has no variance, it takes the running statistics.
+    A channel with a single value has no variance; it takes the running statistics.
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:

@@ -21,10 +21,10 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-#: Where the parts of detectors are defined.
+#: Modules that define the parts of detectors.
 _PACKAGES = ("detectron2.modeling.", "detectron2.layers.", "ssim_kd.modeling.", "torch.nn.")
 _PLAIN_CLASSES = (ShapeSpec, Matcher)
-#: Where a LazyConfig has the channel order of the images.
+#: Key of a LazyConfig with the channel order of the images.
 IMAGE_FORMAT = "dataloader.train.mapper.image_format"
 _METHODS = ("make_stage", "make_default_stages")
 

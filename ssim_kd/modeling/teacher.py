@@ -20,7 +20,7 @@ _DTYPES = {
 
 
 class FrozenTeacher:
-    """A detector that teaches: its structure, and where its weights are.
+    """A detector that teaches: its structure, and the place of its weights.
 
     It never changes, so that one can serve several trainings. :meth:`load` reads the weights and
     returns the detector that runs.
@@ -33,7 +33,7 @@ class FrozenTeacher:
         options: how it runs.
     """
 
-    #: Where it was found; None for a module.
+    #: Its source; None for a module.
     source: TeacherSource | None = None
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: its config, how it is built, and where its weights are."""
+"""The source of a teacher: its config, how it is built, and the place of its weights."""
 
 import logging
 import os
@@ -168,7 +168,7 @@ def _yaml_config(path: str, weights: str, opts: Sequence[Any], student: CfgNode 
     add_distill_config(teacher)
     add_shared_keys(teacher)
     known = set(_keys(teacher))
-    # Keys of another Detectron2 or of another project: whoever reads them finds them.
+    # Allow unknown keys: the config may come from another Detectron2 version or project.
     teacher.set_new_allowed(True)
     merge_file(teacher, path)
     unknown = [key for key in _keys(teacher) if key not in known]

@@ -37,7 +37,7 @@ def find_teacher(name: str, weights: str = "") -> tuple[str, str]:
         the config's path, and the weights' path or URL.
 
     Raises:
-        TeacherNotFoundError: there is no such config, or no weights that belong to it.
+        TeacherNotFoundError: the config, or weights that belong to it, were not found.
     """
     if not name:
         raise TeacherNotFoundError(f"{KEY} is empty; {EXPECTED}")

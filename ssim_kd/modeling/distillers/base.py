@@ -196,10 +196,10 @@ class Distiller(nn.Module):
         return torch.as_tensor(total), {name: part.detach() for name, part in parts.items()}
 
     def param_groups(self, base_lr: float) -> list[dict[str, Any]]:
-        """Optimizer groups of its own modules.
+        """Optimizer groups of the method's modules.
 
         A group has "params", and may have "lr", "weight_decay" and other options of the optimizer;
-        "optimizer" ("AdamW") for one of its own class; "schedule", a ``ParamScheduler`` that
+        "optimizer" ("AdamW") for one of another class; "schedule", a ``ParamScheduler`` that
         multiplies "lr" instead of the run's; and "clip_norm". See ``ssim_kd.engine.optimizer``.
 
         Args:

@@ -16,7 +16,7 @@ class DistillBatch:
     Attributes:
         image_sizes: (height, width) of each image in pixels, without padding.
         images: as the student is given them, (3, H, W) in [0, 255], on the device.
-        device: where the features are.
+        device: of the features.
         iteration: of the training, from 0.
         max_iter: number of iterations of the training.
         teacher: the frozen detector, heads included, or None if no distiller asked for heads. Its
@@ -54,7 +54,7 @@ class DistillBatch:
 
     @cached_property
     def instances(self) -> list[Instances] | None:
-        """The ground truth of each image, on the device; None where the data has none."""
+        """The ground truth of each image, on the device; None if the data has none."""
         if self._instances is None:
             return None
         return [x.to(self.device) for x in self._instances]
@@ -79,7 +79,7 @@ class DistillBatch:
     def generator(self, *names: str) -> torch.Generator:
         """What a method draws its random numbers with, on the device of the features.
 
-        It depends on the seed of the process, the iteration and the names alone: a resumed training
+        It depends only on the seed of the process, the iteration and the names: a resumed training
         draws the same, and the random numbers that the student trains with stay as they are.
 
         Args:

@@ -1,4 +1,4 @@
-"""From a config to distillers, and back: what they have of their own is written into the config."""
+"""From a config to distillers, and back: the methods' own values are written into the config."""
 
 import contextlib
 import logging

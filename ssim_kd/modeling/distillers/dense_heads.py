@@ -104,7 +104,7 @@ def anchor_targets(
 
     Returns:
         classes (N, R): K is background, -1 is ignored; and the matched boxes (R, 4) of each image,
-        tensors or Boxes as the detector has them, of any value where the class is not positive.
+        tensors or Boxes as the detector has them, of any value if the class is not positive.
 
     Raises:
         ValueError: the batch has no ground truth.

@@ -70,7 +70,7 @@ class L1Distiller(LpDistiller):
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
-        """Arguments as there, but for ``loss``."""
+        """Arguments as there, without ``loss``."""
         super().__init__(loss="l1", **kwargs)
 
 
@@ -80,5 +80,5 @@ class L2Distiller(LpDistiller):
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
-        """Arguments as there, but for ``loss``."""
+        """Arguments as there, without ``loss``."""
         super().__init__(loss="l2", **kwargs)

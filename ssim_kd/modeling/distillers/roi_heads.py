@@ -90,7 +90,7 @@ def proposals(student: Mapping[str, Any]) -> list[Boxes]:
 def teacher_predictions(
     student: Mapping[str, Any], teacher: Mapping[str, torch.Tensor], batch: DistillBatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the teacher's box head predicts, of its own maps, for the student's proposals.
+    """The teacher's box head on the teacher's maps, for the student's proposals.
 
     Args:
         student, teacher: the tapped outputs, see :func:`proposals` and :func:`roi_predictions`.
