@@ -1,11 +1,12 @@
 """Evaluation: of the student as it will be deployed, and of the teacher by itself."""
 
+import functools
 import inspect
 import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -30,15 +31,6 @@ from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
 
-_KINDS = (
-    "cityscapes_instance",
-    "coco",
-    "coco_panoptic_seg",
-    "lvis",
-    "pascal_voc",
-    "sem_seg",
-)
-
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:
     """The evaluator of a data set, by the ``evaluator_type`` of its metadata.
@@ -56,30 +48,27 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str | None = None) -> Datas
     """
     folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(name)
-    if kind == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(name)
-    if kind == "coco":
-        return build_coco_evaluator(cfg, name, folder)
-    if kind == "lvis":
-        # LVIS's own limit is 300.
-        limit = cfg.TEST.DETECTIONS_PER_IMAGE
-        limits = {"max_dets_per_image": limit} if limit > 300 else {}
-        return LVISEvaluator(name, output_dir=folder, **limits)
-    if kind == "sem_seg":
-        return SemSegEvaluator(name, output_dir=folder)
-    if kind == "coco_panoptic_seg":
-        return DatasetEvaluators(
-            [
-                SemSegEvaluator(name, output_dir=folder),
-                build_coco_evaluator(cfg, name, folder),
-                COCOPanopticEvaluator(name, folder),
-            ]
+    # LVIS's own limit is 300.
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    limits = {"max_dets_per_image": limit} if limit > 300 else {}
+    coco = functools.partial(build_coco_evaluator, cfg, name, folder)
+    semantic = functools.partial(SemSegEvaluator, name, output_dir=folder)
+    kinds: dict[str, Callable[[], DatasetEvaluator]] = {
+        "cityscapes_instance": lambda: CityscapesInstanceEvaluator(name),
+        "coco": coco,
+        "coco_panoptic_seg": lambda: DatasetEvaluators(
+            [semantic(), coco(), COCOPanopticEvaluator(name, folder)]
+        ),
+        "lvis": lambda: LVISEvaluator(name, output_dir=folder, **limits),
+        "pascal_voc": lambda: PascalVOCDetectionEvaluator(name),
+        "sem_seg": semantic,
+    }
+    if kind not in kinds:
+        raise ValueError(
+            f"The data set {name!r} has evaluator_type {kind!r}; expected one of "
+            f"{', '.join(kinds)}."
         )
-    raise ValueError(
-        f"The data set {name!r} has evaluator_type {kind!r}; expected one of {', '.join(_KINDS)}."
-    )
+    return kinds[kind]()
 
 
 def student_for_evaluation(cfg: CfgNode, *, resume: bool) -> tuple[CfgNode, nn.Module]:

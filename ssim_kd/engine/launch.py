@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
@@ -47,8 +46,8 @@ def launch_processes(
 
     - ``RANK`` in the environment (torchrun and the like): this process is one of them.
     - more than one task in this step of SLURM: likewise.
-    - else ``--num-gpus`` x ``--num-machines`` > 1: Detectron2's ``launch()``; on a CPU, that many
-      processes over Gloo.
+    - else ``--num-gpus`` x ``--num-machines`` > 1: that many, of which those of this machine are
+      spawned, over NCCL, or Gloo on CPUs.
 
     Args:
         main: picklable.
@@ -73,29 +72,15 @@ def launch_processes(
             local_rank=int(environment["LOCAL_RANK"]),
             ranks_per_machine=int(environment["LOCAL_WORLD_SIZE"]),
         )
-        result = main(*main_args)
-        # Not after an exception: it waits for the others.
-        dist.destroy_process_group()
-        return result
+        return _run_and_leave(main, main_args)
     processes = args.num_gpus * args.num_machines
     if processes <= 1:
         return main(*main_args)
-    guarded = (os.getpid(), main, main_args)
+    ranks = (cuda, processes, args.num_gpus, args.machine_rank, _free_url(args))
     try:
         with forward_signals():
-            if cuda:
-                launch(
-                    _guarded,
-                    args.num_gpus,
-                    num_machines=args.num_machines,
-                    machine_rank=args.machine_rank,
-                    dist_url=args.dist_url,
-                    args=guarded,
-                    timeout=TIMEOUT,
-                )
-            else:
-                ranks = (processes, args.num_gpus, args.machine_rank, _free_url(args))
-                mp.spawn(_cpu_worker, nprocs=args.num_gpus, args=(*ranks, *guarded))
+            given = (*ranks, os.getpid(), main, main_args)
+            mp.spawn(_spawned, nprocs=args.num_gpus, args=given)
     except mp.ProcessExitedException as error:
         # A process that SIGTERM itself ended had not begun to train.
         if error.exit_code in (EXIT_STOPPED, -signal.SIGTERM):
@@ -106,13 +91,9 @@ def launch_processes(
     return None
 
 
-def _guarded(parent: int, main: Callable[..., Any], main_args: tuple) -> None:
-    die_with_parent(parent)
-    main(*main_args)
-
-
-def _cpu_worker(
+def _spawned(
     local_rank: int,
+    cuda: bool,
     world_size: int,
     per_machine: int,
     machine_rank: int,
@@ -124,15 +105,21 @@ def _cpu_worker(
     # First: the next lines wait for the other processes.
     die_with_parent(parent)
     _join(
-        cuda=False,
+        cuda=cuda,
         init_method=url,
         local_rank=local_rank,
         ranks_per_machine=per_machine,
         world_size=world_size,
         rank=machine_rank * per_machine + local_rank,
     )
-    main(*main_args)
+    _run_and_leave(main, main_args)
+
+
+def _run_and_leave(main: Callable[..., Any], main_args: tuple) -> Any:
+    result = main(*main_args)
+    # Not after an exception: it waits for the others.
     dist.destroy_process_group()
+    return result
 
 
 def _join(

@@ -158,6 +158,11 @@ def slow_evaluation(method: str, rank_that_is_slow: int, rank: int) -> None:
             setattr(kind, method, slow)
 
 
+def execute(program: str, rank: int) -> None:
+    """Run a program instead of a training."""
+    exec(program, {})
+
+
 def all_of(functions: list[Any], rank: int) -> None:
     for function in functions:
         function(rank)

@@ -337,17 +337,6 @@ def test_accumulate_equals_the_whole_batch(kind) -> None:
     assert float(error / norm) < 1e-5
 
 
-def test_accumulate_must_divide_the_batch(world, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE\W+is 3"):
-        world.main(tmp_path, "SOLVER.ACCUMULATE", 3, "DATASETS.TEST", "()")
-    world.main(
-        tmp_path / "two",
-        *("SOLVER.ACCUMULATE", 2, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()"),
-        *("DATASETS.TEST", "()"),
-    )
-    assert {"distill/ssim_p2", "loss_distill"} <= set(metrics(tmp_path / "two")[-1])
-
-
 def test_register_datasets_of_a_data_file(tmp_path) -> None:
 
     cfg, _ = cfg_of("--data", data_file(tmp_path / "cogs", name=None))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +22,8 @@ from ssim_kd.engine.signals import (
     Stopped,
     forward_signals,
 )
+from tests.engine import inside
+from tests.engine.runs import children
 
 
 class Trainer:
@@ -147,16 +149,20 @@ WAITS = {
 }
 
 
-def ended(wait: str, *, more: str = "") -> tuple[int, float, str]:
+def ended(folder: Path, wait: str, *, more: str = "") -> tuple[int, float, str]:
     program = BUSY.format(wait=wait, block=BLOCK + more)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    return done.returncode, time.time() - float(done.stdout.split()[0]), done.stderr
+    with children(["--eval-only"], folder=folder, prepare=partial(inside.execute, program)) as (
+        one,
+    ):
+        code = one.wait()
+    started, _, rest = one.output.partition("\n")
+    return code, time.time() - float(started), rest
 
 
 @pytest.mark.parametrize("wait", list(WAITS))
-def test_stop_on_signal_grace_period(wait: str) -> None:
+def test_stop_on_signal_grace_period(wait: str, tmp_path: Path) -> None:
     """In a process of its own, since it is ended by force: a step that never ends."""
-    code, seconds, error = ended(WAITS[wait])
+    code, seconds, error = ended(tmp_path, WAITS[wait])
     if "saved" in wait:
         assert code == EXIT_STOPPED
     else:
@@ -165,14 +171,14 @@ def test_stop_on_signal_grace_period(wait: str) -> None:
     assert seconds < 20
 
 
-def test_a_second_interrupt_ends_the_process_at_once() -> None:
+def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
     twice = """
 hook.grace_period = 60
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 for seconds in (0.2, 0.6):
     threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT]).start()
 """
-    code, seconds, _ = ended(WAITS["in compiled code"], more=twice)
+    code, seconds, _ = ended(tmp_path, WAITS["in compiled code"], more=twice)
     assert code == EXIT_INTERRUPTED == 130
     assert seconds < 20
 

@@ -12,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssim_kd import FrozenTeacher, distill
+from ssim_kd.engine.settings import Settings
 from ssim_kd.engine.train_loop import DistillStep, NonFiniteError
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics, save_random_detector
 from tests.engine.ways import WAYS, by_modules, teacher_run, train
-from tests.helpers import build, make_batch, stock_config
+from tests.helpers import build, full_config, make_batch, stock_config
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,12 @@ class TestEveryWay:
             train(way, world, folder, "--resume", teacher=str(other))
 
     def test_settings(self, way, world: World, tmp_path) -> None:
+        # What is kept by default, in each language.
+        assert (
+            Settings("output", 1).checkpoints_to_keep
+            == full_config().SOLVER.CHECKPOINTS_TO_KEEP
+            == 2
+        )
         settings = {"eval_period": 2, "checkpoint_period": 1, "checkpoints_to_keep": 1}
         settings |= {"accumulate": 2, "vis_period": 2, "precise_bn": 2, "log_period": 1}
         if way == "YAML":
