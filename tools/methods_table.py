@@ -296,7 +296,8 @@ def main() -> None:
         README, BEGIN, f"{table(COLUMNS, (row.values() for row in rows()))}\n\n{notes()}", END
     )
     for name, folder in folders().items():
-        if MEASURED in (readme := folder / "README.md").read_text(encoding="utf-8"):
+        readme = folder / "README.md"
+        if readme.is_file() and MEASURED in readme.read_text(encoding="utf-8"):
             write_between(readme, MEASURED, measured(name), END_MEASURED)
 
 
