@@ -131,12 +131,6 @@ def output_names(adapter: TracingAdapter) -> list[str]:
     return names
 
 
-def input_names(adapter: TracingAdapter) -> list[str]:
-    """image, or image0, image1, ... for a batch."""
-    count = len(adapter.flattened_inputs)
-    return [f"image{i}" for i in range(count)] if count > 1 else ["image"]
-
-
 def export_torchscript(adapter: TracingAdapter, path: Path, classes: Sequence[str] = ()) -> None:
     """Trace the detector; to run it needs neither Detectron2 nor ssim_kd.
 
@@ -161,7 +155,8 @@ def export_onnx(adapter: TracingAdapter, path: Path, classes: Sequence[str] = ()
         ExportError: an operator of the model that ONNX lacks.
     """
     _require_packages()
-    inputs = input_names(adapter)
+    count = len(adapter.flattened_inputs)
+    inputs = [f"image{i}" for i in range(count)] if count > 1 else ["image"]
     content = io.BytesIO()
     sides = {name: {1: f"height_{name}", 2: f"width_{name}"} for name in inputs}
     try:
@@ -333,13 +328,8 @@ def agreement(
             pairs += 1
         matched += pairs
         more += len(ours) - pairs
-    return {
-        "expected": total,
-        "matched": matched,
-        "more": more,
-        "pixels": pixels,
-        "score": scores,
-    }
+    counts = {"expected": total, "matched": matched, "more": more}
+    return {**counts, "pixels": pixels, "score": scores}
 
 
 @contextmanager

@@ -217,12 +217,6 @@ def compare(
     }
 
 
-def average_precision(student: Student, detector: nn.Module) -> float:
-    """Box AP on the first set of DATASETS.TEST."""
-    results = inference_on_dataset(detector, student.test(), student.evaluator())
-    return float(results["bbox"]["AP"])
-
-
 def main(args: argparse.Namespace) -> None:
     """Export, compare, evaluate, print, write; the arguments of ``ssim-kd export``.
 
@@ -244,8 +238,10 @@ def main(args: argparse.Namespace) -> None:
         if args.compare and exported:
             found["agreement"] = compare(student, exported, args)
         if args.evaluate:
-            detectors = {"pytorch": student.model, **exported}
-            found["AP"] = {name: average_precision(student, d) for name, d in detectors.items()}
+            found["AP"] = {}
+            for name, detector in {"pytorch": student.model, **exported}.items():
+                results = inference_on_dataset(detector, student.test(), student.evaluator())
+                found["AP"][name] = float(results["bbox"]["AP"])
         report(found)
         (folder / "export.json").write_text(json.dumps(found, indent=1))
     print(f"Written to {args.output}")

@@ -68,10 +68,8 @@ class LoadedTeacher:
         """
         Args:
             model: a detector with its weights; frozen in place.
-            names: what a call returns: levels, or paths of submodules of the backbone.
+            names, heads, keep: see :meth:`FrozenTeacher.load`.
             options: how it runs.
-            heads: whether the detector is kept for its heads.
-            keep: names of tensors that are kept as they are before folding.
             sha256: of the weights' file.
         """
         model.requires_grad_(False).eval()

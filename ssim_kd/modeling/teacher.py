@@ -12,11 +12,7 @@ from .loaded_teacher import LoadedTeacher, TeacherOptions
 from .taps import tappable_levels
 from .teacher_config import TeacherSource, source_of, teacher_source
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class FrozenTeacher:
@@ -192,7 +188,7 @@ def teacher_dtype(cfg: CfgNode) -> torch.dtype:
             f"MODEL.DISTILL.TEACHER.PRECISION is {name!r}; expected one of {[*_DTYPES, 'auto']}."
         )
     if name != "auto":
-        return _DTYPES[name]
+        return getattr(torch, name)  # type: ignore[no-any-return]
     if not cfg.SOLVER.AMP.ENABLED:
         return torch.float32
     return torch.float16 if cfg.MODEL.DEVICE.startswith("cuda") else torch.bfloat16

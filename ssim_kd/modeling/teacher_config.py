@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..checkpoint import load_strictly, local_file, read_weights, sha256_of
 from ..config import add_distill_config, add_shared_keys, student_config
 from ..config_files import is_lazy, is_saved_lazy_config, load_lazy_file, may_run, merge_file
 from ..sharing import without_queries
+from ..yaml_files import dotted
 from .external_teacher import is_rtdetr, load_rtdetr, rtdetr_weights
 from .saved_lazy import IMAGE_FORMAT, check_parts, read_saved_model, targets_of
 from .teacher_files import KEY, RUN_CONFIG, TeacherNotFoundError, find_teacher, is_file
@@ -167,15 +168,13 @@ def _yaml_config(path: str, weights: str, opts: Sequence[Any], student: CfgNode 
     teacher = get_cfg()
     add_distill_config(teacher)
     add_shared_keys(teacher)
-    known = set(_keys(teacher))
+    known = dict(dotted(teacher)) | dict(dotted(student or {}))
     # Allow unknown keys: the config may come from another Detectron2 version or project.
     teacher.set_new_allowed(True)
     merge_file(teacher, path)
-    unknown = [key for key in _keys(teacher) if key not in known]
-    missing = _fill(teacher, student) if student is not None else []
-    unknown = [key for key in unknown if not key.startswith("MODEL.DISTILL.")]
-    if student is not None:
-        unknown = [key for key in unknown if key not in set(_keys(student))]
+    found = [key for key, _ in dotted(teacher) if not key.startswith("MODEL.DISTILL.")]
+    unknown = [key for key in found if key not in known]
+    missing = _fill(teacher, student or {})
     if unknown:
         logger.warning(
             "%s %s has keys that neither this Detectron2 nor ssim_kd knows; only code of yours "
@@ -211,16 +210,7 @@ def _build_rtdetr(name: str, device: str) -> nn.Module:
     return load_rtdetr(name, weights=False).to(device)
 
 
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all values."""
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-def _fill(node: CfgNode, other: CfgNode, prefix: str = "") -> list[str]:
+def _fill(node: CfgNode, other: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Add the keys of another config that are missing in this one; returns them."""
     added = []
     for key, value in other.items():
