@@ -200,7 +200,11 @@ def shared(make: Callable[[], Records | None]) -> Records | None:
     """
     if comm.get_world_size() == 1:
         return make()
-    local, rank = comm.get_local_rank(), comm.get_rank()
+    try:
+        local, rank = comm.get_local_rank(), comm.get_rank()
+    except AssertionError:
+        # The user's own process group, without Detectron2's groups of machines: each reads.
+        return make()
     records: Records | None = None
     with tempfile.TemporaryDirectory(prefix="ssim_kd_") as folder:
         found: str | Exception | None = folder
