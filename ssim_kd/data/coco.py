@@ -28,14 +28,14 @@ _JSON_READERS = (
 
 # What this process has registered: name -> (json file, image folder).
 _REGISTERED: dict[str, tuple[str, str]] = {}
-# Where a set is described, if not in the config: (name, json file) -> "entry 'val' of data.yaml".
+# The file that describes a set, if not the config: (name, json file) -> "entry 'val' of data.yaml".
 _SOURCES: dict[tuple[str, str], str] = {}
 
 
 def register_coco(cfg: CfgNode) -> None:
     """Register every entry of ``cfg.DATASETS.REGISTER_COCO``: [name, json file, image folder].
 
-    Nothing is read yet. An entry that is registered already is left alone, but for what its file
+    Nothing is read yet. Registering the same entry again only clears what its file
     said; one that was registered here with other paths is replaced.
 
     Raises:
@@ -85,9 +85,9 @@ def _reader(name: str) -> str:
 
 
 def own_json_file(name: str) -> str:
-    """Return the ``json_file`` of a set's metadata; empty if it has none of its own.
+    """Return the ``json_file`` of a set's metadata; empty if it has none.
 
-    Detectron2's COCOEvaluator writes one for a set of records, and leaves its path behind: it is
+    Detectron2's COCOEvaluator writes one for a set of records, and keeps its path: it is
     stale as soon as the records change, and gone with that run's folder.
     """
     path: str = MetadataCatalog.get(name).get("json_file") or ""
@@ -117,7 +117,7 @@ def note_source(name: str, json_file: str, source: str) -> None:
 
 
 def source_of_set(name: str) -> str:
-    """Where the paths of a data set can be corrected; "" if it is not registered here."""
+    """The place to correct the paths of a data set; "" if it is not registered here."""
     if name not in _REGISTERED:
         return ""
     default = "DATASETS.REGISTER_COCO (relative to the working directory)"

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 logger = logging.getLogger(__name__)
 
-#: Whole numbers below it have a float of their own.
+#: Whole numbers below it are exact floats.
 EXACT = 2**53
 
 

@@ -84,11 +84,11 @@ def reads_images(mapper: Mapper | None) -> bool:
 
 
 def refuse_deep(file_name: str) -> None:
-    """Raise where an image has more than 8 bits a channel, from its header alone (0.1 ms).
+    """Raise if an image has more than 8 bits a channel; reads only its header (0.1 ms).
 
     Raises:
         UnreadableImageError: it has.
-        OSError: there is no such file, or it is not an image.
+        OSError: the file does not exist, or is not an image.
     """
     with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
         if image.mode in DEEP_MODES:
@@ -102,7 +102,7 @@ def refuse_deep(file_name: str) -> None:
 def check_image_files(where: str, records: Sequence[Record]) -> None:
     """Check that all image files are there, and the header of the first, before any is read.
 
-    Folders are listed rather than files looked up one by one. Paths with :// are left alone.
+    Folders are listed rather than files looked up one by one. Paths with :// are skipped.
 
     Args:
         where: the key and the names of the sets, for the message.
@@ -126,7 +126,7 @@ def check_image_files(where: str, records: Sequence[Record]) -> None:
                 listed[folder] = set(os.listdir(folder or "."))
             except OSError:
                 listed[folder] = set()
-        # A folder may be readable by name alone, or know another spelling of a name.
+        # A folder may be readable only by name, or know another spelling of a name.
         if name not in listed[folder] and not os.path.isfile(path):
             missing.append(path)
     if missing:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Record = dict[str, Any]
 
 
-# Of each record: where it is in the data, where its objects are among the classes, how many of them
+# Of each record: its range in the data, its objects' range among the classes, how many of them
 # are not crowds, and how many keypoints are labelled.
 _ROW = np.dtype(
     [(key, np.int64) for key in ("start", "end", "first", "last", "trainable", "visible")]

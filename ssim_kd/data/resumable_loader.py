@@ -1,4 +1,4 @@
-"""A loader that goes on where it was interrupted: the same images, the same augmentation."""
+"""A loader that resumes exactly: the same images, the same augmentation."""
 
 import logging
 from collections import Counter
@@ -29,10 +29,10 @@ MAX_REPLACEMENTS = 20
 class TrainLoader:
     """Iterates over the batches of this rank without end: lists of the mapper's outputs.
 
-    The order of images and the random numbers of the mapper depend on ``seed``, the number of the
-    iteration and the number of ranks alone: not on the number of workers, nor on where the run was
-    interrupted. Workers start when the first batch is asked for; until then :meth:`resume` may
-    change where it begins. A mapper that keeps a state of its own between calls is not resumable.
+    The order of images and the random numbers of the mapper depend only on ``seed``, the number of
+    the iteration and the number of ranks, not on the number of workers or on earlier
+    interruptions. Workers start when the first batch is asked for; until then :meth:`resume` may
+    change where it begins. A mapper that keeps state between calls is not resumable.
 
     Attributes:
         seed: of order and augmentation. Save it (:meth:`state_dict`) where SEED is negative.
@@ -77,8 +77,8 @@ class TrainLoader:
     def resume(self, start_iter: int, state: dict[str, int] | None = None) -> None:
         """Begin at an iteration, with the seed of the interrupted run.
 
-        Where the number of images, of processes or the batch size differ from the interrupted
-        run's, the order of images differs as well: a warning says so.
+        If the number of images, of processes or the batch size differ from the interrupted run's,
+        the order of images differs too: a warning says so.
 
         Args:
             start_iter: number of the first batch, >= 0.
@@ -112,7 +112,7 @@ class TrainLoader:
             groups=self._groups,
             start_iter=self.start_iter,
         )
-        # With a generator of its own the loader leaves the global one alone.
+        # With a separate generator the loader does not use the global one.
         loader: DataLoader[Record] = DataLoader(
             _Samples(self._records, self._mapper, self.seed, self._skip, self._num_classes),
             batch_sampler=order,  # type: ignore[arg-type]

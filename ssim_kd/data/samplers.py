@@ -1,4 +1,4 @@
-"""The order in which a training run sees its images, computed from indices alone.
+"""The order in which a training run sees its images, computed from indices.
 
 As in Detectron2, each rank takes every ``world_size``-th index of one endless shuffled stream, and
 collects them in two buckets, wide and tall images; a full bucket is a batch. Working on indices

@@ -1,4 +1,4 @@
-"""The folder of a run behind a path handler: as a local one."""
+"""The folder of a run by a path handler: as a local one."""
 
 from __future__ import annotations
 

@@ -158,9 +158,9 @@ def test_train_loader_leaves_global_generators_alone(small):
 
 
 def test_train_loader_ranks_share_the_stream(small, monkeypatch):
-    alone = take(build(small), 20)
+    separate = take(build(small), 20)
     by_id = {}
-    for batch in alone:
+    for batch in separate:
         for record in batch:
             by_id.setdefault(record["id"], []).append(record["numbers"])
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)

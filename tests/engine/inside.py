@@ -85,7 +85,7 @@ def record_reads(folder: str, rank: int) -> None:
 
 
 def distillation_gradient(cfg: Any, weights: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradient of loss_distill alone for a batch (N, 3, H, W); under DDP if there is one."""
+    """The gradient of only loss_distill for a batch (N, 3, H, W); under DDP if there is one."""
     from detectron2.structures import Boxes, Instances
 
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ VERSION: 2
 
 
 class World:
-    """Configs, data and a teacher, made once in a folder of their own."""
+    """Configs, data and a teacher, made once in a separate folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -166,7 +166,7 @@ def assert_same(a: Any, b: Any, where: str = "checkpoint") -> None:
 
 
 def free_port() -> int:
-    """A port below those that the system gives to whoever asks for any, which may come first."""
+    """A port below those that the system gives out, which another process may get first."""
     while True:
         port = random.SystemRandom().randrange(20000, 32768)
         with contextlib.suppress(OSError), socket.socket() as sock:

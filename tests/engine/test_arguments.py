@@ -164,7 +164,7 @@ def test_apply_schedule_by_hand_worked_numbers(tmp_path) -> None:
     assert solver.STEPS == (120, 160) and solver.WARMUP_ITERS == 45
     assert cfg.TEST.EVAL_PERIOD == 2
     assert any("MAX_ITER 180" in note for note in loaded.notes)
-    # A batch alone keeps the number of images that are seen.
+    # Without epochs a batch keeps the number of images that are seen.
     cfg, _ = cfg_of(*config, "--batch", 8)
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.01, 180000)
     assert cfg.SOLVER.STEPS == (120000, 160000)

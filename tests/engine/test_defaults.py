@@ -113,7 +113,7 @@ def test_load_config_no_file(world: World, tmp_path) -> None:
 
 
 def test_load_config_lazy_config() -> None:
-    # Tools and functions that are for YAML alone.
+    # Tools and functions that are only for YAML.
     line = ["--config-file", "COCO-Detection/plain_fcos_R_50_FPN_1x.py"]
     with pytest.raises(ValueError, match=r"plain_fcos_R_50_FPN_1x\.py is a LazyConfig.*\.yaml"):
         load_config(argument_parser().parse_args(line))

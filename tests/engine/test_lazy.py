@@ -222,7 +222,7 @@ def test_a_lazy_config_of_the_zoo_is_a_teacher(name) -> None:
         teacher = FrozenTeacher.load_from(name, "somewhere.pth")
     else:
         teacher = FrozenTeacher.load_from(name)
-    # Its structure alone: nothing was downloaded.
+    # Only its structure: nothing was downloaded.
     assert {p.device.type for p in teacher.model.backbone.parameters()} == {"meta"}
     assert teacher.input_format == "BGR"
     assert {"p3", "p4", "p5"} <= set(teacher.levels)

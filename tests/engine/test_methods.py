@@ -1,4 +1,4 @@
-"""Trainings by methods with modules, an optimizer and random numbers of their own."""
+"""Trainings by methods with their own modules, optimizer and random numbers."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_main_values_that_detectron2_does_not_name(
 
 
 class OwnClasses(RetinaNet):
-    """An architecture of the user's, which reads a key of its own."""
+    """An architecture of the user's, which reads a custom key."""
 
     @classmethod
     def from_config(cls, cfg):

@@ -161,7 +161,7 @@ def ended(folder: Path, wait: str, *, more: str = "") -> tuple[int, float, str]:
 
 @pytest.mark.parametrize("wait", list(WAITS))
 def test_stop_on_signal_grace_period(wait: str, tmp_path: Path) -> None:
-    """In a process of its own, since it is ended by force: a step that never ends."""
+    """In a separate process, since it is ended by force: a step that never ends."""
     code, seconds, error = ended(tmp_path, WAITS[wait])
     if "saved" in wait:
         assert code == EXIT_STOPPED

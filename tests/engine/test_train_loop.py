@@ -161,7 +161,7 @@ def test_run_step_gradients_not_finite_at_any_scale(tmp_path) -> None:
     step.model.layer.weight.register_hook(lambda gradient: gradient * NAN)
     with pytest.raises(NonFiniteError, match=r"gradients \(float16, down to a loss scale of 0\.00"):
         run(step, 40)
-    # One step that overflows is no matter.
+    # One step that overflows does not matter.
     step = make(tmp_path, "", "")
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     run(step, 2)

@@ -1,4 +1,4 @@
-"""A remote file system behind Detectron2's PathManager."""
+"""A remote file system of Detectron2's PathManager."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ).returncode
     )
     if not mounted:
-        pytest.skip("a small file system can be mounted by root alone")
+        pytest.skip("a small file system can be mounted only by root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

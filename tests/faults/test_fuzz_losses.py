@@ -1,4 +1,4 @@
-"""Arguments of any kind: the losses give a value, or refuse with a message of their own.
+"""Arguments of any kind: the losses give a value, or refuse with their own message.
 
 That finite maps give finite values and gradients: tests/ops/test_implementations.py.
 """

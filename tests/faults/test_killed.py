@@ -131,9 +131,9 @@ def test_resume_from_two_processes_to_one(world: World, tmp_path: Path) -> None:
         for rank in ranks:
             rank.signal(signal.SIGKILL)
         assert [rank.wait() for rank in ranks] == [-9, -9]
-    with children(line, folder=tmp_path, prepare=record) as (alone,):
-        assert alone.wait() == 0, alone.output[-3000:]
-        assert "The interrupted run had processes = 2, this one has 1" in alone.output
+    with children(line, folder=tmp_path, prepare=record) as (single,):
+        assert single.wait() == 0, single.output[-3000:]
+        assert "The interrupted run had processes = 2, this one has 1" in single.output
     found = steps(tmp_path)
     assert sorted(found) == list(range(8))
     last = [found[i][-1] for i in range(4, 8)]

@@ -79,7 +79,7 @@ def test_sigterm_twice_while_saving(world: World, tmp_path) -> None:
     line = world.arguments(tmp_path, *LONG, "SOLVER.CHECKPOINT_PERIOD", 3)
     slow = partial(inside.all_of, [record(tmp_path), partial(inside.slow_writes, 0.3)])
     with children(line, folder=tmp_path, prepare=slow) as (run,):
-        # Files that are written before the training begins are no checkpoints.
+        # Files that are written before the training begins are not checkpoints.
         wait_until(lambda: list(tmp_path.glob("model_*.tmp")), 120)
         run.signal(signal.SIGTERM)
         run.signal(signal.SIGTERM)
@@ -111,7 +111,7 @@ def test_sigterm_to_the_launcher_of_two_processes(launcher, world: World, tmp_pa
 
 
 def start(launcher: str, line: list[str], folder: Path) -> tuple[subprocess.Popen, int]:
-    """Start train_net.py for two processes in a session of its own."""
+    """Start train_net.py for two processes in a new session."""
     module = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     if launcher == "spawn":
         module, line = [], [*line[:2], "--dist-url=auto", *line[2:]]
@@ -194,7 +194,7 @@ def test_output_dir_in_use(world: World, tmp_path) -> None:
 
 
 def test_error_before_training_in_one_process(world: World, tmp_path) -> None:
-    """Rank 1 alone cannot find its teacher: both end."""
+    """Only rank 1 cannot find its teacher: both end."""
     hidden = partial(inside.hide_from, str(world.teacher), 1)
     line = world.arguments(tmp_path, *LONG)
     with children(line, line, folder=tmp_path, prepare=hidden) as ranks:

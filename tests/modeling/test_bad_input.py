@@ -89,7 +89,7 @@ def test_a_level_that_the_teacher_lacks(weights_of) -> None:
 def test_no_common_level(weights_of) -> None:
     with pytest.raises(ValueError, match=r"share no level.*p2 \(stride 4\).*res4 \(stride 16\)"):
         build(distilled_config("faster", "c4", weights_of("c4")))
-    # Equal names alone do not make a level common: both have res5, at strides 16 and 32.
+    # Equal names do not make a level common: both have res5, at strides 16 and 32.
     with pytest.raises(ValueError, match=r"res5 \(stride 16\).*res5 \(stride 32\)"):
         build(distilled_config("dc5", "faster", weights_of("faster")))
 

@@ -1,4 +1,4 @@
-"""Teachers that are no Detectron2 models."""
+"""Teachers that are not Detectron2 models."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def the_distiller(model):
 
 
 def check_step(model, batch=None) -> None:
-    """One step: finite losses, and a gradient of the distillation alone in every adapter."""
+    """One step: finite losses, and only a gradient of the distillation in every adapter."""
     losses = train_losses(model, batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert losses["loss_distill"] > 0
@@ -136,7 +136,7 @@ def test_resizing_keeps_the_cells_at_the_right_and_bottom(weights_of) -> None:
     maps = distiller.align("res5", torch.zeros(1, 2, 7, 9), columns, batch)
     ours, theirs = maps.student, maps.teacher
     assert ours.shape == theirs.shape and theirs.shape[-2:] == (7, 9)
-    # Pairs of columns are averaged; the last one stands alone.
+    # Pairs of columns are averaged; the last one is single.
     assert theirs[0, 0, -1].tolist() == [*(2 * i + 0.5 for i in range(8)), 16.0]
 
 

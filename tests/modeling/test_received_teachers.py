@@ -1,4 +1,4 @@
-"""A config, folder or checkpoint that was received runs no code of its own as a teacher."""
+"""A config, folder or checkpoint that was received runs none of its code as a teacher."""
 
 from __future__ import annotations
 

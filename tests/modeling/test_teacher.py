@@ -98,7 +98,7 @@ def test_no_part_of_the_model_holds_the_teacher(cfg, model) -> None:
 
 @pytest.fixture
 def gloo(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of only this process."""
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
     )

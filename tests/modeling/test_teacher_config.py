@@ -33,7 +33,7 @@ from tests.helpers import (
 
 
 class Wide(Backbone):
-    """A backbone with a config key of its own, as ports of Swin or VoVNet have."""
+    """A backbone with a custom config key, as ports of Swin or VoVNet have."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

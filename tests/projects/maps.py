@@ -221,7 +221,7 @@ class MethodOfMaps(Method):
         other.load_state_dict(distiller.state_dict())
         ours, theirs = distiller.state_dict(), other.state_dict()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-        # Nothing of a batch stays behind: a second step is that of the resumed one.
+        # Nothing of a batch is kept: a second step is that of the resumed one.
         maps = self.maps((64, 96))
         for step in range(2):
             distiller(*maps, batch_of(BOXES, (64, 96), iteration=step))

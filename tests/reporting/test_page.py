@@ -96,7 +96,7 @@ def test_write_report_next_to_control_and_teacher(tmp_path: Path) -> None:
         "GeneralizedRCNN",
     ]
     assert "NVIDIA H100" in page.sections["environment"] and "1234567890+" in page.html
-    # Student and control in each chart of a loss; levels of the student alone.
+    # Student and control in each chart of a loss; levels only of the student.
     labels = re.findall(r'aria-label="([^"]*)"', page.html)
     assert "total_loss: ssim, plain" in labels and "distill/ssim_p3: ssim" in labels
     assert "AP by iteration: ssim, plain, teacher" in labels

@@ -70,7 +70,7 @@ class TestICD(MethodOfMaps):
 
     def test_by_hand(self) -> None:
         # Two cells, one head of two channels: normalised (1, -1) and (-1, 1). They differ in the
-        # first cell alone, by 2 in each channel.
+        # first cell only, by 2 in each channel.
         student = torch.tensor([[[[5.0, 1.0]], [[0.0, 7.0]]]])
         teacher = torch.tensor([[[[1.0, 3.0]], [[2.0, 9.0]]]])
         weights = torch.tensor([[[0.75, 0.25]]])

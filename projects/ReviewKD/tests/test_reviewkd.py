@@ -41,7 +41,7 @@ class TestReviewKD(MethodOfMaps):
     single = False  # The convolutions run in the training's precision.
 
     def test_by_hand(self) -> None:
-        # Height 2: pooled to one cell alone. Differences 1, 3, 1, 3: MSE 5; their mean 2: 4.
+        # Height 2: pooled to a single cell. Differences 1, 3, 1, 3: MSE 5; their mean 2: 4.
         student = torch.tensor([[[[1.0, 3.0], [1.0, 3.0]]]])
         found = hierarchical_loss(student, torch.zeros_like(student))
         assert float(found) == pytest.approx((5 + 4 / 2) / (1 + 1 / 2))

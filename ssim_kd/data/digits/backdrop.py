@@ -18,7 +18,7 @@ def render_backdrop(stream: Stream, size: int, difficulty: float) -> Image:
     """Return a background.
 
     Args:
-        stream: where the random numbers come from.
+        stream: source of the random numbers.
         size: side in pixels.
         difficulty: >= 0. 0 gives a plain colour; it scales noise and gratings.
 
@@ -36,7 +36,7 @@ def render_backdrop(stream: Stream, size: int, difficulty: float) -> Image:
 
 
 def _octaves(stream: Stream, size: int, amplitude: float) -> Image:
-    """Noise with a bit of colour: brightness of its own, and a weaker part for each channel."""
+    """Noise with a bit of colour: common brightness, and a weaker part for each channel."""
     rows, columns = [], []
     for octave, points in enumerate(OCTAVES):
         weights = _interpolation(points, size)

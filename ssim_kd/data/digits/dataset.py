@@ -58,7 +58,7 @@ def register_digits(cfg: CfgNode) -> None:
 def ensure_digits(names: Sequence[str]) -> None:
     """Make those of the named data sets that are registered digits sets; ignore other names.
 
-    ``COCOEvaluator`` reads the json file as soon as it is built, so call this before it where the
+    ``COCOEvaluator`` reads the json file as soon as it is built, so call this before it if the
     set has not been loaded yet.
     """
     for name in names:
@@ -107,7 +107,7 @@ def make_split(split: DigitsSplit) -> None:
 
 
 def _draw_into(folder: Path, digits_split: DigitsSplit) -> None:
-    try:  # not required by the package: these serve the digits alone
+    try:  # not required by the package: only the digits need these
         from tqdm import tqdm
 
         from .renderer import render_image

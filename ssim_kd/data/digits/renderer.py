@@ -51,7 +51,7 @@ class _Item:
 def render_image(scene: Scene, split: str, index: int) -> tuple[NDArray[np.uint8], list[Digit]]:
     """Draw one image.
 
-    It depends on the scene, the split and the index alone: not on how many images there are.
+    It depends only on the scene, the split and the index, not on how many images there are.
 
     Args:
         scene: what to draw.
@@ -128,7 +128,7 @@ class _Canvas:
         self._least_visible = np.zeros(0)
 
     def place(self, stream: Stream, item: _Item) -> None:
-        """Paint a glyph where it hides no digit beyond the limit; smaller if there is no room.
+        """Paint a glyph that hides no digit beyond the limit; smaller if there is no room.
 
         It is left out where even its smallest form finds no room, unless it is the first.
         """

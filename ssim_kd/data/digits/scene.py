@@ -26,7 +26,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class DigitsSplit:
-    """One split on disk: what it shows, how many images, and where it lies."""
+    """One split on disk: what it shows, how many images, and its folder."""
 
     scene: Scene
     split: str

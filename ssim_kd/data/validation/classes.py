@@ -111,14 +111,14 @@ def check_metadata(where: str, name: str, json_file: str, names: list[str]) -> N
         raise ValueError(
             f"{where}: its metadata has {len(given)} thing_classes, {list(given)[:5]}, but "
             f"{json_file} has {len(names)} categories, {names[:5]} by id. Leave thing_classes out "
-            "where the set is registered, or correct them."
+            "of the registration, or correct them."
         )
 
 
 def check_ground_truth(
     where: str, name: str, json_file: str, content: dict[str, Any], records: Sequence[Any]
 ) -> None:
-    """Compare json that is ground truth alone with the records that code reads elsewhere."""
+    """Compare json that is only ground truth with the records that code reads elsewhere."""
     meta = MetadataCatalog.get(name)
     strange = {r["image_id"] for r in records} - {image["id"] for image in content["images"]}
     if strange:

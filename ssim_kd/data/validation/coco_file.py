@@ -38,12 +38,12 @@ def inspect_coco(
     """Inspect parsed json.
 
     Args:
-        content: with the lists "images", "categories" and, but for test sets, "annotations".
+        content: with the lists "images", "categories" and, except for test sets, "annotations".
         needs: of the student.
         unique_annotations: False: annotations may share an id, as in COCO's own minival files.
         coco: False: a relative of COCO's format, with other keys for what only Detectron2's
             reader and COCO's evaluation ask for.
-        read: False: the file is ground truth alone, and images are read from elsewhere.
+        read: False: the file is only ground truth, and images are read from elsewhere.
 
     Returns:
         counts and problems; only what could be read is counted where entries are malformed.
@@ -176,7 +176,7 @@ def _owners(
 
 def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> NDArray[np.float64]:
     sizes = _numbers([(image["width"], image["height"]) for image in images], 2)
-    # What is not whole is no image's size.
+    # A size that is not whole is wrong.
     whole = np.isfinite(sizes) & (np.floor(sizes) == sizes) & (sizes > 0)
     wrong = ~whole.all(axis=1)
     if wrong.any():
@@ -197,7 +197,7 @@ def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> N
 
 
 def _flags(found: Findings, annotations: Sequence[Annotation]) -> int:
-    """Look at "ignore" and "iscrowd"; return how many are no crowds."""
+    """Look at "ignore" and "iscrowd"; return how many are not crowds."""
     ignored = np.array([a.get("ignore", 0) != 0 for a in annotations])
     advice = 'that is not supported: use "iscrowd" or leave it out'
     _report(found, annotations, ignored, "ignore", advice)

@@ -59,7 +59,7 @@ def check_datasets(
         needs: or a config, of which they are read. Its sets must be registered.
         train: True checks the training and the test sets, False only the latter.
         own_loader: whether code of the user's builds the training loader: the training sets may
-            then be none or name sets that are not registered, which are left alone.
+            then be none or name sets that are not registered, which are not checked.
         own_evaluator: whether code of the user's builds the evaluators: nothing is asked for that
             only those of Detectron2 read.
 
@@ -232,7 +232,7 @@ def _check_training(needs: Needs, where: str, inspected: _Inspected) -> None:
 
 
 def _check_any_usable(summaries: Sequence[DatasetSummary]) -> None:
-    """One training set of several may be of background alone."""
+    """One training set of several may be only background."""
     training = [s for s in summaries if s.training]
     found = [s.findings for s in training if s.findings is not None and s.findings.scored]
     if found and len(found) == len(training) and not any(f.usable for f in found):

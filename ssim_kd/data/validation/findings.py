@@ -10,7 +10,7 @@ class Findings:
 
     Attributes:
         images, annotations, categories: how many there are.
-        usable: annotations that are no crowds.
+        usable: annotations that are not crowds.
         empty_images: images without any annotation.
         clipped: boxes partly outside their image, which are clipped to it.
         zero_area: boxes of zero area, or wholly outside their image.

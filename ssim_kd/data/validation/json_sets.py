@@ -14,7 +14,7 @@ from ..records import Records, records_of
 from .coco_file import inspect_coco
 from .findings import Findings
 
-# Types of data sets that Detectron2 reads and scores as COCO's; LVIS has keys of its own.
+# Types of data sets that Detectron2 reads and scores as COCO's; LVIS has other keys.
 COCO_KINDS = ("coco", "coco_panoptic_seg")
 # Sets whose records are kept in memory until they are trained on.
 _KEPT = 8

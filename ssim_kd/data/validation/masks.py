@@ -152,7 +152,7 @@ def inspect_masks(
         found.untrainable.append(
             f"The polygons of all {len(short)} annotations have fewer than three points (for "
             f"example {name(short[0][0])}), and Detectron2 leaves such annotations out: correct "
-            '"segmentation", or leave the key out if there are boxes alone.'
+            '"segmentation", or leave the key out if there are only boxes.'
         )
     elif short:
         found.notes.append(

@@ -26,7 +26,7 @@ def inspect_records(
     converted: bool = False,
     mapped: Needs | None = None,
 ) -> Findings:
-    """Inspect what Detectron2 asks for whoever maps the records to the model's input.
+    """Inspect what Detectron2 asks for whatever the mapper.
 
     Args:
         records: one an image.

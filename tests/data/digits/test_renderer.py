@@ -80,7 +80,7 @@ def test_render_image_difficulty_zero_shows_the_masks():
             window = strong[y : y + height, x : x + width]
             assert window[digit.mask].mean() > 0.99
             covered[y : y + height, x : x + width] = True
-        # What is drawn outside the boxes is the soft edge alone.
+        # What is drawn outside the boxes is only the soft edge.
         assert not strong[~covered].any()
 
 

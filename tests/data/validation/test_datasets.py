@@ -322,7 +322,7 @@ def test_check_datasets_voc(cfg, tmp_path):
 
 
 def test_check_datasets_cityscapes_classes(cfg, tmp_path, monkeypatch):
-    """Detectron2's reader takes minutes: the metadata alone is looked at."""
+    """Detectron2's reader takes minutes: only the metadata is looked at."""
     meta = MetadataCatalog.get("cityscapes_fine_instance_seg_val")
     cfg.DATASETS.TEST = (meta.name,)
     monkeypatch.chdir(tmp_path)
@@ -353,7 +353,7 @@ def records_of(json_file, root):
 
 @pytest.mark.parametrize("image_root", [False, True])
 def test_check_datasets_json_file_of_code(cfg, tmp_path, image_root):
-    """json_file is ground truth alone; images are found by the records."""
+    """json_file is only ground truth; images are found by the records."""
     json_file, root = write(tmp_path / "set", content())
     DatasetCatalog.register("mine", lambda: records_of(json_file, root))
     MetadataCatalog.get("mine").set(

@@ -30,7 +30,7 @@ class TestSSIM(MethodOfMaps):
     at_rest = is_mean = True
 
     def test_by_hand(self) -> None:
-        # A single cell is 0 in both after scaling: SSIM 1, but for the epsilon. Without scaling, of
+        # A single cell is 0 in both after scaling: SSIM 1, up to the epsilon. Without scaling, of
         # a window of one cell, it is l = (2 s t + C1) / (s^2 + t^2 + C1), C1 = 1e-4, and c = s = 1.
         student, teacher = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 1.0)
         options = {"window_size": 1}
@@ -70,7 +70,7 @@ def test_levels_smaller_than_the_window_are_logged_once(caplog) -> None:
 
 
 def test_ssim_distiller_takes_masks_of_padded_levels_alone(monkeypatch) -> None:
-    # A mask of ones is no mask: the fast implementations skip it.
+    # A mask of ones masks nothing: the fast implementations skip it.
     seen = []
     original = module.pyramid_ssim_loss
 

@@ -40,13 +40,13 @@ def model_of(terms: list[Any], weights, *opts: Any, kinds=("faster", "cascade"))
 def test_terms_sum_to_each_alone(weights_of) -> None:
     # One width, so that no adapter draws other weights in the one than in the other.
     opts = ("MODEL.FPN.OUT_CHANNELS", 48)
-    alone = [train_losses(model_of([t], weights_of("cascade"), *opts)) for t in (SSIM, L2)]
+    single = [train_losses(model_of([t], weights_of("cascade"), *opts)) for t in (SSIM, L2)]
     model = model_of([SSIM, L2], weights_of("cascade"), *opts)
     together = train_losses(model)
-    expected = sum(x["loss_distill"] for x in alone)
+    expected = sum(x["loss_distill"] for x in single)
     torch.testing.assert_close(together["loss_distill"], expected)
     assert {k for k in together if k != "loss_distill"} == {
-        k for k in alone[0] if k != "loss_distill"
+        k for k in single[0] if k != "loss_distill"
     }
     assert set(model.distillers) == {"ssim", "l2"}
     parts = sum(model.metrics[f"distill/{name}_weighted"] for name in model.distillers)
@@ -91,7 +91,7 @@ def test_a_schedule_moves_the_weight_with_the_iteration(weights_of) -> None:
 
 
 class Projected(PyramidDistiller):
-    """A method with modules of its own, in an optimizer of its own."""
+    """A method with its own modules, in a separate optimizer."""
 
     def build(self, student, teacher) -> None:
         self.project = nn.ModuleDict({k: nn.Conv2d(s.channels, 4, 1) for k, s in teacher.items()})
@@ -128,7 +128,7 @@ def test_build_optimizer_gives_a_method_its_own_group() -> None:
     sgd, adamw = optimizer.optimizers
     assert {id(p) for g in adamw.param_groups for p in g["params"]} == own
     rest = {id(p) for g in sgd.param_groups for p in g["params"]}
-    # The adapter has no group of its own: it trains with the student.
+    # The adapter has no separate group: it trains with the student.
     assert {id(p) for p in model.distillers["projected"].adapters.parameters()} <= rest
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert own | rest == trained and not own & rest
