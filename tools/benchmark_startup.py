@@ -25,6 +25,8 @@ from PIL import Image
 
 _SIZES = ((640, 480), (480, 640))
 _STEP = ["SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()"]
+# Written after the last step, which is the first one here.
+_NO_REPORT = ["TEST.REPORT", "False"]
 _MODEL = """
 MODEL:
   META_ARCHITECTURE: GeneralizedRCNN
@@ -191,10 +193,10 @@ def main() -> None:
         epochs = str(1.01 * args.processes / args.images)
         commands = {
             "stock": [sys.executable, f"{folder}/stock.py", *common, *batch, *_STEP],
-            "ours": [*ours, *sets, *batch, *_STEP],
+            "ours": [*ours, *sets, *batch, *_STEP, *_NO_REPORT],
             "ours, --data --epochs": [
                 *(*ours, "--data", f"{folder}/data.yaml", "--epochs", epochs, *batch),
-                *("SOLVER.STEPS", "()"),
+                *("SOLVER.STEPS", "()", *_NO_REPORT),
             ],
         }
         best: dict[str, tuple[float, float]] = {}

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 from detectron2.utils.file_io import PathManager
 
+from ..sharing import without_queries
+
 logger = logging.getLogger(__name__)
 
 _LISTS = ("images", "annotations", "categories")
@@ -33,41 +35,41 @@ def read_instances(where: str, json_file: str, *, annotated: bool) -> dict[str, 
     Raises:
         ValueError: no JSON, an object with a key twice, or a list that is missing or empty.
     """
-    size = 0
+    size, shown = 0, without_queries(json_file)
     try:
         path = PathManager.get_local_path(json_file)
         size = os.path.getsize(path)
         if size > _LARGE:
-            logger.info("Reading %s (%d MB).", json_file, size >> 20)
+            logger.info("Reading %s (%d MB).", shown, size >> 20)
         with open(path, "rb") as file, no_garbage_collection():
             content = _parse(file.read())
     except _EqualKeysError as error:
-        raise ValueError(f"{where}: {json_file}: {error}") from None
+        raise ValueError(f"{where}: {shown}: {error}") from None
     except (ValueError, RecursionError) as error:
         # Integers of thousands of digits, and lists in lists without end, are among these.
         raise ValueError(
-            f"{where}: {json_file} ({size} bytes) is not JSON: {error}. Expected COCO's format; "
+            f"{where}: {shown} ({size} bytes) is not JSON: {error}. Expected COCO's format; "
             "the download may be cut short."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{where}: {json_file} holds a {type(content).__name__}, not an object with the lists "
+            f"{where}: {shown} holds a {type(content).__name__}, not an object with the lists "
             '"images", "annotations" and "categories". Is it a file of results?'
         )
     for key in _LISTS:
         if key == "annotations" and key not in content and not annotated:
             continue  # as COCO's test-dev: predictions are written, not scored
         if not isinstance(content.get(key), list):
-            raise no_list(where, json_file, key)
+            raise no_list(where, shown, key)
         if not content[key] and key != "annotations":
-            raise ValueError(f'{where}: {json_file}: "{key}" is empty. Expected at least one.')
+            raise ValueError(f'{where}: {shown}: "{key}" is empty. Expected at least one.')
     return content
 
 
 def no_list(where: str, json_file: str, key: str) -> ValueError:
     """The error of a file without one of its lists."""
     return ValueError(
-        f'{where}: {json_file} has no list "{key}". Expected COCO\'s instances format: "images", '
+        f'{where}: {without_queries(json_file)} has no list "{key}". Expected COCO\'s instances format: "images", '
         '"annotations" and "categories".'
     )
 
@@ -88,7 +90,8 @@ def count_classes(json_file: str) -> int:
             return len(json.loads(data)["categories"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{json_file} is not readable as a COCO-format file: {type(error).__name__}: {error}. "
+            f"{without_queries(json_file)} is not readable as a COCO-format file: "
+            f"{type(error).__name__}: {error}. "
             'Expected JSON with the lists "images", "annotations" and "categories".'
         ) from error
 

@@ -13,6 +13,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..sharing import without_queries
 from .records import Records
 
 Record = dict[str, Any]
@@ -55,7 +56,8 @@ class CheckedMapper:
         file_name = record.get("file_name") if isinstance(record, Mapping) else None
         if file_name is None:
             return self._mapper(record)
-        where = f"Data set {self._owner(str(file_name))}: image {file_name}"
+        shown = without_queries(str(file_name))
+        where = f"Data set {self._owner(str(file_name))}: image {shown}"
         try:
             if self._reads_images:
                 refuse_deep(file_name)

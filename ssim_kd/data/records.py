@@ -135,7 +135,7 @@ def records_of(
         )
         classes += [row["category_id"] for row in found]
         trainable = sum(row.get("iscrowd", 0) == 0 for row in found)
-        visible = sum(map(visible_keypoints, found))
+        visible = sum(visible_keypoints(row) for row in found if "keypoints" in row)
         place = start, len(data), first, len(classes)
         rows.append((*place, trainable, visible, image["width"], image["height"]))
     return Records(

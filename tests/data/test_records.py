@@ -9,12 +9,13 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 
-from ssim_kd.data import Needs, check_datasets, count_classes, count_images
+from ssim_kd.data import Needs, check_datasets, count_classes, count_images, register_coco
 from ssim_kd.data.json_file import read_instances
 from ssim_kd.data.records import Records, concatenate, records_of, shared
 from ssim_kd.data.samplers import aspect_groups
 from ssim_kd.data.training_sets import train_records
 from tests.data.coco_sets import content, write
+from tests.faults.store import store
 
 POINTS = [5, 5, 2, 9.5, 5, 1, 7, 9, 0]
 RLE = {**mask_util.encode(np.ones((24, 32), dtype=np.uint8, order="F"))}
@@ -155,6 +156,20 @@ def test_read_instances_is_json(tmp_path, text):
     found = read_instances("here", str(path), annotated=True)
     assert repr(found) == repr(json.loads(text))
     assert count_classes(str(path)) == len(found["categories"])
+
+
+def test_messages_hold_no_query_of_a_signed_url(cfg, tmp_path):
+    with store(tmp_path) as root:
+        (root / "a.json").write_text(json.dumps(content()).replace('"id": 1,', '"id": 2,', 1))
+        (root / "cut.json").write_text("[")
+        for name in ("a", "cut"):
+            url = f"store://{name}.json?sig=SECRET"
+            cfg.DATASETS.REGISTER_COCO = [[f"remote_{name}", url, "store://images"]]
+            cfg.DATASETS.TRAIN = (f"remote_{name}",)
+            register_coco(cfg)
+            with pytest.raises(ValueError, match=f"store://{name}") as error:
+                check_datasets(cfg, train=True)
+            assert "SECRET" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["[" * 100000, "9" * 5000, '{"a":' * 100000])

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any
 
@@ -171,7 +171,8 @@ def _owners(
 ) -> NDArray[np.int64]:
     """Return the position in ``known`` of what each row refers to by its id, or -1."""
     place = {row["id"]: i for i, row in enumerate(known)}
-    return np.fromiter((place.get(row[key], -1) for row in rows), np.int64, len(rows))
+    found = map(place.get, map(itemgetter(key), rows), repeat(-1))
+    return np.fromiter(found, np.int64, len(rows))
 
 
 def _sizes(found: Findings, images: Sequence[dict[str, Any]], needs: Needs) -> NDArray[np.float64]:

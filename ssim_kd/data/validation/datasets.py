@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ...sharing import without_queries
 from ..coco import loading, own_json_file, reads_json_file, source_of_set
 from ..digits import ensure_digits
 from ..json_file import read_instances
@@ -147,36 +148,37 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
     meta = MetadataCatalog.get(name)
     kind = meta.get("evaluator_type", "coco")
     json_file, read = own_json_file(name), reads_json_file(name)
+    source = without_queries(json_file)
     module = getattr(DatasetCatalog[name], "__module__", "") or ""
     content = None
     found: Findings | None = None
     if json_file and (read or scored) and not PathManager.isfile(json_file):
-        raise FileNotFoundError(f"{where}: {json_file} does not exist. {_advice(name)}")
+        raise FileNotFoundError(f"{where}: {source} does not exist. {_advice(name)}")
     if read:
         json_set = load_json_set(where, name, needs, annotated=training)
-        _refuse(where, json_file, json_set.findings.problems)
+        _refuse(where, source, json_set.findings.problems)
         ids, names = zip(*json_set.categories, strict=True)
         if module == _LVIS_READER:
-            names = lvis_classes(where, name, json_file, ids)
+            names = lvis_classes(where, name, source, ids)
         elif kind in COCO_KINDS:
-            check_metadata(where, name, json_file, list(names))
-        return _Inspected(json_set.findings, names, json_file)
+            check_metadata(where, name, source, list(names))
+        return _Inspected(json_set.findings, names, source)
     if json_file and scored:
         content = read_instances(where, json_file, annotated=training)
         unique = "minival" not in json_file
         coco = kind in COCO_KINDS
         found = inspect_coco(content, needs, unique_annotations=unique, coco=coco, read=False)
-        _refuse(where, json_file, found.problems)
+        _refuse(where, source, found.problems)
     if module.startswith("detectron2.data.datasets."):
         _check_folder(where, name)
         # That of Cityscapes takes minutes; the classes are known.
         if kind.startswith("cityscapes"):
-            return _Inspected(found, meta.get("thing_classes", ()), json_file)
+            return _Inspected(found, meta.get("thing_classes", ()), source)
     with loading(where):
         records = DatasetCatalog.get(name)
     classes = () if kind == "sem_seg" else meta.get("thing_classes", ())
     if not isinstance(records, Sequence):
-        return _Inspected(found, classes, json_file)
+        return _Inspected(found, classes, source)
     coco = kind in COCO_KINDS and scored
     inspected = inspect_records(
         records, len(classes) or needs.num_classes, scored=coco, converted=coco and not json_file
@@ -188,9 +190,9 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
             f"MetadataCatalog.get({name!r}).set(thing_classes=[...])."
         )
     if content is not None and found is not None and kind in COCO_KINDS:
-        check_ground_truth(where, name, json_file, content, records)
+        check_ground_truth(where, name, source, content, records)
         inspected = found
-    return _Inspected(inspected, classes, json_file or "its records")
+    return _Inspected(inspected, classes, source or "its records")
 
 
 def _check_folder(where: str, name: str) -> None:

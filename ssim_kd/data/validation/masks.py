@@ -128,6 +128,8 @@ def inspect_masks(
         sizes: (height, width) of each one's image.
         needs: of the student.
     """
+    if not needs.masks and not any(a.get("segmentation") for a in annotations):
+        return
     by_kind: dict[str, list[tuple[Annotation, str]]] = {}
     empty: list[Annotation] = []
     for annotation, size in zip(annotations, sizes, strict=True):
