@@ -69,8 +69,8 @@ def read_instances(where: str, json_file: str, *, annotated: bool) -> dict[str, 
 def no_list(where: str, json_file: str, key: str) -> ValueError:
     """The error of a file without one of its lists."""
     return ValueError(
-        f'{where}: {without_queries(json_file)} has no list "{key}". Expected COCO\'s instances format: "images", '
-        '"annotations" and "categories".'
+        f'{where}: {without_queries(json_file)} has no list "{key}". Expected COCO\'s instances '
+        'format: "images", "annotations" and "categories".'
     )
 
 
