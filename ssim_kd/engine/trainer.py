@@ -93,18 +93,6 @@ class DistillTrainer(Training, DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0  # as DefaultTrainer does
         return self.build_train_loader(cfg)
 
-    def check_evaluation(self) -> None:
-        """See :func:`ssim_kd.engine.preflight.check_evaluation`; builds the TTA wrapper as well.
-
-        A subclass with a custom ``test`` is not checked.
-        """
-        if is_overridden(self, DefaultTrainer, "test"):
-            return
-        own_loader = not is_overridden(self, DistillTrainer, "build_test_loader")
-        check_evaluation(self.cfg, self, own_loader=own_loader)
-        if self.cfg.TEST.AUG.ENABLED:
-            build_tta_model(self.cfg, self.student)
-
     def _test_with_augmentation(self) -> OrderedDict:
         return test_time_augmentation(self.cfg, self.student, self)
 
@@ -225,9 +213,14 @@ class YamlRecipe(ConfigRecipe):
         return training
 
     def check_evaluation(self, training: DistillTrainer) -> None:  # type: ignore[override]
-        """Also what the built student predicts; see :meth:`DistillTrainer.check_evaluation`."""
+        """The classes of the built student; all else unless the trainer has its own ``test``."""
         check_class_count(training.student, self.classes, key="DATASETS.TRAIN")
-        training.check_evaluation()
+        if is_overridden(training, DefaultTrainer, "test"):
+            return
+        own_loader = not is_overridden(training, DistillTrainer, "build_test_loader")
+        check_evaluation(training.cfg, training, own_loader=own_loader)
+        if training.cfg.TEST.AUG.ENABLED:
+            build_tta_model(training.cfg, training.student)
 
     def teacher_weights(self) -> str:
         """The file of the teacher's weights."""
