@@ -57,7 +57,7 @@ def test_minmax_scale_of_constant_and_extreme_maps(value):
 
 
 def test_minmax_scale_bad_input():
-    with pytest.raises(ValueError, match=r"scope .*'channel'.*'layer'"):
+    with pytest.raises(ValueError, match=r"^scope is 'layer'; .*'channel'"):
         minmax_scale(X, scope="layer")
     with pytest.raises(ValueError, match=r"^x .*\(3, 6, 7\)"):
         minmax_scale(X[0])
