@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -98,9 +99,4 @@ def num_classes_key(cfg: CfgNode) -> str | None:
 def num_classes(cfg: CfgNode) -> int | None:
     """Return the student's class count, or None if it has none."""
     key = num_classes_key(cfg)
-    if key is None:
-        return None
-    value = cfg
-    for part in key.split("."):
-        value = value[part]
-    return int(value)
+    return None if key is None else int(attrgetter(key)(cfg))

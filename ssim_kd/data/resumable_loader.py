@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from .mapper import Mapper, Record, UnreadableImageError, seeded
-from .samplers import BatchOrder, Draw, sample_seed
+from .samplers import Draw, batch_order, sample_seed
 from .workers import batches
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class TrainLoader:
     def __iter__(self) -> Generator[list[Record], None, None]:
         # A generator: nothing below runs before the first batch is asked for.
         self._started = True
-        order = BatchOrder(
+        order = batch_order(
             self._indices(self.seed),
             self._batch_size,
             groups=self._groups,
@@ -143,34 +144,32 @@ class TrainLoader:
             )
 
 
+@dataclass
 class _Samples(Dataset[Record]):
     """Maps a draw (index, position) to the model's input, seeded by the position."""
 
-    def __init__(
-        self,
-        records: Any,
-        mapper: Mapper,
-        seed: int,
-        skip: bool,
-        num_classes: int | None,
-    ) -> None:
-        self._records, self._mapper, self._seed, self._skip = records, mapper, seed, skip
-        self._num_classes = num_classes
-        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
+    records: Any
+    mapper: Mapper
+    seed: int
+    skip: bool
+    num_classes: int | None
+
+    def __post_init__(self) -> None:
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __getitem__(self, draw: Draw) -> Record:
         index, position = draw
-        position = position * self._world_size + self._rank
+        position = position * self.world_size + self.rank
         skipped: list[str] = []
         for attempt in range(1 + MAX_REPLACEMENTS):
-            seed = sample_seed(self._seed, position, attempt)
+            seed = sample_seed(self.seed, position, attempt)
             if attempt:
-                index = seed % len(self._records)
+                index = seed % len(self.records)
             with seeded(seed):
                 try:
-                    record = self._mapper(self._records[index])
+                    record = self.mapper(self.records[index])
                 except UnreadableImageError as error:
-                    if not self._skip:
+                    if not self.skip:
                         raise
                     skipped.append(str(error))
                     continue
@@ -187,13 +186,13 @@ class _Samples(Dataset[Record]):
     def _check_classes(self, record: Any) -> None:
         """A class beyond the student's would be learned as background, in silence."""
         instances = record.get("instances") if isinstance(record, dict) else None
-        if self._num_classes is None or not isinstance(instances, Instances):
+        if self.num_classes is None or not isinstance(instances, Instances):
             return
         classes = set(instances.gt_classes.tolist()) if instances.has("gt_classes") else set()
-        if not classes <= set(range(self._num_classes)):
+        if not classes <= set(range(self.num_classes)):
             raise ValueError(
                 f"The mapper gives {record.get('file_name', 'a record')} the gt_classes "
-                f"{sorted(classes)}: expected numbers in [0, {self._num_classes}), "
+                f"{sorted(classes)}: expected numbers in [0, {self.num_classes}), "
                 "the student's class count."
             )
 

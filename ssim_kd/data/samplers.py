@@ -26,44 +26,35 @@ logger = logging.getLogger(__name__)
 Draw = tuple[int, int]
 
 
-class BatchOrder:
-    """Yields the batches of one rank, from a given iteration on, for ever.
+def batch_order(
+    indices: Iterable[int],
+    batch_size: int,
+    *,
+    groups: NDArray[np.int64] | None,
+    start_iter: int = 0,
+) -> Iterator[list[Draw]]:
+    """Yield the batches of one rank, from a given iteration on, for ever.
 
     Args:
-        indices: the endless stream of indices of this rank; iterating it must start anew.
+        indices: the endless stream of indices of this rank.
         batch_size: images of this rank in a batch, >= 1.
         groups: (K,) group of each image, for example 0 wide and 1 tall; a batch is of one group.
             None puts all in one.
         start_iter: number of batches to skip, >= 0.
     """
-
-    def __init__(
-        self,
-        indices: Iterable[int],
-        batch_size: int,
-        *,
-        groups: NDArray[np.int64] | None,
-        start_iter: int = 0,
-    ) -> None:
-        self._indices = indices
-        self._batch_size = batch_size
-        self._groups = groups
-        self._start_iter = start_iter
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        # Lists: reading single elements of a NumPy array is slow.
-        groups = None if self._groups is None else self._groups.tolist()
-        buckets: dict[int, list[Draw]] = {}
-        number = 0
-        for position, index in enumerate(self._indices):
-            bucket = buckets.setdefault(0 if groups is None else groups[index], [])
-            bucket.append((index, position))
-            if len(bucket) == self._batch_size:
-                batch = bucket[:]
-                bucket.clear()
-                number += 1
-                if number > self._start_iter:
-                    yield batch
+    # Lists: reading single elements of a NumPy array is slow.
+    group_of = None if groups is None else groups.tolist()
+    buckets: dict[int, list[Draw]] = {}
+    number = 0
+    for position, index in enumerate(indices):
+        bucket = buckets.setdefault(0 if group_of is None else group_of[index], [])
+        bucket.append((index, position))
+        if len(bucket) == batch_size:
+            batch = bucket[:]
+            bucket.clear()
+            number += 1
+            if number > start_iter:
+                yield batch
 
 
 def stream_of(sampler: Any, size: int) -> Callable[[int], Iterable[int]]:

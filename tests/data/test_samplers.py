@@ -2,16 +2,14 @@
 
 from detectron2.data.samplers import TrainingSampler
 
-from ssim_kd.data.samplers import BatchOrder, aspect_groups, sample_seed
+from ssim_kd.data.samplers import aspect_groups, batch_order, sample_seed
 
 
 def test_batch_order_skips_a_long_run():
     records = [{"width": 4 + i % 3, "height": 5} for i in range(1000)]
     orders = [
-        iter(
-            BatchOrder(
-                TrainingSampler(1000, seed=1), 16, groups=aspect_groups(records), start_iter=start
-            )
+        batch_order(
+            TrainingSampler(1000, seed=1), 16, groups=aspect_groups(records), start_iter=start
         )
         for start in (0, 5000)
     ]
