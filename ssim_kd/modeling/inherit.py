@@ -23,23 +23,18 @@ def inherited_keys(student: nn.Module, parts: Sequence[str]) -> list[str]:
         ValueError: an unknown part, or one that the student has not.
     """
     names = [name for name in student.state_dict() if not name.endswith("num_batches_tracked")]
-    found = []
+    backbone = [name for name in names if name.startswith("backbone.")]
+    fpn = [name for name in backbone if not name.startswith("backbone.bottom_up.")]
+    found = {
+        "fpn": fpn if len(fpn) < len(backbone) else [],
+        "heads": [name for name in names if not name.startswith("backbone.")],
+    }
     for part in parts:
-        if part not in PARTS:
+        if part not in found:
             raise ValueError(f"{KEY} is {list(parts)}; expected some of {list(PARTS)}.")
-        if part == "heads":
-            keys = [name for name in names if not name.startswith("backbone.")]
-        else:
-            inner = any(name.startswith("backbone.bottom_up.") for name in names)
-            keys = [
-                name
-                for name in names
-                if inner and name.startswith("backbone.") and "backbone.bottom_up." not in name
-            ]
-        if not keys:
+        if not found[part]:
             raise ValueError(f"{KEY} names {part!r}, but {type(student).__name__} has none.")
-        found += keys
-    return found
+    return [name for part in parts for name in found[part]]
 
 
 def check_inherited(student: nn.Module, teacher: Any, parts: Sequence[str]) -> None:
