@@ -98,12 +98,16 @@ def _rank(rank, url, json_file, folder):
     from detectron2.utils import comm
 
     dist.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
-    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+
+    def read():
+        return records_of(read_instances("here", json_file, annotated=True), "root", "my_set")
 
     def make():
         assert rank == 0
-        return records_of(read_instances("here", json_file, annotated=True), "root", "my_set")
+        return read()
 
+    assert len(shared(read)) == 6  # code that starts processes may make no group of a machine's
+    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
     records = shared(make)
     assert records is not None
     with open(f"{folder}/{rank}.json", "w") as file:
