@@ -201,10 +201,7 @@ def shared(make: Callable[[], Records | None]) -> Records | None:
     if comm.get_world_size() == 1:
         return make()
     try:
-        try:
         local, rank = comm.get_local_rank(), comm.get_rank()
-    except (AssertionError, ValueError):  # which processes share a machine is not known
-        return make()
     except AssertionError:
         # The user's own process group, without Detectron2's groups of machines: each reads.
         return make()
