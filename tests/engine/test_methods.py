@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.engine import inside
-from tests.engine.runs import World, assert_same, checkpoint, children, metrics
+from tests.engine.runs import World, assert_same, checkpoint, metrics
 
 TERMS = [
     ["ICDDistiller", "ICD.DIM", 16, "ICD.HEADS", 2, "ICD.DETACH_ITERS", 1],
@@ -52,18 +50,6 @@ def test_train_with_methods_resumed_equals_the_whole(world: World, whole: Path, 
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     world.main(folder, "--resume", *OPTIONS, "SOLVER.CHECKPOINT_PERIOD", 2)
     assert_same(checkpoint(whole), checkpoint(folder))
-
-
-def test_train_with_methods_two_processes_have_equal_weights(world: World, tmp_path) -> None:
-    line = world.arguments(tmp_path, *OPTIONS, "SOLVER.MAX_ITER", 2)
-    with children(
-        line, line, folder=tmp_path, prepare=partial(inside.record_rank, str(tmp_path))
-    ) as ranks:
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
-    assert first == second
-    # Every module of a method has a gradient.
-    assert {name.split(".")[0] for name in first["adapters"]} == {"icd", "drkd", "mgd"}
 
 
 def test_train_by_a_name_alone_writes_what_is_the_methods_own(world: World, tmp_path) -> None:

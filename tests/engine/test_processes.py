@@ -13,15 +13,21 @@ import torch
 
 from tests.engine import inside
 from tests.engine.runs import World, assert_same, checkpoint, children, metrics, wait_until
+from tests.engine.test_methods import TERMS
 
 SHORT = ("DATASETS.TEST", "()")
+# Also methods with their own modules, optimizer and random numbers.
+THREE = (
+    *(*SHORT, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", "()", "MODEL.DISTILL.LOSS_WEIGHT", 1.0),
+    *("MODEL.DISTILL.TERMS", json.dumps([["SSIMDistiller"], *TERMS])),
+)
 
 
 @pytest.fixture(scope="module")
 def two(world: World, tmp_path_factory) -> Path:
     """Three steps of two processes, as torchrun would start them."""
     folder = tmp_path_factory.mktemp("two")
-    line = world.arguments(folder, *SHORT, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", "()")
+    line = world.arguments(folder, *THREE)
     with children(
         line, line, folder=folder, prepare=partial(inside.record_rank, str(folder))
     ) as ranks:
@@ -32,7 +38,10 @@ def two(world: World, tmp_path_factory) -> Path:
 def test_train_two_processes_have_equal_weights(two: Path) -> None:
     first, second = (json.loads((two / f"rank{i}.json").read_text()) for i in (0, 1))
     assert first == second
-    assert len(first["adapters"]) == 10 and all(norm > 0 for norm in first["adapters"].values())
+    norms = [norm for name, norm in first["adapters"].items() if name.startswith("ssim.")]
+    assert len(norms) == 10 and all(norm > 0 for norm in norms)
+    # Every module of a method has a gradient.
+    assert {name.split(".")[0] for name in first["adapters"]} == {"ssim", "icd", "drkd", "mgd"}
     assert checkpoint(two)["trainer"]["data"]["processes"] == 2
 
 
@@ -56,7 +65,7 @@ def test_train_slurm_equals_torchrun(world: World, two: Path, tmp_path) -> None:
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_JOB_ID": str(torch.randint(20000, ()).item()),
     }
-    line = world.arguments(tmp_path, *SHORT, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", "()")
+    line = world.arguments(tmp_path, *THREE)
     with children(line, line, folder=tmp_path, env=env) as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
     assert_same(checkpoint(two), checkpoint(tmp_path))
