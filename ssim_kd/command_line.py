@@ -7,6 +7,7 @@ import argparse
 import itertools
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -122,9 +123,12 @@ class _Formats(argparse.Action):
 
 def _parser(description: str | None, program: str | None, **more: Any) -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=style, **more
     )
+    # A value, not a flag: argparse itself knows -1 and -0.5, but neither -1e-3 nor -inf.
+    parser._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)", re.IGNORECASE)
+    return parser
 
 
 def argument_parser(

@@ -57,6 +57,7 @@ def test_load_config_number_that_is_not_finite(value: str, world: World, tmp_pat
 
 def test_load_config_whole_number_for_a_float(world: World, tmp_path) -> None:
     cfg = world.cfg(tmp_path, "MODEL.DISTILL.SSIM.SIGMA", "2", "SOLVER.MAX_ITER", "7")
+    assert world.cfg(tmp_path, "SOLVER.WEIGHT_DECAY", "-1e-3").SOLVER.WEIGHT_DECAY == -1e-3
     assert cfg.MODEL.DISTILL.SSIM.SIGMA == 2.0
     assert cfg.SOLVER.MAX_ITER == 7
     config = tmp_path / "whole.yaml"
