@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -421,3 +422,8 @@ def test_start_with_a_file_of_runs_that_is_cut(store: Path, tmp_path, caplog) ->
     writer.start(resume=True)
     writer.close()
     assert trackers.TRACKED_RUNS in caplog.text and runs_of(tmp_path)["mlflow"]
+
+
+def test_writers_are_found_at_their_former_place() -> None:
+    """Saved LazyConfigs may name it."""
+    assert locate("ssim_kd.engine.trackers.MLflowWriter") is MLflowWriter
