@@ -113,6 +113,8 @@ def test_commands_are_read_by_their_programs(
         check_make(shlex.split(command))
     elif program == "pip":
         check_pip(arguments)
+    elif program == "pytest":
+        assert (ROOT / arguments[0]).exists()
     elif program in (".", "bash"):
         (file,) = arguments
         assert file.startswith(".venv/") or (ROOT / file).is_file()
