@@ -240,7 +240,7 @@ def test_apply_data_of_a_json_of_coco(tmp_path) -> None:
         cfg_of("--data", tmp_path / "parts/val.json")
     text = str(caught.value)
     assert "'images'" in text and "'categories'" in text
-    assert "0.png" not in text and len(text) < 400
+    assert "0.png" not in text and len(text.replace(str(tmp_path), "")) < 350
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
