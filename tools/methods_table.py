@@ -2,7 +2,7 @@
 """Writes the table of the methods in projects/README.md, and the figures in each one's README.
 
     tools/methods_table.py                                    # writes them
-    tools/methods_table.py --losses output/compare/methods    # first takes the losses of runs
+    tools/methods_table.py --losses studies/output/methods    # first takes the losses of runs
 
 What a project says of itself is ``SUMMARY`` in its ``__init__.py``. Parameters are counted on the
 shipped configs. Costs are those of projects/results/step.json, written by
@@ -291,6 +291,8 @@ def main() -> None:
     parser.add_argument("--losses", type=Path, help="folder of the runs of ssim-kd compare")
     args = parser.parse_args()
     if args.losses:
+        if not args.losses.is_dir():
+            parser.error(f"--losses {args.losses}: no such folder; expected that of a study's runs")
         collect_losses(args.losses)
     write_between(
         README, BEGIN, f"{table(COLUMNS, (row.values() for row in rows()))}\n\n{notes()}", END
