@@ -140,12 +140,18 @@ def test_export_killed(tmp_path) -> None:
     export(tmp_path / "out", 1)
     draw, complete = random.Random(0), 0
     for trial in range(50):
+        read, write = os.pipe()
         child = os.fork()
         if not child:
             for number in range(2, 1000):
                 export(tmp_path / "out", number)
+                os.write(write, b".")
             os._exit(0)
-        time.sleep(draw.uniform(0.005, 0.06))
+        if trial % 2:  # however slow the disk is: at least one has come through
+            os.read(read, 1)
+        time.sleep(draw.uniform(0.001, 0.06))
+        os.close(read)
+        os.close(write)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         files = {path.name: path for path in (tmp_path / "out").iterdir() if path.is_file()}
