@@ -41,7 +41,7 @@ test: $(READY)
 	$(RUN) -m pytest -m "not faults" -n 2 --dist loadfile $(ARGS)
 
 faults: $(READY)
-	$(RUN) -m pytest -m faults $(ARGS)
+	$(RUN) -m pytest -m faults -n 2 $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
