@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Of torch and Detectron2, about each other; a user can do nothing about them.
 _NOISE = (
@@ -121,11 +121,16 @@ class _Formats(argparse.Action):
         namespace.opts = [*(namespace.opts or []), *values[len(names) :]]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and " -" not in message:
+            message += "; expected all KEY VALUE pairs together: flags go before or after them"
+        super().error(message)
+
+
 def _parser(description: str | None, program: str | None, **more: Any) -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=style, **more
-    )
+    parser = _Parser(prog=program, description=description, formatter_class=style, **more)
     # A value, not a flag: argparse itself knows -1 and -0.5, but neither -1e-3 nor -inf.
     parser._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)", re.IGNORECASE)
     return parser

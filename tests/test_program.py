@@ -67,6 +67,12 @@ def test_argument_parser_has_what_detectron2_has() -> None:
     assert {name: ours[name] for name in theirs} == theirs
 
 
+def test_argument_parser_says_that_pairs_stand_together(capsys) -> None:
+    with pytest.raises(SystemExit):
+        argument_parser().parse_args(["SEED", "1", "--teacher", "t", "OUTPUT_DIR", "o"])
+    assert "OUTPUT_DIR o; expected all KEY VALUE pairs together" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_export_parser_ends_formats_at_the_first_pair(order: int, capsys) -> None:
     parts = [["--config-file", "c", "--output", "o"], ["--formats", "stock", "int8"]][::order]

@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,10 @@ def local_file(path: str, *, key: str) -> str:
         if "://" in str(local):
             reason = f"no handler of Detectron2's PathManager reads it. Set {key} to a file."
         else:
-            reason = "no such file. Correct the path, or make the file first."
+            there = sorted(path.name for path in Path(local).parent.glob("*.pth"))
+            reason = "no such file. " + (
+                f"Its folder has {there}." if there else "Correct the path, or make the file first."
+            )
         raise ValueError(f"{key} is {shown!r}: {reason}")
     return str(local)
 

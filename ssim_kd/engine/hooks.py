@@ -16,7 +16,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import distributed as dist
 from torch import nn
 
-from ..checkpoint import BEST
+from ..checkpoint import BEST, FINAL
 from ..modeling import unwrap
 from ..trackers import Accessory
 from .evaluation import box_ap
@@ -165,6 +165,7 @@ class BestCheckpoint(HookBase):
 
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
+        self._offered = False
 
     def offer(self, results: Mapping[str, Any]) -> None:
         """Compare the results of an evaluation, whose checkpoint was saved before it.
@@ -173,6 +174,7 @@ class BestCheckpoint(HookBase):
             results: by task, or by data set if there are several; empty but on the main process.
         """
         ap = box_ap(results)
+        self._offered = self._offered or bool(results)
         saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
         if ap > self._best.get("AP", -1.0) and saved:  # NaN is never the best
             # The last evaluation comes after the loop, whose iter is then max_iter.
@@ -183,6 +185,12 @@ class BestCheckpoint(HookBase):
     def after_train(self) -> None:
         """Log which checkpoint was the best, if it can be read."""
         if not self._best:
+            if self._offered:
+                logger.info(
+                    "No %s: no evaluation had a box AP, for example because nothing was detected. "
+                    "%s is the last student.",
+                    *(BEST, FINAL),
+                )
             return
         path = os.path.join(self.trainer.checkpointer.save_dir, BEST)
         best = f"{path}, box AP {self._best['AP']:.2f} at iteration {self._best['iteration']}"

@@ -64,6 +64,8 @@ def test_read_weights_no_file(model, tmp_path) -> None:
     refused(model, "", "is empty; expected a .pth or .pkl file or a URL")
     refused(model, tmp_path / "none.pth", "no such file")
     refused(model, tmp_path, "no such file")
+    (tmp_path / "model_final.pth").touch()
+    refused(model, tmp_path / "model_best.pth", r"no such file.*\['model_final\.pth'\]")
     refused(model, "nowhere://weights.pkl", "nowhere://weights.pkl.*no handler")
     refused(model, "https://192.0.2.1/weights.pkl", "not available")
 

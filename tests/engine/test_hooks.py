@@ -163,3 +163,13 @@ def test_best_checkpoint_is_that_of_its_evaluation(iteration, tmp_path, caplog) 
     hook.offer({"bbox": {"AP": 41.5}})
     hook.after_train()
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_best_checkpoint_of_no_number_is_said_to_be_none(tmp_path, caplog) -> None:
+    hook = BestCheckpoint()
+    checkpointer = StudentCheckpointer(nn.Identity(), str(tmp_path))
+    hook.trainer = SimpleNamespace(checkpointer=checkpointer, iter=4, max_iter=4)
+    hook.offer({"bbox": {"AP": float("nan")}})
+    with caplog.at_level("INFO"):
+        hook.after_train()
+    assert "model_best.pth" in caplog.text and "model_final.pth" in caplog.text
