@@ -68,7 +68,7 @@ def class_parts(page: Comparison) -> dict[str, Any]:
     own, before = page.columns[0], page.of_role("control", "start")
     names = {k: k.removeprefix("AP-") for k in own.ap if k.startswith("AP-")}
     if not names:
-        reason = "no evaluation" if not own.ap else "the evaluation has none, as with one class"
+        reason = "one class, or no detections" if own.ap else "no evaluation"
         page.note("ap", f"AP by class: not available: {reason}")
         return {"class_chart": None, "class_rows": [], "class_note": ""}
 
