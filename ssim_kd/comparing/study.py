@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..config_files import find_config_file
-from ..yaml_files import read_with_bases
+from ..yaml_files import dotted, read_with_bases
 from .short_form import expand
 
 TEACHER = "MODEL.DISTILL.TEACHER.NAME"
@@ -243,15 +243,7 @@ def _named_arms(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 @functools.cache
 def flattened(config: Path) -> dict[str, Any]:
     """What a config file and its bases set, by dotted key; what they leave out is a default."""
-
-    def keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from keys(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(keys(read_with_bases(str(config))[0]))
+    return dict(dotted(read_with_bases(str(config))[0]))
 
 
 def _renamed(values: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

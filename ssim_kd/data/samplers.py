@@ -33,7 +33,7 @@ def batch_order(
     groups: NDArray[np.int64] | None,
     start_iter: int = 0,
 ) -> Iterator[list[Draw]]:
-    """Yield the batches of one rank, from a given iteration on, for ever.
+    """Yield the batches of one rank without end, beginning at an iteration.
 
     Args:
         indices: the endless stream of indices of this rank.

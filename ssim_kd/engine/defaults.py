@@ -90,10 +90,12 @@ def _prepare(
     stack: contextlib.ExitStack, args: argparse.Namespace, *rest: Any
 ) -> Callable[[], Any]:
     """All that comes before the first step; returns what is then left to do."""
-    # Before the processes read the data together, and after: what was read may differ.
-    for data in (False, True):
-        recipe = recipe_of(args, *rest, data=data)
-        _check_same_on_all(recipe.text, args)
+    if comm.get_world_size() > 1:
+        # Before the processes read the data together.
+        _check_same_on_all(recipe_of(args, *rest, data=False).text, args)
+    recipe = recipe_of(args, *rest)
+    # What was read may differ.
+    _check_same_on_all(recipe.text, args)
     if is_evaluation(args):
         return recipe.evaluation()
     return recipe.prepare(stack, resume=args.resume).train

@@ -1,7 +1,7 @@
 """Random streams whose numbers do not change with the versions of the libraries.
 
-NumPy promises that ``SeedSequence`` and the raw output of ``PCG64`` stay as they are for ever, but
-not what the methods of ``Generator`` make of it. So only raw integers are taken from NumPy here.
+NumPy promises that ``SeedSequence`` and the raw output of ``PCG64`` never change, but not what the
+methods of ``Generator`` make of it. So only raw integers are taken from NumPy here.
 """
 
 from typing import Any

@@ -11,6 +11,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from ...config_files import near_keys
+from ...yaml_files import dotted
 from ..teacher import FrozenTeacher
 from .base import DISTILLER_REGISTRY, Distiller
 
@@ -166,7 +167,7 @@ def _override(cfg: CfgNode, term: list[Any]) -> None:
         if not known or isinstance(node, CfgNode) or key in ("TERMS", "NAME", "ENABLED"):
             raise ValueError(
                 f"MODEL.DISTILL.TERMS: {key!r} in {term} is not a key of a distiller; "
-                f"{_expected(str(key), _leaves(cfg.MODEL.DISTILL))}"
+                f"{_expected(str(key), [name for name, _ in dotted(cfg.MODEL.DISTILL)])}"
             )
         if key == "LOSS_WEIGHT":  # a number or "auto"
             cfg.MODEL.DISTILL.LOSS_WEIGHT = None
@@ -174,13 +175,6 @@ def _override(cfg: CfgNode, term: list[Any]) -> None:
             cfg.merge_from_list([f"MODEL.DISTILL.{key}", value])
         except (ValueError, AssertionError) as error:
             raise ValueError(f"MODEL.DISTILL.TERMS: {key} in {term}: {error}") from error
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key, value in node.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
-    return found
 
 
 def _expected(name: object, known: list[str]) -> str:
