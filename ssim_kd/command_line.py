@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Of torch and Detectron2, about each other; a user can do nothing about them.
 _NOISE = (
@@ -104,7 +104,7 @@ class _Pairs(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
     ) -> None:
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values])
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), *values])
 
 
 class _Formats(argparse.Action):
@@ -117,15 +117,15 @@ class _Formats(argparse.Action):
         unknown = [name for name in names or values if name not in FORMATS]
         if unknown:
             raise argparse.ArgumentError(self, f"{unknown}; expected some of {list(FORMATS)}")
-        namespace.formats = names
-        namespace.opts = [*(namespace.opts or []), *values[len(names) :]]
+        namespace.formats, pairs = names, values[len(names) :]
+        if pairs:
+            namespace.opts = [*(getattr(namespace, "opts", None) or []), *pairs]
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments") and " -" not in message:
-            message += "; expected all KEY VALUE pairs together: flags go before or after them"
-        super().error(message)
+    """Takes flags between KEY VALUE pairs as well."""
+
+    parse_args = argparse.ArgumentParser.parse_intermixed_args  # type: ignore[assignment]
 
 
 def _parser(description: str | None, program: str | None, **more: Any) -> argparse.ArgumentParser:
@@ -206,7 +206,7 @@ def argument_parser(
         "opts",
         default=[],
         nargs="*",
-        help='overrides: KEY VALUE pairs, all together; "path.key=value" for a LazyConfig',
+        help='overrides: KEY VALUE pairs; "path.key=value" for a LazyConfig',
     )
     return parser
 

@@ -74,7 +74,7 @@ def write_stock_config(
         return kept
 
     kept = keep(student_config(cfg), stock, ours)
-    kept.MODEL.WEIGHTS = weights
+    kept.MODEL.WEIGHTS, kept.OUTPUT_DIR = weights, stock.OUTPUT_DIR
     comment = notes_on(weights, classes)
     if "MODEL.TIMM" in further:
         comment += _TIMM_COMMENT

@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 #: Of a training, in its OUTPUT_DIR.
 METRICS_FILE = "metrics.json"
+# Detectron2's COCOEvaluator has NaN if nothing is detected.
+_BOX_AP = re.compile(r"(?:.+/)?bbox/AP(?:50|75)?", re.S)
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Metrics:
 def read_metrics(folder: Path) -> Metrics:
     """Read the metrics of a training. If it was resumed, each iteration counts once.
 
+    A box AP without a number is 0: nothing was detected.
+
     Args:
         folder: of the training, its OUTPUT_DIR.
 
@@ -71,6 +76,7 @@ def _row(line: str) -> dict[str, float] | None:
     try:
         found = json.loads(line)
         row = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
+        row |= {k: 0.0 for k, v in row.items() if math.isnan(v) and _BOX_AP.fullmatch(k)}
         row["iteration"] = int(row["iteration"])
         return row
     except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):

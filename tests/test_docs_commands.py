@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import functools
 import inspect
 import re
 import runpy
@@ -27,6 +28,7 @@ from omegaconf import OmegaConf
 
 from ssim_kd import DistilledDetector, FrozenTeacher, SSIMDistiller
 from ssim_kd.__main__ import COMMANDS as ssim_kd_commands
+from ssim_kd.command_line import _Parser
 from ssim_kd.config_loading.yaml_config import apply_data
 from ssim_kd.engine import argument_parser, load_config
 from ssim_kd.modeling import external_teacher, teacher_source
@@ -67,15 +69,16 @@ class Parsed(Exception):
 @pytest.fixture
 def read_arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Starts a program with its arguments, and stops it once it has read them."""
-    parse = argparse.ArgumentParser.parse_args
+    parsers = {kind: kind.parse_args for kind in (argparse.ArgumentParser, _Parser)}
 
-    def parse_and_stop(*args: Any, **kwargs: Any) -> None:
-        raise Parsed(parse(*args, **kwargs))
+    def stop(parser: Any, parse: Any, *args: Any) -> None:
+        raise Parsed(parse(parser, *args))
 
     def read(program: str, arguments: list[str]) -> argparse.Namespace:
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         with monkeypatch.context() as patch:
-            patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+            for parser, parse in parsers.items():
+                patch.setattr(parser, "parse_args", functools.partialmethod(stop, parse))
             with pytest.raises(Parsed) as stopped:
                 if program.endswith(".py"):
                     runpy.run_path(str(ROOT / program), run_name="__main__")
@@ -206,6 +209,18 @@ def test_yaml_of_the_pages_is_a_config_or_a_data_file(user: World) -> None:
         else:
             cfg.merge_from_other_cfg(CfgNode(content))
         assert content, page
+
+
+def test_configs_of_small_runs_are_trained(user: World, tmp_path: Path) -> None:
+    for name, text in zip(
+        ("student", "teacher"), fences(ROOT / "docs/small_runs.md", "yaml"), strict=True
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        arguments = ["--config-file", str(tmp_path / f"{name}.yaml"), "--epochs", "1"]
+        arguments += ["--data", str(user.folder / "data.yaml")]
+        cfg = load_config(argument_parser().parse_args(arguments), add_project_configs)
+        assert "loss_cls" in train_losses(build(cfg), make_batch([(96, 96)]))
+    assert cfg.MODEL.RESNETS.DEPTH == 34 and cfg.MODEL.DISTILL.IN_FEATURES == ["p2", "p3"]
 
 
 def test_python_of_the_pages_is_run() -> None:

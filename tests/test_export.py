@@ -243,6 +243,7 @@ def test_main_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) ->
     stock = get_cfg()
     stock.merge_from_file(str(output / "student.yaml"))
     assert stock.MODEL.DEVICE == "cpu" and stock.MODEL.WEIGHTS == "model.pth"
+    assert stock.OUTPUT_DIR == get_cfg().OUTPUT_DIR  # not that of the training
     with pytest.raises(AssertionError, match=r"model\.pth"):  # no untrained detector
         DefaultPredictor(stock)
     moved = tmp_path / "elsewhere"

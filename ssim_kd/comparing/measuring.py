@@ -43,12 +43,12 @@ def measure(
     sets = _datasets(folder).TEST
     # Of several sets the last: its detections are those that the folder holds.
     box = f"{sets[-1]}/bbox" if len(sets) > 1 else "bbox"
-    # Detectron2 has NaN if nothing is detected.
-    metrics = {name: _or_zero(series[f"{box}/{name}"].values[-1]) for name in NAMES}
+    metrics = {name: series[f"{box}/{name}"].values[-1] for name in NAMES}
     metrics |= by_size(folder, Path(request["cwd"]), request["small_box"])
     own = {
+        "test_set": sets[-1],
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
-        "curve": [[i, round(_or_zero(ap), 2)] for i, ap in series[f"{box}/AP"].pairs()],
+        "curve": [[i, round(ap, 2)] for i, ap in series[f"{box}/AP"].pairs()],
         **measured,
         "weights_sha256": weights_hash(folder / "model_final.pth"),
         "commit": read_run_file(folder).get("commit", ""),
@@ -83,10 +83,6 @@ def by_size(folder: Path, cwd: Path, small_box: float) -> dict[str, float]:
         values = values[values > -1]  # empty: the set has no box of that size
         sizes[name] = 100 * float(np.mean(values)) if values.size else math.nan
     return sizes
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def _datasets(folder: Path) -> CfgNode:

@@ -36,6 +36,8 @@ def write_report(study: Study, records: Records, page: Path | None) -> None:
 
 def _page(study: Study, records: Records, stages: list[Stage], page: Path) -> str:
     parts = [f"# {study.content.get('title', study.name)}\n", _included(study, "findings")]
+    sets = sorted({record["test_set"] for record in records.runs.values() if "test_set" in record})
+    parts += [f"Box AP on {', '.join(sets)} after the last iteration.\n"] if sets else []
     if study.models:
         parts += ["## Models\n", tables.models_table(study, records)]
     for stage in stages:

@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..data.coco import own_json_file
@@ -54,16 +55,28 @@ class ScoredCOCOEvaluator(COCOEvaluator):
             with PathManager.open(path, "w") as file:
                 file.write(json.dumps(results))
         for task in sorted(self._tasks or self._tasks_from_predictions(results)):
-            scores = self._score(results, task, img_ids) if results else None
+            scores = self._score(results, task, img_ids)
             names = self._metadata.get("thing_classes")
             self._results[task] = self._derive_coco_results(scores, task, class_names=names)
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Any = None
+    ) -> dict[str, float]:
+        # Without detections the AP is 0. Detectron2 has NaN, which stands for no ground truth.
+        coco_eval = coco_eval or self._score([], iou_type, None)
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
     def _score(self, results: list[dict[str, Any]], task: str, images: Any) -> COCOeval:
         # Masks are small, medium or large by their own area, not by that of a box.
         left_out = "bbox" if task == "segm" else ""
         results = [{k: v for k, v in row.items() if k != left_out} for row in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            found = self._coco_api.loadRes(results)
+            if results:
+                found = self._coco_api.loadRes(results)
+            else:  # which loadRes does not take
+                found = COCO()
+                found.dataset = {**self._coco_api.dataset, "annotations": []}
+                found.createIndex()
         scores = score(
             self._coco_api,
             found,

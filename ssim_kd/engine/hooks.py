@@ -187,8 +187,7 @@ class BestCheckpoint(HookBase):
         if not self._best:
             if self._offered:
                 logger.info(
-                    "No %s: no evaluation had a box AP, for example because nothing was detected. "
-                    "%s is the last student.",
+                    "No %s: no evaluation had a box AP. %s is the last student.",
                     *(BEST, FINAL),
                 )
             return

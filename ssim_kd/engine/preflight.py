@@ -310,8 +310,7 @@ def check_teacher(settings: Settings, results: Mapping[str, Any] | None) -> None
     if math.isnan(reached):
         raise ValueError(
             f"{key} is {expected}, but the evaluation of the teacher has no box AP: the first test "
-            "set has no ground truth that counts, or the teacher detects no boxes. Expected a set "
-            f"with both, or {key} 0."
+            f"set has no boxes that count. Expected a set that has, or {key} 0."
         )
     if reached < expected:
         raise ValueError(

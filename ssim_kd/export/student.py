@@ -54,7 +54,7 @@ class Student:
     Attributes:
         model: on the CPU, in eval mode.
         side: the shorter one of its images, in pixels.
-        test, train: load images of DATASETS.TEST and DATASETS.TRAIN as they are evaluated.
+        test, train: load images of the last of DATASETS.TEST and the first of DATASETS.TRAIN.
         evaluator: of the former.
         write_stock: writes the config that stock Detectron2 builds it from.
         classes: names in the order of the detections' classes; () if they are not known.
@@ -91,9 +91,9 @@ def yaml_student(args: argparse.Namespace) -> Student:
     return Student(
         model.eval(),
         cfg.INPUT.MIN_SIZE_TEST or 640,
-        lambda: build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]),
+        lambda: build_detection_test_loader(cfg, cfg.DATASETS.TEST[-1]),
         lambda: build_detection_test_loader(cfg, cfg.DATASETS.TRAIN[0]),
-        lambda: build_evaluator(cfg, cfg.DATASETS.TEST[0], str(args.output / "inference")),
+        lambda: build_evaluator(cfg, cfg.DATASETS.TEST[-1], str(args.output / "inference")),
         write_stock,
         classes,
     )
@@ -101,15 +101,18 @@ def yaml_student(args: argparse.Namespace) -> Student:
 
 def _check_sets(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Compare nothing if no set is given; raise if a flag asked for it."""
-    for asked, key in ((args.evaluate, "TEST"), ("int8" in args.formats, "TRAIN")):
-        first = cfg.DATASETS[key][:1]
-        if asked and not (first and first[0] in DatasetCatalog):
+    test, train = cfg.DATASETS.TEST[-1:], cfg.DATASETS.TRAIN[:1]
+    for asked, key, used in (
+        (args.evaluate, "TEST", test),
+        ("int8" in args.formats, "TRAIN", train),
+    ):
+        if asked and not set(used) & set(DatasetCatalog):
             raise ExportError(
                 f"DATASETS.{key} is {cfg.DATASETS[key]}; expected a data set of Detectron2 or of "
-                "DATASETS.REGISTER_COCO first, to calibrate int8 or --evaluate on. The code that "
+                "DATASETS.REGISTER_COCO, to calibrate int8 or --evaluate on. The code that "
                 "registers others is not run here."
             )
-    if args.compare and not (cfg.DATASETS.TEST and cfg.DATASETS.TEST[0] in DatasetCatalog):
+    if args.compare and not set(test) & set(DatasetCatalog):
         print(f"Not compared: DATASETS.TEST is {cfg.DATASETS.TEST}, none that is registered here.")
         args.compare = 0
 

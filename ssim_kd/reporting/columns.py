@@ -12,6 +12,7 @@ from .detections import Detections, TestSet, detections_of, find_test_set, read_
 from .errors import evaluate_boxes
 from .relatives import (
     check_same_test_set,
+    differences,
     find_control,
     find_start,
     find_teacher,
@@ -37,8 +38,8 @@ class Column:
             with.
         label: its name on the page.
         number: of its colour.
-        ap: box AP on the first test set, 0 to 100, under the names of Detectron2.
-        detections: on the last test set; None if they are not available.
+        ap: box AP on the last test set, 0 to 100, under the names of Detectron2.
+        detections: on that set; None if they are not available.
     """
 
     run: Run
@@ -113,6 +114,8 @@ def compare(
         control = page.attempt("ap", "Control", _control_of_all, runs)
     if control is not None:
         _add(page, control, "control")
+        for run in runs:
+            _note_differences(page, run, control)
     elif len(runs) == 1 and runs[0].distils:
         start = page.attempt("ap", "AP of the start weights", find_start, runs[0])
         if start is not None:
@@ -127,6 +130,21 @@ def compare(
     for column in page.columns:
         _read_ap(page, column)
     return page
+
+
+def _note_differences(page: Comparison, run: Run, control: Run) -> None:
+    """Name what else the gain comes from. A LazyConfig's keys may differ and mean the same."""
+    if not (run.config and control.config) or run.is_lazy or control.is_lazy:
+        return
+    found = differences(run, control)
+    if found:
+        named = [f"{key} ({theirs}, not {ours})" for key, (ours, theirs) in sorted(found.items())]
+        more = f" and {len(named) - 6} more" if len(named) > 6 else ""
+        page.note(
+            "result",
+            f"{control.folder} is not the control of {run.folder}: it differs in "
+            f"{', '.join(named[:6])}{more}. The gain is not that of distillation alone",
+        )
 
 
 def _control_of_all(runs: Sequence[Run]) -> Run:
@@ -191,7 +209,7 @@ def _read_detections(page: Comparison) -> None:
 
 def _own_detections(page: Comparison, column: Column) -> Detections:
     assert page.test_set is not None and page.truth is not None
-    check_same_test_set(page.columns[0].run, column.run, last=True)
+    check_same_test_set(page.columns[0].run, column.run)
     if column.role == "teacher" and column.run.config is not page.columns[0].run.config:
         # Its folder shows its last weights.
         wanted = teacher_iteration(page.student, column.run)
@@ -220,7 +238,7 @@ def _read_ap(page: Comparison, column: Column) -> None:
             for name, known in series.items()
             if at in known.iterations
         }
-    elif column.detections and page.truth and len(run.test_sets) == 1:
+    elif column.detections and page.truth:
         found = column.detections
         column.ap = evaluate_boxes(page.truth, found.found, limit=found.limit)
         page.note("ap", f"{what}: computed by pycocotools from its detections.")
@@ -228,7 +246,7 @@ def _read_ap(page: Comparison, column: Column) -> None:
     else:
         page.note("ap", f"{what}: not available: no evaluation in {run.folder / 'metrics.json'}")
         return
-    if column.detections and len(run.test_sets) == 1:
+    if column.detections:
         ap50 = column.detections.errors.ap50
         if abs(ap50 - column.ap.get("AP50", ap50)) > 0.05:
             page.note(

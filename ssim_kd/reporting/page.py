@@ -93,7 +93,7 @@ def _subtitle(shown: Sequence[Column]) -> str:
         parts.append("distilled" if run.distils else "plain, without distillation")
     iterations = run.get("SOLVER.MAX_ITER", "train.max_iter")
     parts += [f"{iterations} iterations"] if iterations else []
-    return " · ".join([*parts, *run.test_sets[:1]])
+    return " · ".join([*parts, *(f"AP on {name}" for name in run.test_sets[-1:])])
 
 
 def _term(run: Run, term: Sequence[Any]) -> str:

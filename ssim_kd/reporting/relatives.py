@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import BEST
 from ..metrics_file import METRICS_FILE
@@ -42,7 +43,7 @@ def teacher_iteration(run: Run, teacher: Run) -> int | None:
         NotAvailableError: the weights are a checkpoint that was not evaluated.
     """
     name = Path(_teachers_weights(run)).name
-    series = teacher.boxes().get("AP")
+    series = teacher.boxes(0).get("AP")
     best = name == BEST or (not name and not _has_final(teacher))
     if series is None:
         return None
@@ -67,18 +68,13 @@ def _has_final(run: Run) -> bool:
     return (run.folder / "model_final.pth").is_file()
 
 
-def check_same_test_set(run: Run, other: Run, *, last: bool = False) -> None:
-    """Two runs can be compared if they were tested on the same boxes.
-
-    Args:
-        run, other: the runs.
-        last: compare the last of their test sets, whose detections are left; else the first.
+def check_same_test_set(run: Run, other: Run) -> None:
+    """Two runs can be compared if their last test sets have the same boxes.
 
     Raises:
-        NotAvailableError: they were not, or that is unknown.
+        NotAvailableError: they have not, or that is unknown.
     """
-    place = -1 if last else 0
-    ours, theirs = (r.test_sets[place] if r.test_sets else "no known set" for r in (run, other))
+    ours, theirs = (r.test_sets[-1] if r.test_sets else "no known set" for r in (run, other))
     if ours != theirs:
         raise NotAvailableError(f"{other.folder} was tested on {theirs}, not on {ours}")
     try:
@@ -107,7 +103,7 @@ def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
         there = all((folder / name).is_file() for name in ("config.yaml", METRICS_FILE))
         if there and folder != run.folder.resolve():
             other = read_config(folder)
-            if not other.distils and _same_recipe(run, other):
+            if not other.distils and not differences(run, other):
                 found.append(read_run(folder))
     found = [other for other in found if other.boxes()]
     found = [other for other in found if other.folder in shown] or found
@@ -120,12 +116,12 @@ def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
     raise NotAvailableError(f"{reason}. {_NAMED.format(flag='--control')}")
 
 
-def _same_recipe(run: Run, other: Run) -> bool:
-    keys = {k for k in run.config.keys() | other.config.keys() if not _MAY_DIFFER.fullmatch(k)}
-    architectures = {_architecture(run), _architecture(other)}
-    return len(architectures) == 1 and all(
-        run.config.get(key) == other.config.get(key) for key in keys
-    )
+def differences(run: Run, other: Run) -> dict[str, tuple[Any, Any]]:
+    """What the configs of two runs differ in, except for distillation, by key."""
+    pairs = {k: (run.config.get(k), other.config.get(k)) for k in run.config | other.config}
+    pairs = {k: pair for k, pair in pairs.items() if not _MAY_DIFFER.fullmatch(k)}
+    pairs["MODEL.META_ARCHITECTURE"] = (_architecture(run), _architecture(other))
+    return {key: (ours, theirs) for key, (ours, theirs) in pairs.items() if ours != theirs}
 
 
 def _architecture(run: Run) -> str:

@@ -95,11 +95,12 @@ class Run:
                 found.setdefault(place, {})[match["metric"]] = series
         return found
 
-    def boxes(self, name: str | None = None) -> dict[str, Series]:
-        """The metrics of the boxes ("AP", "AP50", "AP-person", ...) on a set, or on the first."""
-        found = self.evaluations()
-        first = self.test_sets[0] if self.test_sets else ""
-        return found.get((first if name is None else name, "bbox"), {})
+    def boxes(self, place: int = -1) -> dict[str, Series]:
+        """The metrics of the boxes ("AP", "AP50", "AP-person", ...) on the last set.
+
+        ``place`` 0: on the first, by which the best checkpoint was chosen.
+        """
+        return self.evaluations().get((self.test_sets[place] if self.test_sets else "", "bbox"), {})
 
 
 def read_run(folder: Path) -> Run:

@@ -85,8 +85,6 @@ def result_row(page: Comparison, column: Column) -> dict[str, Any]:
     facts["gain"] = None
     if before is not None and "AP" in before.ap and not column.is_reference and column.ap:
         facts["gain"] = column.ap["AP"] - before.ap["AP"]
-    if column.ap and column.ap["AP"] != column.ap["AP"]:
-        page.note("result", f"AP of {column.label}: no number: the evaluation had no predictions")
     times = [v for _, v in series.get("time", Series()).finite()]
     waits = [v for _, v in series.get("data_time", Series()).finite()]
     facts["seconds"] = median(times) if times else None
@@ -106,11 +104,11 @@ def result_row(page: Comparison, column: Column) -> dict[str, Any]:
 
 
 def other_sets(page: Comparison) -> Iterable[tuple[str, str, str, list[float | None]]]:
-    """Label, set, task and figures of all evaluations but that of the boxes on the first set."""
+    """Label, set, task and figures of all evaluations but that of the boxes on the last set."""
     for column in page.columns:
-        first = column.run.test_sets[0] if column.run.test_sets else ""
+        last = column.run.test_sets[-1] if column.run.test_sets else ""
         for (name, task), series in column.run.evaluations().items():
-            if (name, task) == (first, "bbox"):
+            if (name, task) == (last, "bbox"):
                 continue
             values = [series[n].values[-1] if n in series else None for n in AP_COLUMNS]
             if any(value is not None for value in values):

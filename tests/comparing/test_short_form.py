@@ -60,6 +60,7 @@ def test_example_is_trained_at_the_first_try(
         assert ("distill/pkd_p2" in (run / "metrics.json").read_text()) == (name == "pkd")
     page = (folder / "results" / "study.md").read_text()
     assert "pkd − plain" in page and "| pkd | own |" in page and "## Models" not in page
+    assert "Box AP on parts_test" in page
     assert "`ssim-kd compare study.yaml --docs results/study.md`" in page
     said = capsys.readouterr()
     assert "(2 of 2) students/pkd/1: AP" in said.out + said.err

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -78,12 +79,12 @@ def score(cfg, name, *, keypoints=0.0, shown=None):
     """Results of perfect detections; keypoints are off by so many pixels."""
     (record,) = DatasetCatalog.get(name)
     rows = record["annotations"][:shown]
-    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32)
+    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     found = Instances((480, 480))
     found.pred_boxes, found.scores = Boxes(boxes), torch.full((len(rows),), 0.9)
     found.pred_classes = torch.zeros(len(rows), dtype=torch.long)
-    if "keypoints" in rows[0]:
+    if any("keypoints" in row for row in rows):
         found.pred_keypoints = torch.tensor([row["keypoints"] for row in rows]).reshape(
             len(rows), -1, 3
         )
@@ -110,6 +111,16 @@ def test_build_evaluator_up_to_100_detections_is_cocos(cfg, tmp_path, limit):
     register("few", objects(5), tmp_path)
     cfg.TEST.DETECTIONS_PER_IMAGE = limit
     assert score(cfg, "few")["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_build_evaluator_no_detections_are_0_ap(cfg, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("ssim_kd.engine.coco_evaluation.is_fast", lambda _: fast)
+    register("missed", objects(5), tmp_path)
+    found = score(cfg, "missed", shown=0)["bbox"]
+    # Boxes of 20 x 20 pixels are small; there are none of another size.
+    assert [found.get(name) for name in ("AP", "AP50", "AP75", "APs")] == [0] * 4
+    assert math.isnan(found["APm"]) and math.isnan(found["APl"])
 
 
 @pytest.mark.parametrize("ids", [range(0, 4), [0] * 4, ["a", "b", "c", "d"], [None, 1, 2.5, -1]])

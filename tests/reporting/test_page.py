@@ -258,9 +258,9 @@ def test_write_report_with_several_test_sets(tmp_path: Path) -> None:
     cfg = config(entry, DATASETS__TEST=["other", "made_val"])
     metrics = [{"iteration": 9, "other/bbox/AP": 11.0, "made_val/bbox/AP": 12.0}]
     page = page_of(write_run(tmp_path / "run", cfg, metrics))
-    assert page.row("run")[1] == "11.0" and "on other" in page.sections["result"]
-    assert ["run", "made_val", "bbox", "12.0", "–", "–", "–", "–", "–"] in page.rows
-    # What the folder holds are the detections on the last one.
+    # The last one, whose detections the folder holds.
+    assert page.row("run")[1] == "12.0" and "on made_val" in page.sections["result"]
+    assert ["run", "other", "bbox", "11.0", "–", "–", "–", "–", "–"] in page.rows
     assert page.row("AP50") == ["AP50", "29.5"]
 
 
@@ -274,6 +274,16 @@ def test_find_control_where_it_is_not_certain(tmp_path: Path) -> None:
     with pytest.raises(NotAvailableError, match="several") as caught:
         find_control(read_run(run))
     assert "again" in str(caught.value) and "--control" in str(caught.value)
+
+
+def test_write_report_names_what_a_control_differs_in(tmp_path: Path) -> None:
+    run, control, _ = write_pair(tmp_path)
+    assert "is not the control" not in page_of(run, control=control).sections["result"]
+    cfg = yaml.safe_load((control / "config.yaml").read_text())
+    cfg["SOLVER"] |= {"MAX_ITER": 30, "IMS_PER_BATCH": 4}
+    (control / "config.yaml").write_text(yaml.safe_dump(cfg))
+    said = page_of(run, control=control).sections["result"]
+    assert "SOLVER.MAX_ITER (30, not 60)" in said and "SOLVER.IMS_PER_BATCH (4, not 8)" in said
 
 
 def test_find_control_of_another_name_for_the_trackers(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_read_run_with_values_that_are_not_finite(tmp_path: Path) -> None:
 def test_read_run_with_several_test_sets(tmp_path: Path) -> None:
     metrics = [{"iteration": 9, "first/bbox/AP": 1.0, "a/b/bbox/AP": 2.0, "a/b/segm/AP50": 3.0}]
     run = run_of(tmp_path, metrics, DATASETS__TEST=["first", "a/b"])
-    assert run.boxes()["AP"].values == [1.0] and run.boxes("a/b")["AP"].values == [2.0]
+    assert run.boxes()["AP"].values == [2.0] and run.boxes(0)["AP"].values == [1.0]
     assert set(run.evaluations()) == {("first", "bbox"), ("a/b", "bbox"), ("a/b", "segm")}
 
 
