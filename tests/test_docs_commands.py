@@ -198,6 +198,7 @@ def test_yaml_of_the_pages_is_a_config_or_a_data_file(user: World) -> None:
     assert len(found) >= 4
     for number, (page, text) in enumerate(found):
         content = yaml.safe_load(text)
+        assert content, page
         content.pop("_BASE_", None)
         cfg = full_config()
         if "arms" in content:  # tests/comparing/test_short_form.py
@@ -208,15 +209,14 @@ def test_yaml_of_the_pages_is_a_config_or_a_data_file(user: World) -> None:
             apply_data(cfg, str(path), ())
         else:
             cfg.merge_from_other_cfg(CfgNode(content))
-        assert content, page
 
 
 def test_configs_of_small_runs_are_trained(user: World, tmp_path: Path) -> None:
-    for name, text in zip(
+    for file, text in zip(
         ("student", "teacher"), fences(ROOT / "docs/small_runs.md", "yaml"), strict=True
     ):
-        (tmp_path / f"{name}.yaml").write_text(text)
-        arguments = ["--config-file", str(tmp_path / f"{name}.yaml"), "--epochs", "1"]
+        (tmp_path / f"{file}.yaml").write_text(text)
+        arguments = ["--config-file", str(tmp_path / f"{file}.yaml"), "--epochs", "1"]
         arguments += ["--data", str(user.folder / "data.yaml")]
         cfg = load_config(argument_parser().parse_args(arguments), add_project_configs)
         assert "loss_cls" in train_losses(build(cfg), make_batch([(96, 96)]))

@@ -143,7 +143,7 @@ def _note_differences(page: Comparison, run: Run, control: Run) -> None:
         page.note(
             "result",
             f"{control.folder} is not the control of {run.folder}: it differs in "
-            f"{', '.join(named[:6])}{more}. The gain is not that of distillation alone",
+            f"{', '.join(named[:6])}{more}. The gain is not only that of distillation",
         )
 
 

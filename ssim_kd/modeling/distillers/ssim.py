@@ -84,6 +84,6 @@ class SSIMDistiller(PyramidDistiller):
                 logger.info(
                     "Level %s has maps of %d x %d cells, smaller than MODEL.DISTILL.SSIM."
                     "WINDOW_SIZE %d: they are mirrored beyond their border until the window is "
-                    "full. On small images fewer MODEL.DISTILL.IN_FEATURES gained more. Logged once.",
+                    "full. On small images fewer MODEL.DISTILL.IN_FEATURES gained more.",
                     *(level.level, height, width, self._window_size),
                 )
