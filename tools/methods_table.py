@@ -299,8 +299,10 @@ def main() -> None:
     )
     for name, folder in folders().items():
         readme = folder / "README.md"
-        if readme.is_file() and MEASURED in readme.read_text(encoding="utf-8"):
-            write_between(readme, MEASURED, measured(name), END_MEASURED)
+        if MEASURED not in readme.read_text(encoding="utf-8"):
+            with readme.open("a", encoding="utf-8") as file:
+                file.write(f"\n{MEASURED}\n{END_MEASURED}\n")
+        write_between(readme, MEASURED, measured(name), END_MEASURED)
 
 
 if __name__ == "__main__":

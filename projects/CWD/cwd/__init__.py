@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Shu et al., ICCV 2021",
     "levels": "p2-p6; RetinaNet p3-p6",
     "needs": "",
-    "tests": "projects/CWD/tests",
 }
 
 __all__ = ["SUMMARY", "CWDDistiller", "add_config", "channel_kl"]

@@ -9,7 +9,6 @@ SUMMARY = {
     "paper": "Wang et al., CVPR 2024; Yang et al., ICCV 2023",
     "levels": "dense heads (RetinaNet, FCOS); RoI head of R-CNN",
     "needs": "teacher's heads, equal classes and anchors, ground truth for the number of positives",
-    "tests": "projects/CrossKD/tests",
 }
 
 __all__ = ["SUMMARY", "CrossKDDistiller", "CrossKDRCNNDistiller", "add_config"]

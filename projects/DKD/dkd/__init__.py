@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Zhao et al., CVPR 2022",
     "levels": "RoI head of R-CNN",
     "needs": "teacher's heads, equal classes",
-    "tests": "projects/DKD/tests",
 }
 
 __all__ = ["SUMMARY", "DKDDistiller", "add_config"]

@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Ni et al., IJCAI 2023",
     "levels": "all levels of the FPN; boxes on the first two",
     "needs": "ground truth",
-    "tests": "projects/DRKD/tests",
 }
 
 __all__ = ["SUMMARY", "DRKDDistiller", "add_config"]

@@ -9,7 +9,6 @@ SUMMARY = {
     "paper": "Zhang & Ma, ICLR 2021",
     "levels": "p2-p6; RetinaNet p3-p7",
     "needs": "",
-    "tests": "projects/FBKD/tests",
 }
 
 __all__ = ["SUMMARY", "FBKDDistiller", "NonLocal", "add_config"]

@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Yang et al., CVPR 2022",
     "levels": "p2-p5; RetinaNet p3-p7",
     "needs": "ground truth",
-    "tests": "projects/FGD/tests",
 }
 
 __all__ = ["SUMMARY", "FGDDistiller", "GlobalContext", "add_config"]

@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Kang et al., NeurIPS 2021",
     "levels": "all levels of the FPN, as one sequence",
     "needs": "ground truth; an FPN of one width",
-    "tests": "projects/ICD/tests",
 }
 
 __all__ = ["SUMMARY", "ICDDistiller", "add_config"]

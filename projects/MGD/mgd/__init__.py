@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Yang et al., ECCV 2022",
     "levels": "p2-p5; RetinaNet p3-p7",
     "needs": "",
-    "tests": "projects/MGD/tests",
 }
 
 __all__ = ["SUMMARY", "MGDDistiller", "add_config"]

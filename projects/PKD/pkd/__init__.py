@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Cao et al., NeurIPS 2022",
     "levels": "p2-p5; RetinaNet p3-p6",
     "needs": "",
-    "tests": "projects/PKD/tests",
 }
 
 __all__ = ["SUMMARY", "PKDDistiller", "add_config"]

@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "Chen et al., CVPR 2021",
     "levels": "all levels of the FPN, two or more",
     "needs": "",
-    "tests": "projects/ReviewKD/tests",
 }
 
 __all__ = ["SUMMARY", "ReviewKDDistiller", "add_config"]

@@ -8,7 +8,6 @@ SUMMARY = {
     "paper": "cosine with the patch tokens of a timm ViT, as of DINOv3",
     "levels": "one",
     "needs": "timm; a ViT and its weights",
-    "tests": "projects/VFM/tests",
 }
 
 __all__ = ["SUMMARY", "VFMDistiller", "add_config"]
