@@ -92,7 +92,8 @@ def notes_on(weights: str, classes: Sequence[str]) -> str:
         classes: names in the order of ``pred_classes``; () if they are not known.
     """
     lines = [f"# The weights are in {weights}, next to this file; name it with its folder."]
-    lines += [f"{_CLASSES}{json.dumps([*classes], ensure_ascii=False)}"] * bool(classes)
+    # ASCII: YAML also ends a comment at line breaks of Unicode.
+    lines += [f"{_CLASSES}{json.dumps([*classes])}"] * bool(classes)
     return "".join(f"{line}\n" for line in lines if weights or line.startswith(_CLASSES))
 
 

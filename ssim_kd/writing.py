@@ -9,12 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.file_io import HTTPURLHandler, PathManager
 
 # Ending of a file, and name of a folder, that is being written.
 _TEMPORARY = ".tmp"
 _UNFINISHED = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Downloads(HTTPURLHandler):
+    """Downloads into its cache: with "..", the URL of a received file names any place."""
+
+    def _get_local_path(self, path: str, *args: Any, **kwargs: Any) -> str:
+        if ".." in path.partition("?")[0].split("/"):
+            raise ValueError("its URL has '..' in it; expected one that names the file itself")
+        return str(super()._get_local_path(path, *args, **kwargs))
+
+
+if type(PathManager._path_handlers["http://"]) is HTTPURLHandler:  # a user's stays
+    PathManager.register_handler(_Downloads(), allow_override=True)
 
 
 def is_remote(path: str) -> bool:

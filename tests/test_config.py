@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 
-from ssim_kd.config import add_distill_config, student_config, write_stock_config
+from ssim_kd.config import (
+    add_distill_config,
+    notes_on,
+    read_classes,
+    student_config,
+    write_stock_config,
+)
 from ssim_kd.modeling import DISTILLER_REGISTRY, build_distillers
 from tests.helpers import distilled_config, full_config, stock_config
 
@@ -224,3 +231,14 @@ def test_an_option_reaches_the_distiller(key, value, expected, distiller_of) -> 
 def test_the_loss_weight_reaches_the_distiller(distiller_of) -> None:
     assert distiller_of("LOSS_WEIGHT", 2.5).weight(0.5) == 2.5
     assert distiller_of().weight(0.5) == 4.0
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nX: 1", "a\u2028X: !!python/object/apply:os.system [x]", "\x85X: 1"]
+)
+def test_names_of_classes_are_no_keys(name, tmp_path) -> None:
+    """Of a data set that was received: a comment of YAML ends at each of these line breaks."""
+    path = tmp_path / "student.yaml"
+    path.write_text(notes_on("model.pth", [name]) + "VERSION: 2\n")
+    assert yaml.safe_load(path.read_text()) == {"VERSION": 2}
+    assert read_classes(str(path)) == [name]

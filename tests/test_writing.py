@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detectron2.utils.file_io import PathManager
 
 from ssim_kd import writing
 from ssim_kd.writing import folder_of, write_atomically, write_together
@@ -34,6 +35,14 @@ def test_folder_of() -> None:
     for folder in ("store://", "store://bucket/run/", "runs", ""):
         file = os.path.join(folder, "x.pth")
         assert os.path.join(folder_of(file), "y") == os.path.join(folder, "y")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "detectron2"])
+def test_downloads_stay_in_their_folder(scheme, monkeypatch) -> None:
+    """Whichever file names the URL; what a server sends would lie at any place."""
+    monkeypatch.setattr("iopath.common.file_io.download", lambda *_: pytest.fail("downloaded"))
+    with pytest.raises(ValueError, match=r"'\.\.'"):
+        PathManager.get_local_path(f"{scheme}://host.org/../../site-packages/x.pth?a=1")
 
 
 def test_write_atomically_syncs_before_it_renames(tmp_path, monkeypatch) -> None:

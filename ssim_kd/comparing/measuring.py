@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..checkpoint import read_checkpoint
 from ..data.digits.dataset import DIGITS_NAMES, splits_from_config
 from ..metrics_file import read_metrics
 from ..run_file import read_run_file
@@ -112,7 +113,7 @@ def ground_truth(folder: Path) -> str:
 
 def weights_hash(path: Path) -> str:
     """SHA-256 of the student's tensors: equal where two trainings came to the same bits."""
-    model = torch.load(path, map_location="cpu", weights_only=False)["model"]
+    model = read_checkpoint(str(path))["model"]
     found = hashlib.sha256()
     for name in sorted(model):
         found.update(name.encode())

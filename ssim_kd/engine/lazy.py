@@ -44,7 +44,7 @@ from ..data import (
     build_train_loader,
     train_records,
 )
-from ..modeling import DistilledDetector, FrozenTeacher
+from ..modeling import DistilledDetector, FrozenTeacher, unwrap
 from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
 from ..trackers import TrackerWriter
@@ -182,7 +182,7 @@ class LazyRecipe(ConfigRecipe):
             if comm.is_main_process():
                 LazyConfig.save(without_queries(cfg), os.path.join(self.folder, "config.yaml"))
         node = copy.deepcopy(cfg.optimizer)
-        node.params.model = model
+        node.params.model = unwrap(model)  # rules by name see the plain student's
         main = instantiate(node)
         settings = self.settings()
         base_lr = main.defaults["lr"]

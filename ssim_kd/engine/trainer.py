@@ -24,7 +24,7 @@ from ..data import (
     build_train_loader,
     register_datasets,
 )
-from ..modeling import DistilledDetector, resolved_config, teacher_source
+from ..modeling import DistilledDetector, resolved_config, teacher_source, unwrap
 from ..sharing import without_queries
 from ..trackers import build_trackers
 from ..writing import write_atomically
@@ -65,11 +65,12 @@ class DistillTrainer(Training, DefaultTrainer):
         with named("SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH"):
             cfg = scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
-        if isinstance(model, DistilledDetector):
-            cfg = resolved_config(cfg, list(model.distillers.values()))
+        detector = unwrap(model)  # rules by name see the names of the plain student
+        if isinstance(detector, DistilledDetector):
+            cfg = resolved_config(cfg, list(detector.distillers.values()))
         self.cfg = cfg
         with named("SOLVER (the optimizer)"):
-            optimizer = self.build_optimizer(cfg, model)
+            optimizer = self.build_optimizer(cfg, detector)
         with named("DATASETS, DATALOADER or INPUT (the training loader)"):
             loader = self.build_train_loader(cfg)
         Training.__init__(

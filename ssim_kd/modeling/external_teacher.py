@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 #: Prefix of a name on the Hugging Face hub: "hf://PekingU/rtdetr_r50vd".
 HUB = "hf://"
 _CONFIG, _WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+# Otherwise transformers asks on the terminal whether to run code of the folder.
+_NO_CODE: Any = {"trust_remote_code": False}
 
 
 class HubPathHandler(PathHandler):
@@ -110,11 +112,11 @@ def load_rtdetr(name: str, *, weights: bool = True) -> ModuleTeacher:
     try:
         if weights:
             model, info = detectors.from_pretrained(
-                path, output_loading_info=True, dtype=torch.float32
+                path, output_loading_info=True, dtype=torch.float32, **_NO_CODE
             )
             missing = sorted(k for k in info["missing_keys"] if "num_batches_tracked" not in k)
         else:
-            model = detectors.from_config(transformers.AutoConfig.from_pretrained(path))
+            model = detectors.from_config(transformers.AutoConfig.from_pretrained(path, **_NO_CODE))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The teacher {name!r} is not available as a detector of transformers: {error}"
@@ -160,7 +162,7 @@ def rtdetr_teacher(
 def _pixel_statistics(transformers: Any, path: str) -> dict[str, list[float]]:
     """Mean and standard deviation of pixels in [0, 255], out of the model's image processor."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(path)
+        processor = transformers.AutoImageProcessor.from_pretrained(path, **_NO_CODE)
     except (OSError, ValueError) as error:
         logger.warning(
             "%s has no image processor that is readable (%s): pixels are scaled to [0, 1], as "

@@ -21,6 +21,8 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from ..yaml_files import refuse_aliases_of_aliases
+
 #: Modules that define the parts of detectors.
 _PACKAGES = ("detectron2.modeling.", "detectron2.layers.", "ssim_kd.modeling.", "torch.nn.")
 _PLAIN_CLASSES = (ShapeSpec, Matcher)
@@ -99,6 +101,7 @@ def read_saved_model(path: str) -> DictConfig:
             image_format = _scalar(root, *IMAGE_FORMAT.split("."))
             pairs = root.value if isinstance(root, yaml.MappingNode) else []
             root.value = [pair for pair in pairs if pair[0].value == "model"]
+            refuse_aliases_of_aliases(root, path)
             found = loader.construct_document(root)
         finally:
             loader.dispose()

@@ -301,6 +301,9 @@ def test_weights_hash_is_that_of_the_student(tmp_path: Path) -> None:
         return measuring.weights_hash(path)
 
     assert hash_of(1.0, 2) == hash_of(1.0, 3) != hash_of(1.5, 2)
+    torch.save({"model": Path()}, tmp_path / "model_final.pth")
+    with pytest.raises(ValueError, match="not a checkpoint"):  # of a folder that was received
+        measuring.weights_hash(tmp_path / "model_final.pth")
 
 
 def test_a_student_that_detects_nothing_has_an_ap_of_zero(tmp_path: Path) -> None:

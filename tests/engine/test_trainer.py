@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -231,7 +231,16 @@ def test_subclass_with_a_mapper_is_resumed_exactly(world: World, tmp_path) -> No
     assert "build_train_loader" not in log(whole)
 
 
-class Compiled(DistillTrainer):
+class Named(DistillTrainer):
+    names: ClassVar[set[str]] = set()
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        cls.names = {name for name, _ in model.named_parameters()}
+        return super().build_optimizer(cfg, model)
+
+
+class Compiled(Named):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
@@ -246,8 +255,10 @@ def test_a_compiled_model_is_trained_and_resumed_as_it_is(world: World, tmp_path
     options += ("MODEL.DISTILL.NAME", "ICDDistiller", "MODEL.DISTILL.IN_FEATURES", "['p5', 'p6']")
     options += ("MODEL.DISTILL.ICD.DIM", 16, "MODEL.DISTILL.ICD.HEADS", 2, "SOLVER.MAX_ITER", 2)
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    world.main(plain, *options)
+    world.main(plain, *options, trainer=Named)
     world.main(compiled, *options, trainer=Compiled)
+    # The rate of a layer may depend on its name.
+    assert Named.names == {n.replace("backbone._orig_mod.", "backbone.") for n in Compiled.names}
     assert_same(checkpoint(plain), checkpoint(compiled))
     for name in ("model_final.pth", "model_0000001.pth"):
         (compiled / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -103,6 +104,17 @@ class TestPrograms:
             source_of(str(folder / name))
         assert not ran.exists()
 
+    def test_a_folder_of_transformers_holds_one(self, folder, ran, monkeypatch) -> None:
+        pytest.importorskip("transformers", reason="the extra detr is not installed")
+        monkeypatch.setattr("builtins.input", lambda _: "y")
+        parts = ("AutoConfig", "AutoModelForObjectDetection")
+        received = {"model_type": "new", "auto_map": dict.fromkeys(parts, "payload.model")}
+        (folder / "config.json").write_text(json.dumps(received))
+        (folder / "model.safetensors").touch()
+        with pytest.raises(ValueError, match="received"):
+            source_of(str(folder)).structure()
+        assert not ran.exists()
+
 
 @pytest.mark.parametrize(
     "override", ["model.backbone._target_=os.system", "model={_target_: os.system, command: id}"]
@@ -138,6 +150,11 @@ CALLS = [
 ]
 
 
+# Lists of lists, 9 ** 8 values.
+ALIASES = "a0: &a0 [" + "0, " * 9 + "]\n"
+ALIASES += "".join(f"a{i}: &a{i} [" + f"*a{i - 1}, " * 9 + "]\n" for i in range(1, 8))
+
+
 class TestSavedLazyConfigs:
     @pytest.mark.parametrize("call", CALLS)
     def test_a_call_of_no_part(self, call, folder, ran) -> None:
@@ -158,6 +175,7 @@ class TestSavedLazyConfigs:
             "model: {_target_: '${oc.decode:os.system}'}",
             "model: {_target_: torch.nn.Sequential, args: &a [*a]}",
             "model: [1]",
+            ALIASES + "model: {a: *a7, _target_: torch.nn.Identity}",
         ],
     )
     def test_a_hostile_file(self, text, folder) -> None:
