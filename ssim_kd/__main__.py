@@ -12,11 +12,12 @@ from ssim_kd import command_line
 
 
 class Command(NamedTuple):
-    """A line of the usage, the parser, and what runs with the arguments."""
+    """A line of the usage, the parser, what runs with the arguments, and the extra it needs."""
 
     text: str
     parser: Callable[..., argparse.ArgumentParser]
     run: Callable[[argparse.Namespace], Any]
+    extra: str = ""
 
 
 def train(args: argparse.Namespace) -> None:
@@ -77,9 +78,11 @@ COMMANDS = {
     "train": Command("a detector, with a teacher or without", command_line.argument_parser, train),
     "eval": Command("a trained student, or its teacher", command_line.argument_parser, evaluate),
     "export": Command("a student to ONNX and others", command_line.export_parser, export),
-    "report": Command("a page of one or more runs", command_line.report_parser, report),
-    "visualize": Command("pictures of what is compared", command_line.visualize_parser, visualize),
-    "compare": Command("methods over seeds", command_line.compare_parser, compare),
+    "report": Command("a page of one or more runs", command_line.report_parser, report, "report"),
+    "visualize": Command(
+        "pictures of what is compared", command_line.visualize_parser, visualize, "report"
+    ),
+    "compare": Command("methods over seeds", command_line.compare_parser, compare, "study"),
     "doctor": Command("is this machine ready", command_line.argument_parser, doctor),
 }
 
@@ -119,6 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return command.run(args) or 0
+    except ModuleNotFoundError as error:
+        if not command.extra:
+            raise
+        print(f"ERROR: {error}: pip install 'ssim_kd[{command.extra}]'.", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         from ssim_kd.sharing import without_queries
 

@@ -1,4 +1,7 @@
-"""The COCO config as its users run it, at full width, on a stand-in of COCO and of the zoo."""
+"""The COCO config as its users run it, narrower, on a stand-in of COCO and of the zoo.
+
+At full width each config is built by tests/test_configs.py.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ from ssim_kd.__main__ import main
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "COCO-Detection" / "ssim_faster_rcnn_R_50_FPN_1x.yaml"
 ZOO = "COCO-Detection/faster_rcnn_{}.yaml"
+# 8 channels in the bottlenecks of res2, in place of 64 (R-50) and 256 (X-101).
+NARROW = ["MODEL.RESNETS.WIDTH_PER_GROUP", 1, "MODEL.RESNETS.NUM_GROUPS", 8]
+NARROW += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 128]
 
 
 def make_coco(root: Path) -> None:
@@ -58,6 +64,7 @@ def make_zoo_weights(name: str, path: Path) -> None:
     """Random weights in the zoo's format, with features of the size of trained ones."""
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file(name))
+    cfg.merge_from_list(NARROW)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     model.backbone.bottom_up.stem.conv1.norm.weight.fill_(0.01)
@@ -79,6 +86,7 @@ def test_two_steps_then_resume_and_evaluation(tmp_path: Path, monkeypatch) -> No
             "MODEL.DEVICE": "cpu",
             "MODEL.WEIGHTS": "student.pkl",
             "MODEL.DISTILL.TEACHER.WEIGHTS": "teacher.pkl",
+            "MODEL.DISTILL.TEACHER.OPTS": NARROW,
             "INPUT.MIN_SIZE_TRAIN": "(96,)",
             "INPUT.MIN_SIZE_TEST": 96,
             "SOLVER.IMS_PER_BATCH": 2,
@@ -87,7 +95,7 @@ def test_two_steps_then_resume_and_evaluation(tmp_path: Path, monkeypatch) -> No
             "DATALOADER.NUM_WORKERS": 0,
             "OUTPUT_DIR": "output",
         }
-        pairs = [str(x) for pair in overrides.items() for x in pair]
+        pairs = [*map(str, NARROW), *(str(x) for pair in overrides.items() for x in pair)]
         assert main(["train", "--config-file", str(CONFIG), *flags, *pairs]) == 0
 
     train(2)

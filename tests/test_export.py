@@ -17,6 +17,7 @@ from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from torch import nn
 
 from ssim_kd.__main__ import main
@@ -35,6 +36,7 @@ from ssim_kd.export.formats import (
     raw_detections,
     tracing_adapter,
 )
+from tests.documentation import ROOT, fences
 from tests.helpers import build, full_config, save_weights, small_opts, stock_config
 from tools import benchmark_student, pairs
 
@@ -230,15 +232,14 @@ def test_main_writes_what_runs_and_benchmark_times_it(tmp_path: Path, capsys) ->
     assert found["AP"]["torchscript"] == pytest.approx(found["AP"]["pytorch"], abs=0.5)
     assert found["agreement"]["torchscript"]["more"] == 0
 
-    # Neither Detectron2 nor ssim_kd is needed to run it.
-    code = (
-        "import sys; sys.modules['detectron2'] = sys.modules['ssim_kd'] = None; "
-        "import torch, torchvision; "
-        f"found = torch.jit.load({str(output / 'model.ts')!r})(torch.rand(3, 48, 80) * 255); "
-        "print(len([tensor.numpy() for tensor in found]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == len(found["outputs"])
+    # The example of docs/export.md; neither Detectron2 nor ssim_kd is needed.
+    Image.new("RGB", (80, 48)).save(tmp_path / "photo.png")
+    (example,) = fences(ROOT / "docs/export.md", "python")
+    code = "import sys; sys.modules['detectron2'] = sys.modules['ssim_kd'] = None\n"
+    code += example + "print(len([tensor.numpy() for tensor in found.values()]))"
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert int(done.stdout.splitlines()[-1]) == len(found["outputs"])
 
     stock = get_cfg()
     stock.merge_from_file(str(output / "student.yaml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from detectron2.engine import default_argument_parser
 
-from ssim_kd.__main__ import COMMANDS
+from ssim_kd.__main__ import COMMANDS, main
 from ssim_kd.command_line import argument_parser, export_parser, quiet_libraries
 from ssim_kd.engine import load_config
 from ssim_kd.modeling import build_distillers
@@ -65,6 +65,21 @@ def test_argument_parser_has_what_detectron2_has() -> None:
     ours = vars(argument_parser().parse_args(given))
     theirs = vars(default_argument_parser().parse_args(given))
     assert {name: ours[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("report", "jinja2", "report"), ("compare", "optuna", "study")],
+)
+def test_main_names_the_extra_of_a_package_that_is_missing(
+    command: str, package: str, extra: str, monkeypatch, capsys
+) -> None:
+    def run(_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setitem(COMMANDS, command, COMMANDS[command]._replace(run=run))
+    assert main([command, "x"]) == 1
+    assert f"{package!r}: pip install 'ssim_kd[{extra}]'" in capsys.readouterr().err
 
 
 def test_parsers_take_flags_between_pairs(capsys) -> None:
