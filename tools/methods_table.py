@@ -254,16 +254,11 @@ def measured(name: str) -> str:
             )
     if not found:
         return "No run on the digits is recorded."
-    note = "The interval is over students of one teacher; another teacher gives\nanother gain."
-    if arms & OLD_STARTS:
-        note += (
-            " These runs are of modules that began with larger random weights than the\n"
-            "authors' do, and than today's."
-        )
+    old = ", of modules with larger random start weights than today's" if arms & OLD_STARTS else ""
     head = ("arm", "students", "plain student's AP", "AP", "gain [95%]", "its loss, one seed")
     return (
-        "On digits, with the loss weight of the config for COCO (`studies/methods.yaml`,\n"
-        f"[all of its runs](../../docs/results_methods.md)). {note}\n\n{table(head, found)}"
+        "[On digits](../../docs/results_methods.md), with the loss weight of the config for COCO; "
+        f"the interval is over students of one teacher{old}:\n\n{table(head, found)}"
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
+from ..ops.options import check_choice
 from .loaded_teacher import LoadedTeacher, TeacherOptions
 from .taps import tappable_levels
 from .teacher_config import TeacherSource, source_of, teacher_source
@@ -183,10 +184,7 @@ def teacher_dtype(cfg: CfgNode) -> torch.dtype:
         ValueError: an unknown one.
     """
     name = cfg.MODEL.DISTILL.TEACHER.PRECISION
-    if name not in (*_DTYPES, "auto"):
-        raise ValueError(
-            f"MODEL.DISTILL.TEACHER.PRECISION is {name!r}; expected one of {[*_DTYPES, 'auto']}."
-        )
+    check_choice("MODEL.DISTILL.TEACHER.PRECISION", name, (*_DTYPES, "auto"))
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if not cfg.SOLVER.AMP.ENABLED:

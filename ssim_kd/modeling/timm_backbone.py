@@ -18,6 +18,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from ..config import add_timm_config as add_timm_config
+from ..ops.options import check_choice
 from .timm_models import check_options, checked_overlay, import_timm, levels_of
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ class TimmBackbone(Backbone):
                 lacks, weights that do not fit, or a model that does not take images of any size.
         """
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"MODEL.TIMM.NORM is {norm!r}; expected one of {NORMS}.")
+        check_choice("MODEL.TIMM.NORM", norm, NORMS)
         timm = import_timm("MODEL.BACKBONE.NAME")
         arguments = {"in_chans": in_channels, **check_options(options, key="MODEL.TIMM.OPTS")}
         levels = levels_of(timm, name, arguments)

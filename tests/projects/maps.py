@@ -17,7 +17,7 @@ from tests.projects.method import Method, detector
 
 # An image with a box, one without area and one of a single pixel; one without any.
 BOXES = [[[3.0, 4.0, 50.0, 40.0], [9.0, 9.0, 9.0, 30.0], [60.0, 60.0, 61.0, 61.0]], []]
-BOX = [[4.0, 4.0, 30.0, 26.0]]
+PAIR = [[4.0, 4.0, 30.0, 26.0], [2.0, 3.0, 20.0, 18.0]]
 
 
 class MethodOfMaps(Method):
@@ -85,7 +85,7 @@ class MethodOfMaps(Method):
     @pytest.mark.parametrize("size", [(48, 64), (33, 40)], ids=["full", "padded"])
     def test_the_formula_in_float64(self, size) -> None:
         distiller = random_parameters(self.make())
-        batch = batch_of([BOXES[0][:2], BOX], (48, 64), iteration=5)
+        batch = batch_of([BOXES[0][:2], PAIR], (48, 64), iteration=5)
         batch.image_sizes[1] = size
         student, teacher = (frozen(x) for x in self.maps((48, 64)))
         for level, stride in STRIDES.items():
@@ -195,7 +195,7 @@ class MethodOfMaps(Method):
             return
         plain, scaled = self.make(), self.make(reference=[4, 96, 128, 12])
         scaled.load_state_dict(plain.state_dict())
-        maps, batch = self.maps((48, 64)), batch_of([BOX] * 2, (48, 64))
+        maps, batch = self.maps((48, 64)), batch_of([PAIR] * 2, (48, 64))
         before, after = (d(*maps, batch)[1] for d in (plain, scaled))
         for part, factor in self.growth.items():
             found = float(after[f"p3_{part}".rstrip("_")] / before[f"p3_{part}".rstrip("_")])

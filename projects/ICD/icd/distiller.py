@@ -218,7 +218,7 @@ class ICDDistiller(PyramidDistiller):
             theirs,
             sine_encoding(positions, self.dim // 2),
             torch.cat([mask.flatten(1) for mask in masks], dim=1)
-            if any(x.padded for x in maps)
+            if any(x.mask is not None for x in maps)
             else None,
         )
         weights = torch.einsum("nhqs,nq->nhs", attention.detach(), queries.real.float())

@@ -11,6 +11,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from ...config_files import near_keys
+from ...ops.options import check_choice
 from ...yaml_files import dotted
 from ..teacher import FrozenTeacher
 from .base import DISTILLER_REGISTRY, Distiller
@@ -87,12 +88,7 @@ def resolved_config(cfg: CfgNode, distillers: Sequence[Distiller]) -> CfgNode:
         ]
     else:
         (node.NAME,) = names
-        for key, value in own[0]:
-            *parents, last = key.split(".")
-            place = node
-            for parent in parents:
-                place = place[parent]
-            place[last] = value
+        cfg.merge_from_list([x for k, v in own[0] for x in (f"MODEL.DISTILL.{k}", v)])
     node.LOSS = ""
     cfg.freeze()
     return cfg
@@ -147,8 +143,7 @@ def _method(cfg: CfgNode, name: str) -> str:
     if allowed is None:
         return name
     loss = cfg.MODEL.DISTILL.LOSS or ("l2" if name == "LpDistiller" else "ssim")
-    if loss not in allowed:
-        raise ValueError(f"MODEL.DISTILL.LOSS is {loss!r}; expected one of {tuple(allowed)}.")
+    check_choice("MODEL.DISTILL.LOSS", loss, tuple(allowed))
     return _BY_LOSS[loss]
 
 

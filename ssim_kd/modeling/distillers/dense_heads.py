@@ -114,11 +114,6 @@ def anchor_targets(
     return torch.stack(list(labels)), list(boxes)
 
 
-def anchor_labels(detector: Any, anchors: list[Boxes], batch: DistillBatch) -> torch.Tensor:
-    """The classes of :func:`anchor_targets`."""
-    return anchor_targets(detector, anchors, batch)[0]
-
-
 def anchor_normalizer(detector: Any, positive: torch.Tensor) -> Any:
     """The number of positive anchors by which the detector divides its own losses.
 
@@ -184,7 +179,7 @@ class DenseHeadDistiller(HeadDistiller):
         """See :meth:`Distiller.parts`."""
         ours = dense_predictions(batch.student, student["head"][0].output)
         theirs = dense_predictions(batch.teacher, teacher_dense_outputs(batch.teacher, teacher))
-        labels = anchor_labels(batch.student, ours.anchors, batch)
+        labels, _ = anchor_targets(batch.student, ours.anchors, batch)
         counts = labels >= 0
         normalizer = anchor_normalizer(batch.student, counts & (labels < ours.logits.shape[2]))
         cls = quality_bce(ours.logits, theirs.logits).sum(dim=2)[counts].sum()

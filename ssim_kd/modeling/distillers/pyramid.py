@@ -33,11 +33,6 @@ class LevelMaps(NamedTuple):
     teacher: torch.Tensor
     mask: torch.Tensor | None = None
 
-    @property
-    def padded(self) -> bool:
-        """Whether some cell does not count."""
-        return self.mask is not None
-
 
 class PyramidDistiller(Distiller):
     """Compares the maps of student and teacher level by level.

@@ -11,7 +11,7 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 
-from ...ops.options import check_number
+from ...ops.options import check_choice, check_number
 
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
@@ -28,10 +28,7 @@ def build_schedule(cfg: CfgNode, weight: float) -> ParamScheduler:
     total = int(cfg.SOLVER.MAX_ITER)
     end = check_number("MODEL.DISTILL.SCHEDULE.END_FACTOR", node.END_FACTOR, least=0)
     gamma = check_number("MODEL.DISTILL.SCHEDULE.GAMMA", node.GAMMA, least=0)
-    if node.NAME not in SCHEDULES:
-        raise ValueError(
-            f"MODEL.DISTILL.SCHEDULE.NAME is {node.NAME!r}; expected one of {SCHEDULES}."
-        )
+    check_choice("MODEL.DISTILL.SCHEDULE.NAME", node.NAME, SCHEDULES)
     # A warm-up has to end, for its last value is that of the schedule after it.
     for key, last in (("WARMUP_ITERS", total - 1), ("STOP_ITER", total)):
         if not 0 <= node[key] <= last:

@@ -11,16 +11,11 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from ssim_kd.modeling import (
-    DenseHeadDistiller,
-    DistillBatch,
-    RCNNHeadDistiller,
-    Tap,
-)
+from ssim_kd.modeling import DenseHeadDistiller, DistillBatch, RCNNHeadDistiller, Tap
 from ssim_kd.modeling.distillers.dense_heads import (
     DensePredictions,
-    anchor_labels,
     anchor_normalizer,
+    anchor_targets,
     decode,
     dense_predictions,
     quality_bce,
@@ -284,12 +279,12 @@ def test_dense_predictions_are_ordered_as_the_anchors_are() -> None:
     assert sum(len(x) for x in found.anchors) == rows
 
 
-def test_anchor_labels_without_ground_truth_is_an_error() -> None:
+def test_anchor_targets_without_ground_truth_is_an_error() -> None:
     with pytest.raises(ValueError, match="instances"):
-        anchor_labels(None, [], DistillBatch([(32, 32)]))
+        anchor_targets(None, [], DistillBatch([(32, 32)]))
 
 
-def test_anchor_labels_are_the_detectors_own() -> None:
+def test_anchor_targets_are_the_detectors_own() -> None:
     model = detector("retinanet")
     instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40]])))
     instances.gt_classes = torch.tensor([3])
@@ -297,7 +292,7 @@ def test_anchor_labels_are_the_detectors_own() -> None:
         Boxes(torch.tensor([[8.0, 8, 40, 40], [50, 50, 60, 60], [8, 8, 40, 22.5]])),
         Boxes(torch.tensor([[8.0, 8, 40, 36]])),
     ]
-    found = anchor_labels(model, anchors, DistillBatch([(64, 64)], [instances]))
+    found, _ = anchor_targets(model, anchors, DistillBatch([(64, 64)], [instances]))
     # IoU 1; 0, background; 0.45, between RetinaNet's thresholds, ignored; 0.88.
     assert found.tolist() == [[3, 5, -1, 3]]
 
