@@ -135,6 +135,9 @@ def is_zip(path: str) -> bool:
 def _check_sums(path: str) -> None:
     """Compare every file in a zip with its CRC: torch.load does not."""
     with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):
+            # Tensors would be mapped as they lie there; a small file may fill the memory.
+            raise zipfile.BadZipFile("it is compressed, which torch.save does not do; save it anew")
         if not any(entry.CRC for entry in archive.infolist()):
             return  # saved without: torch.serialization.set_crc32_options(False)
         damaged = archive.testzip()
@@ -163,21 +166,16 @@ def read_weights(path: str, *, key: str) -> Weights:
     """
     local, data = read_file(path, key=key)
     where, tensors = model_of(data)
-    shown = without_queries(path)
-    if not isinstance(tensors, Mapping):
-        raise ValueError(
-            f"{key} is {shown!r}, whose {where} is a {type(tensors).__name__} and no dict of "
-            "tensors."
-        )
+    entries = tensors if isinstance(tensors, Mapping) else {}
     found = {
         name: torch.as_tensor(value)
-        for name, value in tensors.items()
+        for name, value in entries.items()
         if isinstance(value, np.ndarray | np.generic | torch.Tensor | int | float)
     }
-    if len(found) < len(tensors) or not any(value.dim() for value in found.values()):
+    if len(found) < len(entries) or not any(value.dim() for value in found.values()):
         raise ValueError(
-            f"{key} is {shown!r}, whose {where} is not a dict of tensors ({len(found)} of "
-            f"{len(tensors)} entries are tensors)."
+            f"{key} is {without_queries(path)!r}, whose {where} is a {type(tensors).__name__}, not "
+            f"a dict of tensors ({len(found)} of {len(entries)} entries are tensors)."
         )
     return Weights(
         path=path,

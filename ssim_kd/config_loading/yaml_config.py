@@ -30,7 +30,7 @@ from ..config_files import (
     merge_file,
 )
 from ..data import Needs, check_datasets, count_images, register_datasets
-from ..data.validation import num_classes_key
+from ..data.needs import num_classes_key
 from ..modeling import teacher_name
 from .data_file import read_data_file
 from .schedule import ConfigSchedule, Schedule, below, is_count, scaled_points, value_of

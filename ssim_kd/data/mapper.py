@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
@@ -43,7 +43,8 @@ class CheckedMapper:
 
     def __init__(self, mapper: Mapper, names: Sequence[str] = ()) -> None:
         self._mapper = mapper
-        self._names = (names,) if isinstance(names, str) else tuple(names)
+        names = (names,) if isinstance(names, str) else names
+        self._names = " or ".join(map(repr, names)) or "(unknown)"
         self._reads_images = reads_images(mapper)
 
     def __call__(self, record: Record) -> Record | None:
@@ -57,7 +58,7 @@ class CheckedMapper:
         if file_name is None:
             return self._mapper(record)
         shown = without_queries(str(file_name))
-        where = f"Data set {self._owner(str(file_name))}: image {shown}"
+        where = f"Data set {self._names}: image {shown}"
         try:
             if self._reads_images:
                 refuse_deep(file_name)
@@ -69,13 +70,6 @@ class CheckedMapper:
             if fault is None:
                 raise RuntimeError(f"{where}: the mapper failed: {error!r}") from error
             raise UnreadableImageError(f"{where}: {fault}") from error
-
-    def _owner(self, file_name: str) -> str:
-        for name in self._names:
-            root = str(MetadataCatalog.get(name).get("image_root") or "").rstrip("/")
-            if root and file_name.startswith(f"{root}/"):
-                return repr(name)
-        return " or ".join(repr(name) for name in self._names) or "(unknown)"
 
 
 def reads_images(mapper: Mapper | None) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
-from ..data.validation import num_classes, num_classes_key
+from ..data.needs import num_classes, num_classes_key
 from ..modeling import TeacherSource, classes, teacher_name, teacher_source
 from .coco_evaluation import build_coco_evaluator
 

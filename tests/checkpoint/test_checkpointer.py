@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
@@ -69,29 +68,22 @@ def truncate(folder: Path, name: str = "model_0000003.pth") -> None:
     path.write_bytes(path.read_bytes()[:-500])
 
 
-def flip(folder: Path) -> None:
-    path = folder / "model_0000003.pth"
-    data = bytearray(path.read_bytes())
-    for i in range(64):
-        data[len(data) // 2 + i] ^= 0xFF
-    path.write_bytes(data)
-
-
-def empty(folder: Path) -> None:
-    (folder / "model_0000003.pth").write_bytes(b"")
-
-
-def delete(folder: Path) -> None:
-    (folder / "model_0000003.pth").unlink()
-
-
-@pytest.mark.parametrize("damage", [truncate, flip, empty, delete])
-def test_resume_or_load_damaged_checkpoint(damage, tmp_path, caplog) -> None:
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda data: data[:-500], "model_0000003.pth"),
+        (lambda data: data[:50000] + bytes(64) + data[50064:], "model_0000003.pth"),
+        (lambda _: b"", "model_0000003.pth"),
+        (None, "last_checkpoint"),
+    ],
+    ids=["cut", "changed", "empty", "gone"],
+)
+def test_resume_or_load_damaged_checkpoint(damage, named, tmp_path, caplog) -> None:
     save(tmp_path, 1, 2, 3)
-    damage(tmp_path)
+    path = tmp_path / "model_0000003.pth"
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     assert resume(tmp_path) == 2
-    expected = "last_checkpoint" if damage is delete else "model_0000003.pth"
-    assert expected in caplog.text
+    assert named in caplog.text
 
 
 @pytest.mark.parametrize("tag", [b"", b"model_0000009.pth", b"\x00\xff\n", None])
@@ -115,17 +107,6 @@ def test_resume_or_load_another_program(tmp_path) -> None:
     torch.save({"model": Detector().state_dict(), "iteration": 3}, tmp_path / "model_0000003.pth")
     with pytest.raises(ValueError, match=r"lacks \['trainer'\]"):
         make(tmp_path)[0].resume_or_load("", resume=True)
-
-
-def test_resume_or_load_code(tmp_path) -> None:
-    class Evil:
-        def __reduce__(self) -> Any:
-            return os.system, (f"touch {tmp_path}/ran",)
-
-    torch.save({"model": Evil(), "trainer": {}}, tmp_path / "model_0000003.pth")
-    with pytest.raises(ValueError, match="can be read"):
-        make(tmp_path)[0].resume_or_load("", resume=True)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_save_tags_after_it_wrote(tmp_path, monkeypatch) -> None:
@@ -254,13 +235,6 @@ def test_resume_or_load_tag_without_checkpoint(tmp_path) -> None:
         make(tmp_path)[0].resume_or_load("", resume=True)
 
 
-def test_newest_prefers_the_tagged(tmp_path) -> None:
-    save(tmp_path, 1, 2)
-    later = time.time() + 100
-    os.utime(tmp_path / "model_0000001.pth", (later, later))
-    assert resume(tmp_path) == 2
-
-
 def test_resume_or_load_weights_that_fit_in_part(tmp_path, caplog) -> None:
     state = Detector().state_dict()
     path = tmp_path / "start.pth"
@@ -300,14 +274,9 @@ def test_load_file_options_of_main(options, loaded, tmp_path) -> None:
     if loaded:
         checkpointer._load_model(found)
         assert torch.equal(checkpointer.model.backbone.weight, state["weight"])
-
-
-def test_load_file_unknown_options(tmp_path) -> None:
-    torch.save(Detector().state_dict(), tmp_path / "start.pth")
-    checkpointer, _ = make(tmp_path)
-    checkpointer._parsed_url_during_load = urlparse(f"{tmp_path}/start.pth?heuristics=True")
+    checkpointer._parsed_url_during_load = urlparse(f"{path}?heuristics=True")
     with pytest.raises(ValueError, match=r"start\.pth\?heuristics=True'.*options \['heuristics'\]"):
-        checkpointer._load_file(f"{tmp_path}/start.pth")
+        checkpointer._load_file(str(path))
 
 
 @pytest.mark.skipif(
@@ -339,13 +308,11 @@ def test_resume_or_load_names_key_and_file_of_unfit_weights(error, form, tmp_pat
         make(tmp_path)[0].resume_or_load(str(tmp_path / "start.pth"), resume=False)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
-@pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_resume_or_load_wrapped_weights(key, prefix, tmp_path, monkeypatch) -> None:
-    """Also where the path begins with the user's home."""
+def test_resume_or_load_wrapped_weights(tmp_path, monkeypatch) -> None:
+    """In the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     state = {name: value + 1 for name, value in Detector().state_dict().items()}
-    torch.save({key: {prefix + k: v for k, v in state.items()}, "epoch": 1}, tmp_path / "s.pth")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "s.pth")
     checkpointer, _ = make(tmp_path)
     checkpointer.resume_or_load("~/s.pth", resume=False)
     assert torch.equal(checkpointer.model.head.weight, state["head.weight"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -182,6 +183,19 @@ def test_read_checkpoint_names_what_it_refuses(protocol, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"pathlib\.PosixPath") as raised:
         read_checkpoint(str(path))
     assert "\x1b" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_read_checkpoint_compressed(tmp_path) -> None:
+    """Whose tensors would be mapped as they are not."""
+    torch.save({"model": {"a": torch.ones(9)}}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(ValueError, match="compressed"):
+        read_checkpoint(str(tmp_path / "small.pth"))
 
 
 @pytest.mark.parametrize("form", ["{path}", "file://{path}", "~/{path.name}"])

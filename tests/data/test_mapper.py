@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from PIL import Image
 
 from ssim_kd.data import CheckedMapper, UnreadableImageError
@@ -170,18 +170,3 @@ def test_check_image_files(tmp_path):
     labelled = [record(tmp_path / "0.png") | {"sem_seg_file_name": str(tmp_path / "none.png")}]
     with pytest.raises(FileNotFoundError, match=r"1 of 2 image files .*none\.png"):
         check_image_files("here", labelled)
-
-
-def test_checked_mapper_names_the_set_whose_folder_it_is(tmp_path):
-    """One folder's name begins with the other's."""
-    names = ["mapper_train", "mapper_train2"]
-    try:
-        for name, folder in zip(names, ("train", "train2"), strict=True):
-            MetadataCatalog.get(name).image_root = str(tmp_path / folder)
-        for name, folder in zip(names, ("train", "train2"), strict=True):
-            mapper = CheckedMapper(DatasetMapper(True, augmentations=[], image_format="BGR"), names)
-            with pytest.raises(UnreadableImageError, match=f"Data set '{name}': image"):
-                mapper({"file_name": f"{tmp_path}/{folder}/0.png"})
-    finally:
-        for name in names:
-            MetadataCatalog.pop(name, None)

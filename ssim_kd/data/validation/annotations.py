@@ -120,11 +120,7 @@ def inspect_scoring(annotations: Sequence[Annotation]) -> list[str]:
         ("iscrowd", 'add "iscrowd": 0'),
         ("area", 'add "area" in pixels: width * height, or that of the mask'),
     ):
-        values = [a.get(key) for a in annotations]
-        if set(map(type, values)) <= PLAIN:
-            wrong = []
-        else:
-            wrong = [a for a in annotations if not isinstance(a.get(key), int | float)]
+        wrong = [a for a in annotations if not isinstance(a.get(key), (int, float))]
         if wrong:
             problems.append(
                 f'{len(wrong)} of {len(annotations)} annotations have no "{key}" that is a number '

@@ -110,7 +110,6 @@ def check_datasets(
             check_stuff_classes(needs, where, MetadataCatalog.get(name).get("stuff_classes", ()))
             found = (inspected.findings, training, inspected.classes)
             summaries.append(DatasetSummary(key, name, *found))
-    _check_any_usable(summaries)
     check_same_classes(needs, classes)
     return summaries
 
@@ -170,7 +169,9 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
         found = inspect_coco(content, needs, unique_annotations=unique, coco=coco, read=False)
         _refuse(where, source, found.problems)
     if module.startswith("detectron2.data.datasets."):
-        _check_folder(where, name)
+        folder = meta.get("image_root") or meta.get("dirname") or meta.get("image_dir")
+        if folder and not PathManager.isdir(folder):
+            raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
         # That of Cityscapes takes minutes; the classes are known.
         if kind.startswith("cityscapes"):
             return _Inspected(found, meta.get("thing_classes", ()), source)
@@ -195,13 +196,6 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
     return _Inspected(inspected, classes, source or "its records")
 
 
-def _check_folder(where: str, name: str) -> None:
-    meta = MetadataCatalog.get(name)
-    folder = meta.get("image_root") or meta.get("dirname") or meta.get("image_dir")
-    if folder and not PathManager.isdir(folder):
-        raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
-
-
 def _check_scoring(where: str, inspected: _Inspected) -> None:
     found, source = inspected.findings, inspected.source
     if found is None or not found.scored:
@@ -219,29 +213,11 @@ def _check_training(needs: Needs, where: str, inspected: _Inspected) -> None:
     if found is None:
         return
     _refuse(where, source, found.untrainable)
-    if found.zero_area and found.zero_area == found.annotations:
-        raise ValueError(
-            f"{where}: {source}: all {found.annotations} boxes have zero area or lie outside "
-            f"their images (for example {found.zero_area_examples}). Expected [x, y, width, height]"
-            " in pixels."
-        )
     if found.zero_area and needs.zero_area == "error":
         raise ValueError(
             f"{where}: {source}: {found.zero_area} boxes have zero area or lie outside their "
-            f"images (for example {found.zero_area_examples}). Correct the file, or set "
-            f'{needs.key("DATASETS.ZERO_AREA_BOXES")} to "drop" to leave them out.'
-        )
-
-
-def _check_any_usable(summaries: Sequence[DatasetSummary]) -> None:
-    """One training set of several may be only background."""
-    training = [s for s in summaries if s.training]
-    found = [s.findings for s in training if s.findings is not None and s.findings.scored]
-    if found and len(found) == len(training) and not any(f.usable for f in found):
-        names = ", ".join(repr(s.name) for s in training)
-        raise ValueError(
-            f"{training[0].key}: data set {names}: none of {sum(f.annotations for f in found)} "
-            '"annotations" can be trained on: expected at least one that is not a crowd.'
+            f"images (for example {found.zero_area_examples}). Expected [x, y, width, height] in "
+            f'pixels, or {needs.key("DATASETS.ZERO_AREA_BOXES")} "drop" to leave them out.'
         )
 
 

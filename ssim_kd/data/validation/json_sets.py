@@ -79,7 +79,5 @@ def _inspect(
         return JsonSet(findings, (), None)
     categories = sorted(((c["id"], c["name"]) for c in content["categories"]), key=lambda c: c[0])
     root = str(MetadataCatalog.get(name).get("image_root", ""))
-    if not is_coco:
-        return JsonSet(findings, categories, None)
-    records = records_of(content, root, name, zero_area=findings.zero_area)
+    records = records_of(content, root, name, zero_area=findings.zero_area) if is_coco else None
     return JsonSet(findings, categories, records)

@@ -78,18 +78,6 @@ def _rle_kind(rle: Annotation, height: Any, width: Any) -> tuple[str, str]:
     return RLE, ""
 
 
-def is_empty(segmentation: Any, height: int, width: int) -> bool:
-    """Whether a mask that can be read has no pixel: its polygons have no area in the image."""
-    if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        return not any((counts if isinstance(counts, list) else _decompressed(counts))[1::2])
-    for polygon in segmentation:
-        x, y = polygon[::2], polygon[1::2]
-        if min(max(x), width) > max(min(x), 0) and min(max(y), height) > max(min(y), 0):
-            return False
-    return True
-
-
 def _decompressed(counts: str | bytes) -> list[int]:
     """Return the runs of a compressed encoding; [-1] if it is none.
 
@@ -131,13 +119,10 @@ def inspect_masks(
     if not needs.masks and not any(a.get("segmentation") for a in annotations):
         return
     by_kind: dict[str, list[tuple[Annotation, str]]] = {}
-    empty: list[Annotation] = []
     for annotation, size in zip(annotations, sizes, strict=True):
         kind, fault = segmentation_kind(annotation.get("segmentation"), *size)
         if kind != POLYGONS:
             by_kind.setdefault(kind, []).append((annotation, fault))
-        if needs.masks and kind in (POLYGONS, RLE) and is_empty(annotation["segmentation"], *size):
-            empty.append(annotation)
 
     def several(*kinds: str, crowds: bool = True) -> list[tuple[Annotation, str]]:
         pairs = [pair for kind in kinds for pair in by_kind.get(kind, ())]
@@ -168,8 +153,6 @@ def inspect_masks(
             f"{len(partly)} annotations lose polygons of fewer than three points "
             f"({name(partly[0][0])})"
         )
-    if empty:
-        found.notes.append(f"{len(empty)} masks without a pixel in the image ({name(empty[0])})")
     # Crowds are scored, but not trained on.
     for sentences, wrong in (
         (found.untrainable, several(NONE, OTHER_SIZE, crowds=False)),

@@ -34,16 +34,13 @@ def _check_sigmas(needs: Needs) -> None:
     sigmas, count = needs.oks_sigmas, needs.keypoints
     key = needs.key("TEST.KEYPOINT_OKS_SIGMAS")
     count_key = needs.key("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS")
-    if not sigmas:
-        if count != COCO_KEYPOINTS:
-            raise ValueError(
-                f"{key} is empty, which means COCO's {COCO_KEYPOINTS} keypoints of a person, but "
-                f"{count_key} is {count}: expected {count} numbers > 0, "
-                "the standard deviation of each keypoint's annotation over the object's scale."
-            )
-    elif len(sigmas) != count or not all(s > 0 and math.isfinite(s) for s in sigmas):
+    if (sigmas or count != COCO_KEYPOINTS) and (
+        len(sigmas) != count or not all(s > 0 and math.isfinite(s) for s in sigmas)
+    ):
         raise ValueError(
-            f"{key} is {sigmas}: expected {count} numbers > 0, one a keypoint ({count_key})."
+            f"{key} is {sigmas}: expected {count} numbers > 0 ({count_key}), the standard "
+            "deviation of each keypoint's annotation over the object's scale. Empty: those of "
+            f"COCO's {COCO_KEYPOINTS} of a person."
         )
 
 

@@ -150,29 +150,6 @@ def test_inspect_masks_one_of_two(segmentation, keys):
     assert set(without) <= {"problems", "notes"}
 
 
-@pytest.mark.parametrize(
-    ("segmentation", "empty"),
-    [
-        ([[100, 100, 120, 100, 120, 120]], True),
-        ([[-9, -9, -1, -9, -1, -1]], True),
-        ([[1, 1, 1, 5, 1, 9]], True),
-        ([[100, 100, 120, 100, 120, 120], *GOOD], False),
-        ([[-5, -5, 50, -5, 50, 50]], False),
-        ({"size": [24, 32], "counts": [768]}, True),
-        (mask_util.encode(np.zeros((24, 32), dtype=np.uint8, order="F")), True),
-        (COUNTS, False),
-        (RLE, False),
-    ],
-)
-def test_inspect_masks_without_a_pixel(segmentation, empty):
-    needs = Needs(masks=True, mask_format="bitmask")
-    found = masks(GOOD, segmentation, needs=needs)
-    assert set(found) == ({"notes"} if empty else set())
-    assert masks(GOOD, segmentation, needs=Needs()) == {}
-    if empty:
-        assert "id 2 of image 1" in found["notes"]
-
-
 def test_inspect_masks_all_short():
     """Detectron2 leaves out the boxes as well, whether masks are learned or not."""
     assert "all 2 annotations" in masks([[]], [[1, 2]], needs=Needs())["untrainable"]
