@@ -9,10 +9,20 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 
-from ssim_kd.modeling import DistillBatch, LevelMaps, PyramidDistiller
+from ssim_kd.modeling import (
+    DistillBatch,
+    LevelMaps,
+    LpDistiller,
+    PyramidDistiller,
+    SSIMDistiller,
+)
 
 D = TypeVar("D", bound=PyramidDistiller)
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64}
+#: Of :func:`features`, which images of 96 x 128 pixels fill; 57 x 100 leave cells of padding.
+TWO = {"p3": 8, "p4": 16}
+FULL = DistillBatch([(96, 128), (96, 128)])
+PADDED = DistillBatch([(96, 128), (57, 100)])
 
 
 def bind(
@@ -38,6 +48,20 @@ def pyramid(channels: int, size: tuple[int, int], n: int = 2) -> dict[str, torch
     """Maps of :data:`STRIDES` for images of this size in pixels, with gradients."""
     sizes = {level: tuple(-(-x // stride) for x in size) for level, stride in STRIDES.items()}
     return {k: torch.randn(n, channels, *hw, requires_grad=True) for k, hw in sizes.items()}
+
+
+def features(*, seed: int, channels: int = 4) -> dict[str, torch.Tensor]:
+    """Maps of two levels, the same for one seed."""
+    torch.manual_seed(seed)
+    maps = pyramid(channels, (96, 128))
+    return {level: maps[level].detach() * 3 + 1 for level in TWO}
+
+
+def make(loss: str = "ssim", **options: Any) -> PyramidDistiller:
+    """A bound distiller of the paper's comparison: "ssim", "l1" or "l2"."""
+    ssim = loss == "ssim"
+    distiller = SSIMDistiller(**options) if ssim else LpDistiller(loss=loss, **options)
+    return bind(distiller, 4, levels=TWO)
 
 
 def frozen(maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

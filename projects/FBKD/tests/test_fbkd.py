@@ -38,7 +38,7 @@ def non_local(block, images: list[np.ndarray]) -> list[np.ndarray]:
 
 class TestFBKD(MethodOfMaps):
     method = FBKDDistiller
-    options = {"inner_channels": [2] * 4, "pool_strides": [4, 2, 2, 2], "temperature": 0.3}
+    options = {"inner_channels": [2] * 4, "pool_strides": [2] * 4, "temperature": 0.3}
     bad = [
         ("part_weights.feature", -1.0, "FBKD.FEATURE_WEIGHT"),
         ("part_weights.nonlocal", math.nan, "FBKD.NONLOCAL_WEIGHT"),

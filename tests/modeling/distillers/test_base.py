@@ -7,7 +7,7 @@ import torch
 
 from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, Distiller, build_distillers
 from tests.helpers import full_config, make_batch
-from tests.modeling.distillers.maps import FULL, PADDED
+from tests.level_maps import FULL, PADDED
 
 D = "MODEL.DISTILL."
 

@@ -9,7 +9,7 @@ import torch
 
 from ssim_kd.losses import masked_mean
 from ssim_kd.modeling import PyramidDistiller, check_number, part_keys
-from tests.modeling.distillers.maps import PADDED, bound, features
+from tests.level_maps import PADDED, TWO, bind, features
 
 
 class L1AndL2(PyramidDistiller):
@@ -25,7 +25,8 @@ class L1AndL2(PyramidDistiller):
 
 
 def test_forward_sums_parts_and_levels_by_their_weights() -> None:
-    distiller = bound(L1AndL2(name="both", level_weights=(0.5, 1.0), part_weights={"l1": 4.0}))
+    options = {"level_weights": (0.5, 1.0), "part_weights": {"l1": 4.0}}
+    distiller = bind(L1AndL2(name="both", **options), 4, levels=TWO)
     ours, theirs = features(seed=0), features(seed=1)
     total, scalars = distiller(ours, theirs, PADDED)
     assert list(scalars) == ["p3_l1", "p3_l2", "p4_l1", "p4_l2"]

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 
 from ssim_kd.losses import lp_loss, ssim_loss
 from ssim_kd.modeling import PyramidDistiller
@@ -18,17 +19,7 @@ from tests.helpers import (
     make_batch,
     train_losses,
 )
-from tests.modeling.distillers.maps import (
-    FULL,
-    PADDED,
-    SIZES,
-    bound,
-    features,
-    leaves,
-    make,
-    masks,
-    specs,
-)
+from tests.level_maps import FULL, PADDED, TWO, bind, features, make
 
 LOSSES = ("ssim", "l1", "l2")
 WEIGHTS = (0.5, 2.0)
@@ -45,7 +36,8 @@ def test_forward_is_the_weighted_sum_of_the_levels(loss, batch, scaling) -> None
     total, by_level = distiller(ours, theirs, batch)
 
     raw = {}
-    for level, mask in masks(batch).items():
+    for level, stride in TWO.items():
+        mask = batch.valid_mask(*ours[level].shape[-2:], stride)
         common = {"scaling": None if scaling == "none" else scaling, "mask": mask}
         pair = (ours[level], theirs[level])
         if loss == "ssim":
@@ -53,7 +45,7 @@ def test_forward_is_the_weighted_sum_of_the_levels(loss, batch, scaling) -> None
         else:
             raw[level] = lp_loss(*pair, p=int(loss[1]), **common)
     torch.testing.assert_close(total, 0.5 * raw["p3"] + 2.0 * raw["p4"])
-    assert list(by_level) == list(SIZES) == list(distiller.scalar_weights)
+    assert list(by_level) == list(TWO) == list(distiller.scalar_weights)
     for level, value in by_level.items():
         torch.testing.assert_close(value, raw[level])
         assert not value.requires_grad
@@ -76,7 +68,7 @@ def test_forward_counts_padding_where_it_is_not_masked() -> None:
 
 
 def test_forward_with_a_level_of_weight_0_logs_it_and_does_nothing() -> None:
-    ours = leaves(seed=0)
+    ours = {level: value.requires_grad_() for level, value in features(seed=0).items()}
     total, by_level = make(level_weights=(1.0, 0.0))(ours, features(seed=1), FULL)
     total.backward()
     assert ours["p3"].grad.any() and not ours["p4"].grad.any()
@@ -91,7 +83,8 @@ def test_align_gives_a_mask_of_padded_maps(batch, mask_padding) -> None:
     maps = distiller.align("p3", ours["p3"], theirs["p3"], batch)
     masked = mask_padding and batch is PADDED
     assert maps.level == "p3"
-    assert torch.equal(maps.mask, masks(batch)["p3"]) if masked else maps.mask is None
+    expected = batch.valid_mask(12, 16, 8)
+    assert torch.equal(maps.mask, expected) if masked else maps.mask is None
 
 
 def test_align_crops_maps_that_were_padded_unlike() -> None:
@@ -108,8 +101,7 @@ def test_align_without_adapters_gives_the_students_channels() -> None:
         adapts = False
 
     # Not even "none" minds channels that differ.
-    distiller = Own(name="own", adapter="none")
-    distiller.bind_shapes(specs(3), specs(4))
+    distiller = bind(Own(name="own", adapter="none"), 3, 4, TWO)
     maps = distiller.align("p3", features(seed=0, channels=3)["p3"], features(seed=1)["p3"], FULL)
     assert not distiller.adapters and (maps.student.shape[1], maps.teacher.shape[1]) == (3, 4)
 
@@ -119,16 +111,19 @@ def test_pyramid_loss_of_a_method_that_defines_nothing_names_it() -> None:
         pass
 
     with pytest.raises(NotImplementedError, match="Empty"):
-        bound(Empty(name="empty"))(features(seed=0), features(seed=1), FULL)
+        bind(Empty(name="empty"), 4, levels=TWO)(features(seed=0), features(seed=1), FULL)
 
 
 def test_bind_shapes_of_unlike_strides_names_them() -> None:
     distiller, resized = PyramidDistiller(name="x"), PyramidDistiller(name="x", resize="bilinear")
-    halved = specs(strides={"p3": 8, "p4": 8})
+    ours, halved = (
+        {k: ShapeSpec(channels=4, stride=s) for k, s in strides.items()}
+        for strides in (TWO, {"p3": 8, "p4": 8})
+    )
     with pytest.raises(ValueError, match=r"'p4': \(16, 8\)") as caught:
-        distiller.bind_shapes(specs(), halved)
+        distiller.bind_shapes(ours, halved)
     assert "`resize`" in str(caught.value)
-    resized.bind_shapes(specs(), halved)
+    resized.bind_shapes(ours, halved)
     assert (resized.strides["p4"], resized.teacher_strides["p4"]) == (16, 8)
 
 

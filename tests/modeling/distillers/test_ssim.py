@@ -10,8 +10,7 @@ import torch
 from ssim_kd.losses import ssim_loss
 from ssim_kd.modeling import SSIMDistiller
 from ssim_kd.modeling.distillers import ssim as module
-from tests.level_maps import STRIDES, bind, maps_of
-from tests.modeling.distillers.maps import FULL, features, leaves, make
+from tests.level_maps import FULL, STRIDES, bind, features, make, maps_of
 from tests.projects.maps import MethodOfMaps
 
 
@@ -52,7 +51,7 @@ class TestSSIM(MethodOfMaps):
 def test_scaling_grad_reaches_the_extrema_alone() -> None:
     gradients = []
     for through in (True, False):
-        ours = leaves(seed=0)
+        ours = {level: value.requires_grad_() for level, value in features(seed=0).items()}
         make(scaling_grad=through)(ours, features(seed=1), FULL)[0].backward()
         gradients.append(ours["p3"].grad)
     changed = (gradients[0] - gradients[1]).abs() > 1e-9
