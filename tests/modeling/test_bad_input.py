@@ -31,29 +31,11 @@ NAN = float("nan")
         ([D + "NAME", "Nothing"], r"NAME: 'Nothing' .*'SSIMDistiller'"),
         ([D + "IN_FEATURES", ["p9"]], r"IN_FEATURES names \['p9'\], which the student lacks.*'p6'"),
         ([D + "IN_FEATURES", ["p3", "p4", "p3"]], r"IN_FEATURES names a level twice: .*'p3'"),
-        ([D + "LOSS", "l3"], r"LOSS is 'l3'; expected one of \('ssim', 'l1', 'l2'\)"),
-        ([D + "SCALING", "image"], r"SCALING is 'image'; expected one of 'channel'.*'none'"),
+        ([D + "LOSS", "l3"], r"LOSS is 'l3'; expected one of 'ssim', 'l1', 'l2'"),
         ([D + "ADAPTER", "conv"], r"ADAPTER is 'conv'; expected one of 'auto', 'always'"),
         ([D + "ADAPTER", "none"], r"ADAPTER is 'none'.*p2 .* 32 channels and the teacher 48"),
-        ([D + "RESIZE", "area"], r"RESIZE is 'area'; expected one of 'error', 'bilinear'"),
-        ([D + "SSIM.WINDOW_SIZE", 10], r"SSIM\.WINDOW_SIZE is 10; expected a positive odd"),
-        ([D + "SSIM.WINDOW_SIZE", -3], r"SSIM\.WINDOW_SIZE is -3; expected a positive odd"),
-        ([D + "SSIM.SIGMA", 0.0], r"SSIM\.SIGMA is 0\.0; expected"),
-        ([D + "SSIM.K1", -1.0], r"SSIM\.K1 is -1\.0; expected"),
-        ([D + "SSIM.DATA_RANGE", 0.0], r"SSIM\.DATA_RANGE is 0\.0; expected"),
         ([D + "SSIM.GAMMA", NAN], r"SSIM\.GAMMA is nan; expected"),
-        (
-            [D + "SSIM.PADDING", "zeros"],
-            r"SSIM\.PADDING is 'zeros'; expected one of 'same'",
-        ),
-        ([D + "SSIM.IMPL", "fast"], r"SSIM\.IMPL is 'fast'; expected one of 'auto'"),
-        ([D + "LOSS_WEIGHT", -1.0], r"LOSS_WEIGHT is -1\.0; expected a finite number >= 0"),
-        ([D + "LOSS_WEIGHT", NAN], r"LOSS_WEIGHT is nan; expected a finite"),
-        ([D + "LOSS_WEIGHT", float("inf")], r"LOSS_WEIGHT is inf; expected a finite"),
         ([D + "LEVEL_WEIGHTS", [1.0, 1.0]], r"LEVEL_WEIGHTS has 2 weights for the 5 levels"),
-        ([D + "LEVEL_WEIGHTS", [1.0, 1, 1, 1, -2]], r"LEVEL_WEIGHTS is -2; expected a finite"),
-        ([D + "LEVEL_WEIGHTS", [1, 1, 1, 1, "a"]], r"LEVEL_WEIGHTS is .*'a'"),
-        ([D + "NAME", "PKDDistiller", D + "PKD.EPS", 0.0], r"PKD\.EPS is 0\.0; expected a finite"),
         ([D + "STUDENT_META_ARCHITECTURE", "YOLO"], r"STUDENT_META_ARCHITECTURE is 'YOLO'"),
         (
             [D + "STUDENT_META_ARCHITECTURE", "DistilledDetector"],
@@ -66,6 +48,7 @@ NAN = float("nan")
     ],
 )
 def test_a_bad_value(opts, match, weights_of) -> None:
+    """Values out of a method's range are in the tests of the methods."""
     cfg = distilled_config("faster", "faster", weights_of("faster"))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         node = cfg
