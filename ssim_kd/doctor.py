@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from detectron2.config import CfgNode
 
-from ssim_kd.data import check_datasets, register_datasets
-from ssim_kd.engine import load_config
+from ssim_kd.data import check_datasets
+from ssim_kd.engine import DistillTrainer
+from ssim_kd.engine.defaults import recipe_of
+from ssim_kd.engine.recipe import ConfigRecipe
 from ssim_kd.losses import ssim_loss
-from ssim_kd.modeling import teacher_name, teacher_source
 from ssim_kd.projects import add_project_configs
 
 #: (whether all is well, what was found, what to do)
@@ -82,17 +82,17 @@ def check_extras() -> Finding:
     return not missing, f"extras: {', '.join(sorted(set(names) - set(missing))) or 'none'}", advice
 
 
-def check_teacher(cfg: CfgNode) -> Finding:
+def check_teacher(recipe: ConfigRecipe) -> Finding:
     """The teacher's config and weights."""
-    source = teacher_source(cfg)
-    there = "://" in source.weights or os.path.isfile(source.weights)
-    return there, f"teacher: {source.name}, weights {source.weights}", "The file is not there."
+    name, weights = recipe.teacher_names[0], recipe.teacher_weights()
+    there = "://" in weights or os.path.isfile(weights)
+    return there, f"teacher: {name}, weights {weights}", "The file is not there."
 
 
-def check_data(cfg: CfgNode) -> Finding:
+def check_data(recipe: ConfigRecipe) -> Finding:
     """The data sets of the config."""
-    register_datasets(cfg)
-    return True, "; ".join(map(str, check_datasets(cfg, train=True))), ""
+    found = check_datasets(recipe.needs(), train=True, **recipe.own)
+    return True, "; ".join(map(str, found)), ""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -107,14 +107,14 @@ def main(args: argparse.Namespace) -> int:
     if not (args.config_file or args.data or args.teacher):
         return int(not ready)
     try:
-        cfg = load_config(args, add_project_configs)
+        recipe = recipe_of(args, add_project_configs, DistillTrainer)
     except Exception as error:
         print(f"[fail] config: {error}")
         return 1
-    _report(lambda: check_disk(cfg.OUTPUT_DIR))
-    ready &= _report(lambda: check_data(cfg), needed=True)
-    if teacher_name(cfg):
-        ready &= _report(lambda: check_teacher(cfg), needed=True)
+    _report(lambda: check_disk(recipe.folder))
+    ready &= _report(lambda: check_data(recipe), needed=True)
+    if any(recipe.teacher_names):
+        ready &= _report(lambda: check_teacher(recipe), needed=True)
     return int(not ready)
 
 

@@ -42,6 +42,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         - **seed**: of the run, also if it was drawn.
         - **weights**: that the student started from; "" for none.
         - **teacher**: its "name", the "weights" that were taken and their "sha256"; None without.
+        - **test_sets**: of those in COCO format, by name: [json file, image folder].
         - **environment**: Detectron2's table of versions and devices.
         - **peak_memory_mb**: of the main process's GPU, once the training is over.
 

@@ -54,7 +54,7 @@ def load_strictly(model: nn.Module, weights: Weights, *, feature_path: str = "")
         raise ValueError(
             f"{weights.key} is {weights.path!r}, which does not fit {type(model).__name__} as its "
             f"config describes it: {_describe(problems, expected, given)}. Expected the weights of "
-            "this very architecture; check the config next to them."
+            "this very architecture; check the config next to them, and --data."
         )
     fitting = {k: v for k, v in given.items() if k in expected and k not in misshaped}
     if not any(not k.startswith(feature_path) for k in fitting) and feature_path:

@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Callable, Collection, Iterator
+import traceback
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,38 @@ from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..command_line import is_evaluation
-from ..config_files import Loaded, beside, find_file, lacks_gpu, load_lazy_file
+from ..config import import_method
+from ..config_files import Loaded, beside, find_file, lacks_gpu, load_lazy_file, near_keys
 from ..data import register_coco, train_records
-from ..modeling import DistilledDetector, FrozenTeacher, SSIMDistiller
+from ..modeling import DISTILLER_REGISTRY, DistilledDetector, FrozenTeacher, SSIMDistiller
 from ..modeling.saved_lazy import name_functions
+from ..yaml_files import dotted
 from .data_file import read_data_file
 from .schedule import ConfigSchedule, Schedule, below, value_of
 
+#: The keys of the settings of a training. Those that Detectron2 does not have may be left out:
+#: :class:`ssim_kd.engine.settings.Settings` has what they do, and their defaults.
+KEYS = {
+    "output_dir": "train.output_dir",
+    "max_iter": "train.max_iter",
+    "seed": "train.seed",
+    "weights": "train.init_checkpoint",
+    "weights_partial": "train.weights_partial",
+    "amp": "train.amp.enabled",
+    "accumulate": "train.accumulate",
+    "max_skipped_steps": "train.max_skipped_steps",
+    "grace_period": "train.grace_period",
+    "checkpoint_period": "train.checkpointer.period",
+    "checkpoints_to_keep": "train.checkpointer.max_to_keep",
+    "eval_period": "train.eval_period",
+    "log_period": "train.log_period",
+    "image_format": "dataloader.train.mapper.image_format",
+    "vis_period": "train.vis_period",
+    "precise_bn": "train.precise_bn",
+    "expected_ap": "train.expected_ap",
+    "report": "train.report",
+    "ddp": "train.ddp",
+}
 # By these names or itself, of which ours reads a file once.
 _DETECTRON2_RECORDS = (
     get_detection_dataset_dicts,
@@ -43,10 +69,12 @@ def load_lazy(args: argparse.Namespace, *, data: bool = True) -> Loaded:
         ValueError: the file cannot be read, lacks a part, or an override does not fit.
     """
     notes: list[str] = []
+    for name in getattr(args, "imports", ()):
+        import_method(name)
     config_file = find_file(args.config_file)
     inside = [text for text in args.opts if not text.lstrip("+~").startswith(_WRAPPING)]
     by_hand = {text.lstrip("+~").partition("=")[0] for text in args.opts}
-    cfg = _with_overrides(lambda: load_lazy_file(config_file), inside, args)
+    cfg = _with_overrides(_read(config_file), inside)
     trains = not is_evaluation(args)
     needed = ["model", "dataloader", "train", *(["optimizer", "lr_multiplier"] if trains else [])]
     missing = [key for key in needed if key not in cfg]
@@ -62,13 +90,21 @@ def load_lazy(args: argparse.Namespace, *, data: bool = True) -> Loaded:
             by_hand=by_hand,
             count_images=lambda: _count_lazy_images(cfg),
         )
+        kept = KEYS["checkpoints_to_keep"]
+        if getattr(args, "epochs", None) and kept not in by_hand and value_of(cfg, kept) == 100:
+            # Detectron2's default. Each is an epoch now, and of an R-50 0.3 GB.
+            OmegaConf.update(cfg, kept, 2)
+            notes.append(f"{kept} 2: the newest checkpoints that stay, next to the best.")
     if getattr(args, "teacher", ""):
         if "student" not in cfg.model:
             # In a deeper place, what names others by their place would name none.
             OmegaConf.resolve(cfg)
         cfg.model = _distilled(cfg.model, args.teacher)
     outside = [text for text in args.opts if text not in inside]
-    cfg = _with_overrides(lambda: cfg, outside, args)
+    cfg = _with_overrides(cfg, outside)
+    for node in cfg.model.get("distillers") or ():
+        if node.get("_target_") in DISTILLER_REGISTRY:
+            node["_target_"] = DISTILLER_REGISTRY.get(node["_target_"])
     cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
     name_functions(cfg)  # so that the folder of the run can be read
     if lacks_gpu(str(cfg.train.device)):
@@ -101,16 +137,57 @@ def _count_lazy_images(cfg: DictConfig) -> int:
         ) from error
 
 
-def _with_overrides(
-    load: Callable[[], DictConfig], opts: list[str], args: argparse.Namespace
-) -> DictConfig:
+def _read(path: str) -> DictConfig:
     try:
-        return LazyConfig.apply_overrides(load(), opts)
+        return load_lazy_file(path)
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f", line {lines[-1]}" if lines else ""
+        raise ValueError(
+            f"--config-file {path}{place} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _with_overrides(cfg: DictConfig, opts: list[str]) -> DictConfig:
+    for text in opts:
+        _check_key(cfg, text.partition("=")[0])
+    try:
+        return LazyConfig.apply_overrides(cfg, opts)
     except Exception as error:
         raise ValueError(
-            f"--config-file {args.config_file} with {list(args.opts)} is not readable: "
-            f"{type(error).__name__}: {error}. Expected a LazyConfig, and overrides key=value."
+            f"The overrides {opts} do not fit the LazyConfig: {type(error).__name__}: {error}. "
+            "Expected key=value."
         ) from error
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    """Refuse the key of an override that nothing reads. "+" adds one all the same."""
+    if key.startswith("+") or key in KEYS.values() or key == "train.writers":
+        return
+    if key.startswith("MODEL."):
+        raise ValueError(
+            f"{key} is a key of YAML configs; expected keys of the LazyConfig. A method is "
+            "model.distillers.0._target_=PKDDistiller, its options are model.distillers.0.NAME."
+        )
+    node: Any = cfg
+    for name in key.split("."):
+        part: Any = name
+        if isinstance(node, ListConfig) and name.isdigit() and int(name) < len(node):
+            part = int(name)
+        elif not isinstance(node, DictConfig) or "_target_" in node or node is cfg.train.get("ddp"):
+            return  # what is called takes arguments that the config may leave out
+        elif part not in node:
+            plain: Any = OmegaConf.to_container(cfg)
+            known = [*(name for name, _ in dotted(plain)), *KEYS.values()]
+            near = near_keys(key, known, most=2, cutoff=0.85)
+            meant = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(
+                f"{key} is not a key of the LazyConfig.{meant} Expected one that it has, or "
+                f"+{key}=... to add it."
+            )
+        if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part):
+            return
+        node = node[part]
 
 
 def apply_lazy_data(cfg: DictConfig, path: str, by_hand: Collection[str]) -> list[str]:
@@ -164,7 +241,8 @@ def apply_lazy_data(cfg: DictConfig, path: str, by_hand: Collection[str]) -> lis
     if key not in by_hand:
         _replace_classes(node, node.num_classes, data.classes)
     shown = names.get("test", "no set to evaluate on")
-    return [f"--data {path}: {key} {node.num_classes}, {names['train']} and {shown}"]
+    left = [f"; dataloader.test.dataset.names={name} evaluates on it" for name in data.tests[1:]]
+    return [f"--data {path}: {key} {node.num_classes}, {names['train']} and {shown}{''.join(left)}"]
 
 
 def _replace_classes(node: Any, old: int, new: int) -> None:

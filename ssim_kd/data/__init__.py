@@ -9,7 +9,7 @@ from .mapper import CheckedMapper, UnreadableImageError
 from .needs import Needs
 from .records import once
 from .resumable_loader import TrainLoader
-from .train_loader import build_train_loader
+from .train_loader import build_train_loader, drawn_seed
 from .training_sets import count_images, train_records
 from .validation import DatasetSummary, check_datasets, class_names
 from .workers import EvaluationLoader, build_evaluation_loader
@@ -27,6 +27,7 @@ __all__ = [
     "class_names",
     "count_classes",
     "count_images",
+    "drawn_seed",
     "ensure_digits",
     "once",
     "register_coco",

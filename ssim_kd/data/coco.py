@@ -95,6 +95,14 @@ def own_json_file(name: str) -> str:
     return "" if converted and not reads_json_file(name) else path
 
 
+def annotation_files(name: str) -> list[str]:
+    """The json file and the image folder of a registered set in COCO format; [] for another."""
+    meta = MetadataCatalog.get(name) if name in DatasetCatalog else None
+    if meta is None or not own_json_file(name) or meta.get("evaluator_type") != "coco":
+        return []
+    return [own_json_file(name), str(meta.get("image_root", ""))]
+
+
 @contextlib.contextmanager
 def loading(where: str) -> Iterator[None]:
     """Turn what goes wrong while records are loaded into an error that names the set.

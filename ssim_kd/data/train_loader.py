@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper
 from detectron2.data.build import _train_loader_from_config
@@ -128,11 +130,21 @@ def build_train_loader(
         groups=groups,
         num_workers=num_workers,
         collate_fn=collate_fn,
-        seed=int(comm.shared_random_seed() if seed is None else seed),
+        seed=drawn_seed() if seed is None else int(seed),
         start_iter=start_iter,
         skip_corrupt=skip_corrupt,
         num_classes=needs.num_classes,
     )
+
+
+def drawn_seed() -> int:
+    """The seed that the random numbers of the main process began with, on every process.
+
+    Given as ``SEED``, it makes the same run again. Without any, a number is drawn.
+    """
+    seed = torch.initial_seed()
+    # torch begins with a larger one.
+    return int(comm.all_gather(seed if seed < 2**32 else np.random.randint(2**31))[0])
 
 
 def _check_map_style(dataset: Any) -> None:

@@ -176,7 +176,8 @@ class BestCheckpoint(HookBase):
         ap = box_ap(results)
         self._offered = self._offered or bool(results)
         saved = self.trainer.checkpointer.get_checkpoint_file() if results else ""
-        if ap > self._best.get("AP", -1.0) and saved:  # NaN is never the best
+        # Of equal ones the later, as after evaluations of 0. NaN is never the best.
+        if ap >= self._best.get("AP", 0.0) and saved:
             # The last evaluation comes after the loop, whose iter is then max_iter.
             iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
             self._best = {"AP": ap, "iteration": int(iteration)}

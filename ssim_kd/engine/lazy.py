@@ -10,8 +10,9 @@ and ``train``. Distillation is a matter of ``model``::
         max_iter="${..train.max_iter}",
     )
 
-``--teacher`` puts the same around a plain model. ``train`` takes the settings of :data:`KEYS`,
-which Detectron2 does not have, and ``train.writers`` further writers:
+``--teacher`` puts the same around a plain model. ``train`` takes the settings of
+:data:`ssim_kd.config_loading.lazy_config.KEYS`, some of which Detectron2 does not have, and
+``train.writers`` further writers:
 ``[L(MLflowWriter)(folder="${train.output_dir}")]``.
 """
 
@@ -38,6 +39,7 @@ from torch.utils.data import DataLoader
 from ..checkpoint import FINAL
 from ..config import add_notes
 from ..config_loading import load_lazy
+from ..config_loading.lazy_config import KEYS
 from ..data import (
     EvaluationLoader,
     Needs,
@@ -56,29 +58,6 @@ from .recipe import ConfigRecipe
 from .settings import Settings, as_text
 from .training import Training
 
-#: The keys of the settings of a training. Those that Detectron2 does not have may be left out:
-#: :class:`Settings` has what they do, and their defaults.
-KEYS = {
-    "output_dir": "train.output_dir",
-    "max_iter": "train.max_iter",
-    "seed": "train.seed",
-    "weights": "train.init_checkpoint",
-    "weights_partial": "train.weights_partial",
-    "amp": "train.amp.enabled",
-    "accumulate": "train.accumulate",
-    "max_skipped_steps": "train.max_skipped_steps",
-    "grace_period": "train.grace_period",
-    "checkpoint_period": "train.checkpointer.period",
-    "checkpoints_to_keep": "train.checkpointer.max_to_keep",
-    "eval_period": "train.eval_period",
-    "log_period": "train.log_period",
-    "image_format": "dataloader.train.mapper.image_format",
-    "vis_period": "train.vis_period",
-    "precise_bn": "train.precise_bn",
-    "expected_ap": "train.expected_ap",
-    "report": "train.report",
-    "ddp": "train.ddp",
-}
 _NAMES = {
     "teacher": "model.teacher",
     "teacher_weights": "model.teacher.weights",
@@ -126,7 +105,8 @@ class LazyRecipe(ConfigRecipe):
     def settings(self) -> Settings:
         """The plain values."""
         get = functools.partial(_value, self.cfg)
-        return Settings.read(get, KEYS, _NAMES, language="LazyConfig")
+        more = {"language": "LazyConfig", "test_sets": self.needs().test}
+        return Settings.read(get, KEYS, _NAMES, **more)
 
     def needs(self) -> Needs:
         """What is known of the data sets, and of what the student and its mapper read of them."""
@@ -246,8 +226,9 @@ class LazyRecipe(ConfigRecipe):
     def _evaluator(self) -> Any:
         node = copy.deepcopy(self.cfg.dataloader.evaluator)
         if _calls(node, COCOEvaluator):
-            # The same, for annotations with any id.
+            # The same, for annotations with any id; a report shows the detections.
             node["_target_"] = ScoredCOCOEvaluator
+            node.setdefault("output_dir", os.path.join(self.folder, "inference"))
         return instantiate(node)
 
     def _test_loader(self, node: DictConfig | None = None) -> Any:

@@ -150,6 +150,7 @@ def settings_of(cfg: CfgNode, **names: str) -> Settings:
 
     precise = cfg.TEST.PRECISE_BN
     more = {"precise_bn": precise.NUM_ITER if precise.ENABLED else 0, "language": "YAML"}
+    more["test_sets"] = cfg.DATASETS.TEST
     settings = Settings.read(partial(value_of, cfg), KEYS, {**_NAMES, **names}, **more)
     return settings if cfg.MODEL.DISTILL.ENABLED else replace(settings, expected_ap=0.0)
 

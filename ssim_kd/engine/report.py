@@ -14,7 +14,9 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 
+from ..data.coco import annotation_files
 from ..run_file import write_run_file
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +29,12 @@ def log_version() -> None:
     logger.info("Command: %s", _command())
 
 
-def write_run(
-    output_dir: str, *, config: str, seed: int, weights: str, teacher: Any, sha256: str
-) -> None:
+def write_run(settings: Settings, *, seed: int, teacher: Any, sha256: str) -> None:
     """Write ``run.json`` as a training starts; see :func:`ssim_kd.run_file.read_run_file`.
 
     Args:
-        output_dir: of the training.
-        config: kind of config.
+        settings: of the training.
         seed: that was drawn or given.
-        weights: that the student starts from.
         teacher: a :class:`FrozenTeacher`; None without.
         sha256: of its weights.
     """
@@ -46,14 +44,18 @@ def write_run(
         "ssim_kd": _version(),
         "commit": commit(),
         "command": _command(),
-        "config": config,
+        "config": settings.language,
+        "seed": seed,
+        "weights": settings.weights,
+        "test_sets": {n: files for n in settings.test_sets if (files := annotation_files(n))},
+        "environment": dict(pairs),
+        "teacher": None,
     }
-    facts |= {"seed": seed, "weights": weights, "environment": dict(pairs), "teacher": None}
     if teacher is not None:
         source = teacher.source
         named = {"name": source.name, "weights": source.weights} if source else {}
         facts["teacher"] = {**named, "sha256": sha256}
-    write_run_file(output_dir, facts)
+    write_run_file(settings.output_dir, facts)
 
 
 def _version() -> str:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,6 +33,7 @@ class Settings:
         expected_ap: box AP that the teacher has to reach before the training, in [0, 100]; 0
             checks nothing.
         report: whether report.html is written at the end.
+        test_sets: names of the data sets that are evaluated on.
         ddp: arguments of Detectron2's ``create_ddp_model``.
         language: of the config: "YAML", "LazyConfig", or "Python" for none.
         keys: the name of a setting in the user's config, for messages.
@@ -56,6 +57,7 @@ class Settings:
     precise_bn: int = 0
     expected_ap: float = 0.0
     report: bool = True
+    test_sets: Sequence[str] = ()
     ddp: Mapping[str, Any] = field(default_factory=lambda: {"broadcast_buffers": False})
     language: str = "Python"
     keys: Mapping[str, str] = field(default_factory=dict)

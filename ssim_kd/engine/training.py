@@ -24,7 +24,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import ResumeError, StudentCheckpointer
-from ..data import TrainLoader
+from ..data import TrainLoader, drawn_seed
 from ..modeling import DistilledDetector, LoadedTeacher, unwrap
 from ..sharing import without_queries
 from ..trackers import TrackerWriter
@@ -124,13 +124,21 @@ class Training(DistillStep):
             own["distillers"] = distilled.distillers
         on_gpu = next(model.parameters()).is_cuda
         devices = [torch.cuda.current_device()] if on_gpu else None
+        if not on_gpu and comm.get_world_size() > 1:
+            synced = [n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+            if synced:
+                raise ValueError(
+                    f"{len(synced)} norms, {synced[0]} for example, are SyncBatchNorm, which needs "
+                    "GPUs in several processes; expected another norm (BN, GN, naiveSyncBN), or "
+                    "one process."
+                )
         parallel = create_ddp_model(model, device_ids=devices, **settings.ddp)
         super().__init__(parallel, loader, optimizer, settings)
         self.max_iter, self.scheduler = settings.max_iter, scheduler
         if isinstance(loader, TrainLoader):
             self.seed = int(loader.seed)
         else:
-            self.seed = settings.seed if settings.seed >= 0 else comm.shared_random_seed()
+            self.seed = settings.seed if settings.seed >= 0 else drawn_seed()
             logger.warning(
                 "%s is a %s, whose order of images a resume cannot take up: all else is restored. "
                 "Exact is ssim_kd.data.build_train_loader, which takes a mapper and a data set.",
@@ -232,10 +240,8 @@ class Training(DistillStep):
             distilled.inherit(self.start_iter)
         if comm.is_main_process():
             write_run(
-                self.settings.output_dir,
-                config=self.settings.language,
+                self.settings,
                 seed=self.seed,
-                weights=self.settings.weights,
                 teacher=distilled.teacher if self.distills else None,
                 sha256=self.teacher_sha256,
             )

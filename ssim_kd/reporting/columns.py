@@ -133,8 +133,8 @@ def compare(
 
 
 def _note_differences(page: Comparison, run: Run, control: Run) -> None:
-    """Name what else the gain comes from. A LazyConfig's keys may differ and mean the same."""
-    if not (run.config and control.config) or run.is_lazy or control.is_lazy:
+    """Name what else the gain comes from."""
+    if not (run.config and control.config):
         return
     found = differences(run, control)
     if found:

@@ -11,12 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ..data.coco import own_json_file
+from ..data.coco import annotation_files
 from ..data.digits.dataset import DIGITS_NAMES, splits_from_config
 from ..data.json_file import read_instances
 from ..data.needs import Needs
@@ -96,9 +95,9 @@ def find_test_set(run: Run, name: str) -> TestSet:
             raise NotAvailableError(f"DATASETS.DIGITS of its config: {error}") from error
         split = splits[DIGITS_NAMES.index(name)]
         return TestSet(name, str(split.json_file), str(split.folder), split.folder.name)
-    meta = MetadataCatalog.get(name) if name in DatasetCatalog else None
-    if meta is not None and own_json_file(name) and meta.get("evaluator_type") == "coco":
-        return TestSet(name, own_json_file(name), str(meta.get("image_root", "")))
+    files = run.test_files.get(name) or annotation_files(name)
+    if files:
+        return TestSet(name, *files)
     raise NotAvailableError(
         f"the annotations of {name or 'the test set'} are unknown: no set in COCO format of "
         "DATASETS.REGISTER_COCO, and none that is registered here"

@@ -1,7 +1,7 @@
 """Finds the runs that a run is compared with: its teacher, its control, and its start."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from .runs import NotAvailableError, Run, read_config, read_run
 # Keys that the control of a run may have otherwise: those of distillation, and those that change
 # nothing in what is trained.
 _MAY_DIFFER = re.compile(
-    r"MODEL\.DISTILL\..*|MODEL\.META_ARCHITECTURE|OUTPUT_DIR|VIS_PERIOD|TEST\.REPORT|TRACKING\..*"
+    r"MODEL\.DISTILL\..*|MODEL\.META_ARCHITECTURE|OUTPUT_DIR|VIS_PERIOD|TEST\.REPORT|TRACKING\..*|"
+    r"train\.(output_dir|vis_period|report|writers)"
 )
 _NAMED = "Name the folder with {flag}."
 
@@ -93,10 +94,8 @@ def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
     """
     if not run.distils:
         raise NotAvailableError("the training did not distil: it is itself a plain run")
-    if run.is_lazy or not run.config:
-        raise NotAvailableError(
-            "which it is is not certain without a YAML config. " + _NAMED.format(flag="--control")
-        )
+    if not run.config:
+        raise NotAvailableError(f"its config is unknown. {_NAMED.format(flag='--control')}")
     found = []
     shown = {other.folder.resolve() for other in given}
     for folder in sorted({*run.folder.resolve().parent.iterdir(), *shown}):
@@ -118,10 +117,21 @@ def find_control(run: Run, given: Sequence[Run] = ()) -> Run:
 
 def differences(run: Run, other: Run) -> dict[str, tuple[Any, Any]]:
     """What the configs of two runs differ in, except for distillation, by key."""
-    pairs = {k: (run.config.get(k), other.config.get(k)) for k in run.config | other.config}
-    pairs = {k: pair for k, pair in pairs.items() if not _MAY_DIFFER.fullmatch(k)}
+    ours, theirs = _of_student(run.config), _of_student(other.config)
+    pairs = {k: (ours.get(k), theirs.get(k)) for k in ours | theirs if not _MAY_DIFFER.fullmatch(k)}
     pairs["MODEL.META_ARCHITECTURE"] = (_architecture(run), _architecture(other))
-    return {key: (ours, theirs) for key, (ours, theirs) in pairs.items() if ours != theirs}
+    # A LazyConfig names the value of another key; --teacher puts the value there.
+    return {
+        key: pair for key, pair in pairs.items() if pair[0] != pair[1] and "${" not in str(pair)
+    }
+
+
+def _of_student(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config; of a LazyConfig with a teacher as those of its student without."""
+    if not any(key.startswith("model.student.") for key in config):
+        return dict(config)
+    kept = {k: v for k, v in config.items() if not k.startswith("model.") or ".student." in k}
+    return {k.replace("model.student.", "model.", 1): v for k, v in kept.items()}
 
 
 def _architecture(run: Run) -> str:

@@ -34,6 +34,7 @@ class Run:
         config_text: the file.
         series: of metrics.json, by name.
         environment, command, commit, teacher: of run.json; empty without one.
+        test_files: json file and image folder of the sets in COCO format, of run.json.
         memory: peak of the GPU memory in MiB, None if run.json has none.
         problems: sentences on what is missing or damaged.
     """
@@ -47,6 +48,7 @@ class Run:
     commit: str = ""
     memory: int | None = None
     teacher: dict[str, str] = field(default_factory=dict)
+    test_files: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def get(self, key: str, lazy_key: str = "", default: Any = None) -> Any:
@@ -211,3 +213,4 @@ def _read_facts(run: Run) -> None:
     run.command, run.commit = str(facts.get("command", "")), str(facts.get("commit", ""))
     run.memory = facts.get("peak_memory_mb")
     run.teacher = dict(facts.get("teacher") or {})
+    run.test_files = dict(facts.get("test_sets") or {})

@@ -15,6 +15,7 @@ from ssim_kd.config_loading import load_lazy
 from ssim_kd.engine import argument_parser, run
 from ssim_kd.engine.lazy import LazyRecipe
 from ssim_kd.modeling import DistilledDetector, FrozenTeacher
+from ssim_kd.projects.icd import ICDDistiller
 from tests.engine.runs import World, assert_same, checkpoint, log, metrics
 
 # A RetinaNet of the zoo made small; the teacher is another LazyConfig with another width.
@@ -196,11 +197,46 @@ def test_load_lazy_with_another_teacher(configs) -> None:
     assert "student" not in cfg.model.student
 
 
-def test_load_lazy_with_a_wrong_override(configs) -> None:
-    arguments = ["--config-file", str(configs["student"]), "train.max_iter"]
-    with pytest.raises(ValueError, match=r"train\.max_iter") as caught:
-        load_lazy(argument_parser().parse_args(arguments))
-    assert "key=value" in str(caught.value)
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.max_iter", "key=value"),
+        ("trian.max_iter=7", r"train\.max_iter.* \+trian\.max_iter"),
+        ("train.evaluation_period=7", r"train\.evaluation_period .*\+train\.evaluation_period"),
+        ("model.distillers.7.weight=1", r"model\.distillers\.7\.weight"),
+        ("MODEL.DISTILL.NAME=PKDDistiller", r"model\.distillers\.0\._target_=PKDDistiller"),
+    ],
+)
+def test_load_lazy_with_a_wrong_override(override, named, configs) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        load_lazy(
+            argument_parser().parse_args(["--config-file", str(configs["student"]), override])
+        )
+    assert override.partition("=")[0] in str(caught.value)
+
+
+def test_load_lazy_with_keys_that_the_config_lacks(configs) -> None:
+    opts = ["train.accumulate=2", "train.ddp.gradient_as_bucket_view=True", "+mine.key=3"]
+    opts += ["model.distillers.0.levels=[p3]", "optimizer.nesterov=True"]
+    cfg = load_lazy(
+        argument_parser().parse_args(["--config-file", str(configs["student"]), *opts])
+    ).cfg
+    assert (cfg.train.accumulate, cfg.mine.key, cfg.optimizer.nesterov) == (2, 3, True)
+    assert cfg.train.ddp.gradient_as_bucket_view and cfg.model.distillers[0].levels == ["p3"]
+
+
+def test_load_lazy_with_a_method_by_its_name(configs) -> None:
+    line = ["--config-file", str(configs["plain"]), "--teacher", "x.py"]
+    line += ["model.distillers.0._target_=ICDDistiller", "model.distillers.0.dim=16"]
+    (node,) = load_lazy(argument_parser().parse_args(line)).cfg.model.distillers
+    assert type(instantiate(node)) is ICDDistiller and node.dim == 16
+
+
+def test_load_lazy_names_the_line_of_an_error(tmp_path) -> None:
+    config = tmp_path / "wrong.py"
+    config.write_text("model = {}\n\nmodel.width = 3\n")
+    with pytest.raises(ValueError, match=r"wrong\.py, line 3 .*AttributeError"):
+        load_lazy(argument_parser().parse_args(["--config-file", str(config)]))
 
 
 def test_a_yaml_student_learns_from_a_lazy_teacher(configs, tmp_path_factory, tmp_path) -> None:

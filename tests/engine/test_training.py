@@ -47,6 +47,15 @@ def test_training_is_the_same_in_every_way(way: str, whole: dict[str, Path]) -> 
     assert run["config"] == way and run["teacher"]["sha256"]
 
 
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_seed_that_was_drawn_makes_the_run_again(way: str, world: World, tmp_path) -> None:
+    train(way, world, tmp_path / "drawn", max_iter=1, seed=-1)
+    seed = json.loads((tmp_path / "drawn" / "run.json").read_text())["seed"]
+    assert f"generated random seed {seed}" in log(tmp_path / "drawn")
+    train(way, world, tmp_path / "given", max_iter=1, seed=seed)
+    assert_same(*(checkpoint(tmp_path / name)["model"] for name in ("drawn", "given")))
+
+
 def test_resumed_from_a_checkpoint_of_the_former_lazy_trainer(world: World, whole, tmp_path):
     """It has neither the teacher nor the config, seed and states of the processes."""
     folder = half_of(whole["LazyConfig"], tmp_path / "resumed")

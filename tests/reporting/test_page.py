@@ -14,9 +14,10 @@ from ssim_kd.__main__ import main
 from ssim_kd.metrics_file import Series
 from ssim_kd.reporting import write_report
 from ssim_kd.reporting.charts import MOST_POINTS, Line, curves, thin
-from ssim_kd.reporting.detections import NotAvailableError
+from ssim_kd.reporting.detections import NotAvailableError, find_test_set
 from ssim_kd.reporting.relatives import find_control, find_start, find_teacher, teacher_iteration
 from ssim_kd.reporting.runs import read_run
+from ssim_kd.run_file import write_run_file
 from tests.reporting.made import FOUND, box, config, rows, write_pair, write_run, write_set
 
 
@@ -248,9 +249,22 @@ def test_write_report_of_a_long_run_that_diverged(tmp_path: Path) -> None:
 def test_write_report_of_a_lazy_config(tmp_path: Path) -> None:
     cfg = {"model": {"_target_": "x.RetinaNet"}, "train": {"max_iter": 60, "device": "cpu"}}
     cfg["dataloader"] = {"test": {"dataset": {"names": "coco_2017_val"}}}
-    page = page_of(write_run(tmp_path / "run", yaml.safe_dump(cfg), rows()))
+    cfg["model"]["num_classes"], cfg["model"]["head"] = 3, {"num_classes": "${..num_classes}"}
+    control = write_run(tmp_path / "plain", yaml.safe_dump(cfg), rows(ap=20.0))
+    student = {**cfg["model"], "head": {"num_classes": 3}}
+    cfg["model"] = {"_target_": "x.DistilledDetector", "student": student, "max_iter": 60}
+    cfg["model"]["teacher"] = {"name": "teacher"}
+    run = write_run(tmp_path / "run", yaml.safe_dump(cfg), rows())
+    page = page_of(run)
     assert page.row("run")[1] == "29.5" and "LazyConfig" in page.sections["config"]
-    assert "60 iterations" in page.html
+    assert "60 iterations" in page.html and find_control(read_run(run)).folder == control.resolve()
+    # Where its sets are is in run.json.
+    write_run_file(str(run), {"test_sets": {"coco_2017_val": ["val.json", "val"]}})
+    assert find_test_set(read_run(run), "coco_2017_val").json_file == "val.json"
+    cfg["train"]["max_iter"] = 70
+    (run / "config.yaml").write_text(yaml.safe_dump(cfg))
+    with pytest.raises(NotAvailableError, match="no run"):
+        find_control(read_run(run))
 
 
 def test_write_report_with_several_test_sets(tmp_path: Path) -> None:

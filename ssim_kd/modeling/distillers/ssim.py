@@ -82,8 +82,8 @@ class SSIMDistiller(PyramidDistiller):
             if min(height, width) < self._window_size and level.level not in self._logged:
                 self._logged.add(level.level)
                 logger.info(
-                    "Level %s has maps of %d x %d cells, smaller than MODEL.DISTILL.SSIM."
-                    "WINDOW_SIZE %d: they are mirrored beyond their border until the window is "
-                    "full. On small images fewer MODEL.DISTILL.IN_FEATURES gained more.",
+                    "Level %s has maps of %d x %d cells, smaller than the window of SSIM, %d: they "
+                    "are mirrored beyond their border until the window is full. On small images "
+                    "fewer levels gained more.",
                     *(level.level, height, width, self._window_size),
                 )
