@@ -101,12 +101,17 @@ def _asked(
 
 
 def _check_names(args: argparse.Namespace, study: Study) -> None:
-    seeds = {seed for stage in study.content["stages"] for _, seed in study.slots(stage)}
-    known = {"stages": study.content["stages"], "arms": study.content["arms"], "seeds": seeds}
+    stages = study.content["stages"]
+    seeds = {seed for stage in stages for _, seed in study.slots(stage)}
+    arms = {arm for stage in stages.values() for arm in stage["arms"]}
+    known = {"stages": stages, "arms": arms, "seeds": seeds}
     for flag, names in known.items():
         unknown = sorted(set(getattr(args, flag) or ()) - set(names))
         if unknown:
-            raise ValueError(f"--{flag}: {args.study} has no {unknown}; expected {sorted(names)}.")
+            raise ValueError(
+                f"--{flag} is {unknown}, which no stage of {args.study} has; expected "
+                f"{sorted(names)}."
+            )
     if len(args.opts) % 2 or not all("=" in pair for pair in args.submitit):
         raise ValueError(
             f"--opts {args.opts} --submitit {args.submitit}: expected KEY VALUE, NAME=VALUE."

@@ -288,6 +288,13 @@ def test_main_names_what_the_study_has(
     assert flag in message and wrong in message and known in message
 
 
+def test_main_names_an_arm_that_no_stage_trains(bench: Bench, capsys) -> None:
+    bench.write({**STUDY, "arms": {**STUDY["arms"], "unused": {"weight": 1}}})
+    assert bench.run("--arms", "unused") == 2
+    message = capsys.readouterr().err
+    assert "--arms" in message and "unused" in message and "'ssim'" in message
+
+
 def test_a_model_that_is_not_there_is_refused(bench: Bench) -> None:
     bench.write({**STUDY, "students": {**STUDY["students"], "start": "elsewhere"}})
     with pytest.raises(ValueError, match="start of students/none/1 is 'elsewhere'"):
