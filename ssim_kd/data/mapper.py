@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +13,8 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..sharing import without_queries
-from .records import Records
+from .records import Record, Records
 
-Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
 
 # Pillow's modes with more than 8 bits a channel. Detectron2 would clip them to 255 in silence.

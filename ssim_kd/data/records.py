@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 Record = dict[str, Any]
 
-
 # Of each record: its range in the data, its objects' range among the classes, how many of them
 # are not crowds, and how many keypoints are labelled.
 _ROW = np.dtype(

@@ -15,7 +15,8 @@ from detectron2.utils import comm
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from .mapper import Mapper, Record, UnreadableImageError, seeded
+from .mapper import Mapper, UnreadableImageError, seeded
+from .records import Record
 from .samplers import Draw, batch_order, sample_seed
 from .workers import batches
 

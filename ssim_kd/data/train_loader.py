@@ -11,9 +11,9 @@ from detectron2.data.build import _train_loader_from_config
 from detectron2.utils import comm
 
 from .coco import reads_json_file
-from .mapper import CheckedMapper, Mapper, Record, check_image_files, reads_images, seeded
+from .mapper import CheckedMapper, Mapper, check_image_files, reads_images, seeded
 from .needs import Needs
-from .records import Records
+from .records import Record, Records
 from .resumable_loader import TrainLoader
 from .samplers import aspect_groups, stream_of
 from .training_sets import records_needed

@@ -353,13 +353,6 @@ def test_build_train_loader_dataset_without_length(small):
         build_train_loader(small, mapper=randomised, dataset=(r for r in fake_records()))
 
 
-def test_build_train_loader_records_without_size(small, caplog):
-    records = [{k: v for k, v in r.items() if k != "width"} for r in fake_records()]
-    loader = build_train_loader(small, mapper=lambda r: r, dataset=records)
-    assert len(take(loader, 3)[0]) == 4
-    assert "ASPECT_RATIO_GROUPING" in caplog.text
-
-
 def test_build_train_loader_mapper_of_ones_own(small, tmp_path):
     """Of files that Detectron2 does not read."""
     small.DATALOADER.ASPECT_RATIO_GROUPING = False

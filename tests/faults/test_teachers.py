@@ -69,48 +69,20 @@ def with_value(value: float) -> Callable[[State], State]:
     return change
 
 
+# By the whole command; others are in tests/checkpoint.
 REFUSED: dict[str, tuple[Callable[[State, Path], Any], str]] = {
-    "zeros": (saved(lambda s: {k: v * 0 for k, v in s.items()}), "is all zeros"),
     "one layer of zeros": (saved(with_value(0.0)), "fpn_output4.weight is all zeros"),
-    "NaN": (saved(with_value(np.nan)), "fpn_output4.weight holds NaN or Inf"),
-    "Inf": (saved(with_value(np.inf)), "holds NaN or Inf"),
-    "only a backbone": (
-        saved(lambda s: {k: v for k, v in s.items() if k.startswith("backbone.")}),
-        "holds only a backbone",
-    ),
+    "Inf": (saved(with_value(np.inf)), "fpn_output4.weight holds NaN or Inf"),
     "a key is missing": (
         saved(lambda s: {k: v for k, v in s.items() if "res4.2.conv1.weight" not in k}),
         "1 keys missing",
     ),
-    "a key too many": (saved(lambda s: {**s, "backbone.x": torch.ones(1)}), "1 keys unexpected"),
-    "keys of a wrapper": (saved(lambda s: {f"student.{k}": v for k, v in s.items()}), "missing"),
     "ImageNet backbone": (imagenet, "the file of an ImageNet backbone"),
-    "no tensors": (saved(lambda s: {"a": 1}), "not a dict of tensors"),
-    "a list": (lambda s, path: torch.save([1], path), "holds a list"),
-    "truncated": (lambda s, path: _truncated(s, path), "cannot be|can be read"),
-    "flipped": (lambda s, path: _flipped(s, path), "changed after they were written"),
-    "empty file": (lambda s, path: path.write_bytes(b""), r"\(0 bytes\) is not a checkpoint"),
     "a web page": (lambda s, path: path.write_text("<html>404</html>"), "is not a checkpoint"),
-    "runs code (.pth)": (saved(lambda s: Evil(Path.cwd())), "posix.system"),
-    "runs code (.pkl)": (
-        lambda s, p: p.write_bytes(pickle.dumps(Evil(Path.cwd()))),
-        "posix.system",
-    ),
+    "runs code": (saved(lambda s: Evil(Path.cwd())), "posix.system"),
     "a folder": (lambda s, path: path.mkdir(), "no such file"),
     "missing": (lambda s, path: None, "no such file"),
 }
-
-
-def _truncated(state: State, path: Path) -> None:
-    torch.save({"model": state}, path)
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def _flipped(state: State, path: Path) -> None:
-    torch.save({"model": state}, path)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -118,9 +90,7 @@ def test_main_teacher_file_refused(kind, world: World, tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     no_training(monkeypatch)
     make, expected = REFUSED[kind]
-    path = tmp_path / (
-        "teacher.pkl" if kind in ("ImageNet backbone", "runs code (.pkl)") else "t.pth"
-    )
+    path = tmp_path / ("teacher.pkl" if kind == "ImageNet backbone" else "t.pth")
     make(torch.load(world.teacher)["model"], path)
     with pytest.raises(ValueError, match=expected) as raised:
         world.main(tmp_path / "out", *OPTIONS, "MODEL.DISTILL.TEACHER.WEIGHTS", path)

@@ -30,8 +30,6 @@ from .json_sets import COCO_KINDS, load_json_set
 from .records import inspect_records
 from .scoring import check_test_keys
 
-ZERO_AREA_POLICIES = ("error", "drop")
-MASK_FORMATS = ("polygon", "bitmask")
 _LVIS_READER = "detectron2.data.datasets.lvis"
 
 
@@ -71,9 +69,9 @@ def check_datasets(
         FileNotFoundError: a json file or a folder is not there.
         ValueError: anything else. Both name the key, the set, the file and what to do.
     """
-    _check_choice(needs.key("DATASETS.ZERO_AREA_BOXES"), needs.zero_area, ZERO_AREA_POLICIES)
+    _check_choice(needs.key("DATASETS.ZERO_AREA_BOXES"), needs.zero_area, "error", "drop")
     if train and needs.masks:
-        _check_choice(needs.key("INPUT.MASK_FORMAT"), needs.mask_format, MASK_FORMATS)
+        _check_choice(needs.key("INPUT.MASK_FORMAT"), needs.mask_format, "polygon", "bitmask")
     if train and not own_loader and not needs.train:
         train_key = needs.key("DATASETS.TRAIN")
         raise ValueError(f"{train_key} is empty: expected at least one data set name.")
@@ -126,7 +124,7 @@ def check_records_for_mapper(needs: Needs, where: str, records: Sequence[Any]) -
     _refuse(where, "its records", found.problems)
 
 
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+def _check_choice(key: str, value: str, *choices: str) -> None:
     if value not in choices:
         raise ValueError(f"{key} is {value!r}: expected one of {', '.join(choices)}.")
 

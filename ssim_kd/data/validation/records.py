@@ -10,12 +10,10 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from ..needs import Needs
-from ..records import visible_keypoints
+from ..records import Record, visible_keypoints
 from .annotations import Annotation, are_numbers, keypoints_fault
 from .findings import Findings
 from .masks import MALFORMED, NONE, OTHER_SIZE, RLE, SHORT, segmentation_kind
-
-Record = dict[str, Any]
 
 
 def inspect_records(

@@ -52,112 +52,46 @@ def perfect_ap(cfg, name="my_set"):
         return evaluator.evaluate()["bbox"]["AP"]
 
 
-def ids_from_zero(data):
-    for i, annotation in enumerate(data["annotations"]):
-        annotation["id"] = i
+def each(change, *places):
+    """An edit of one key of all rows of some tables."""
+    return lambda data: [
+        row.update({key: change(row[key])}) for table, key in places for row in data[table]
+    ]
 
 
-def ids_of_text(data):
-    for annotation in data["annotations"]:
-        annotation["id"] = f"ann-{annotation['id']}"
+def first(**changes):
+    return lambda data: data["annotations"][0].update(changes)
 
 
-def ids_null(data):
-    data["annotations"][0]["id"] = None
-
-
-def ids_negative(data):
-    for annotation in data["annotations"]:
-        annotation["id"] *= -1
-
-
-def ids_of_64_bits(data):
-    for annotation in data["annotations"]:
-        annotation["id"] += 2**63 - 2
-
-
-def image_ids_of_text(data):
-    for image in data["images"]:
-        image["id"] = f"i{image['id']}"
-    for annotation in data["annotations"]:
-        annotation["image_id"] = f"i{annotation['image_id']}"
-
-
-def image_ids_of_64_bits(data):
-    for row, key in [(i, "id") for i in data["images"]] + [
-        (a, "image_id") for a in data["annotations"]
-    ]:
-        row[key] += 2**63 - 2
-
-
-def category_ids_of_text(data):
-    for row, key in [(c, "id") for c in data["categories"]] + [
-        (a, "category_id") for a in data["annotations"]
-    ]:
-        row[key] = f"c{row[key]}"
-
-
-def category_ids_with_gaps(data):
-    for row, key in [(c, "id") for c in data["categories"]] + [
-        (a, "category_id") for a in data["annotations"]
-    ]:
-        row[key] *= 7
-
-
-def whole_floats(data):
-    for image in data["images"]:
-        image["id"], image["width"], image["height"] = 1.0 * image["id"], 32.0, 24.0
-
-
-def crowd(data):
-    data["annotations"][0]["iscrowd"] = True
-
-
-def orphan(data):
-    data["annotations"].append({**data["annotations"][0], "id": 99, "image_id": 99})
-
-
-def unsorted_categories(data):
-    data["categories"].reverse()
-
-
-def empty_image(data):
-    data["annotations"] = data["annotations"][2:]
-
-
-def ignore_zero(data):
-    data["annotations"][0]["ignore"] = 0
-
-
-def partly_outside(data):
-    data["annotations"][0]["bbox"] = [-3, -3, 10, 10]
-    data["annotations"][0]["area"] = 100
-
-
-ACCEPTED = [
-    ids_from_zero,
-    ids_of_text,
-    ids_null,
-    ids_negative,
-    ids_of_64_bits,
-    image_ids_of_text,
-    image_ids_of_64_bits,
-    category_ids_of_text,
-    category_ids_with_gaps,
-    whole_floats,
-    crowd,
-    orphan,
-    unsorted_categories,
-    empty_image,
-    ignore_zero,
-    partly_outside,
-]
+IDS = ("annotations", "id")
+IMAGES = (("images", "id"), ("annotations", "image_id"))
+CATEGORIES = (("categories", "id"), ("annotations", "category_id"))
+ACCEPTED = {
+    "ids from zero": each(lambda i: i - 1, IDS),
+    "ids of text": each("ann-{}".format, IDS),
+    "ids null": first(id=None),
+    "ids negative": each(lambda i: -i, IDS),
+    "ids of 64 bits": each(lambda i: i + 2**63 - 2, IDS),
+    "image ids of text": each("i{}".format, *IMAGES),
+    "image ids of 64 bits": each(lambda i: i + 2**63 - 2, *IMAGES),
+    "category ids of text": each("c{}".format, *CATEGORIES),
+    "category ids with gaps": each(lambda i: 7 * i, *CATEGORIES),
+    "whole floats": each(float, ("images", "id"), ("images", "width"), ("images", "height")),
+    "crowd": first(iscrowd=True),
+    "orphan": lambda data: data["annotations"].append(
+        {**data["annotations"][0], "id": 99, "image_id": 99}
+    ),
+    "unsorted categories": lambda data: data["categories"].reverse(),
+    "empty image": lambda data: data.update(annotations=data["annotations"][2:]),
+    "ignore zero": first(ignore=0),
+    "partly outside": first(bbox=[-3, -3, 10, 10], area=100),
+}
 
 
 @pytest.mark.parametrize("edit", ACCEPTED)
 def test_inspect_coco_accepted_trains_and_scores_100(use, tmp_path, edit):
     data = content()
-    edit(data)
+    ACCEPTED[edit](data)
     found = inspected(data)
     assert (found.problems, found.untrainable, found.unscorable) == ([], [], [])
     cfg = use(data)
@@ -172,15 +106,15 @@ def test_inspect_coco_accepted_trains_and_scores_100(use, tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "note"),
     [
-        (ids_from_zero, "id 0 of image 1"),
-        (ids_of_text, "6 annotations"),
-        (ids_null, "id None of image 1"),
-        (orphan, "id 99 of image 99"),
+        ("ids from zero", "id 0 of image 1"),
+        ("ids of text", "6 annotations"),
+        ("ids null", "id None of image 1"),
+        ("orphan", "id 99 of image 99"),
     ],
 )
 def test_inspect_coco_notes(edit, note):
     data = content()
-    edit(data)
+    ACCEPTED[edit](data)
     (found,) = inspected(data).notes
     assert note in found
 
@@ -328,7 +262,7 @@ def test_inspect_coco_ground_truth_alone():
 
 def test_inspect_coco_sizes_with_a_point_and_masks():
     data = content()
-    whole_floats(data)
+    ACCEPTED["whole floats"](data)
     for annotation in data["annotations"]:
         annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
     assert inspected(data).unscorable == []

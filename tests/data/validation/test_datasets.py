@@ -36,21 +36,19 @@ def test_check_datasets_summary(use):
     assert len(check_datasets(use(data), train=False)) == 1
 
 
-def test_check_datasets_unknown_set(use):
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("my_sett",), ["DATASETS.TRAIN: data set 'my_sett'", ": my_set"]),
+        ((), ["DATASETS.TRAIN is empty"]),
+        ("my_set", ["DATASETS.TRAIN is 'my_set'", "('my_set',)"]),
+    ],
+)
+def test_check_datasets_names(use, names, words):
     cfg = use(content())
-    cfg.DATASETS.TRAIN = ("my_sett",)
-    refused(cfg, "DATASETS.TRAIN: data set 'my_sett'", ": my_set")
-
-
-def test_check_datasets_none(cfg):
-    refused(cfg, "DATASETS.TRAIN is empty")
-    assert check_datasets(cfg, train=False) == []
-
-
-def test_check_datasets_name_in_place_of_a_list(use):
-    cfg = use(content())
-    cfg.DATASETS.TRAIN = "my_set"
-    refused(cfg, "DATASETS.TRAIN is 'my_set'", "('my_set',)")
+    cfg.DATASETS.TRAIN = names
+    refused(cfg, *words)
+    assert len(check_datasets(cfg, train=False)) == 1
 
 
 def test_check_datasets_builtin_set_not_there(cfg):
@@ -222,13 +220,13 @@ def test_check_datasets_metadata_in_another_order(cfg, tmp_path):
     refused(cfg, "'my_set'", "thing_classes", "['class1', 'class0']", "['class0', 'class1']")
 
 
-def by_code(name, categories=(0, 1), classes=("a", "b"), root="", json_file="", **meta):
+def by_code(name, categories=(0, 1), classes=("a", "b"), **meta):
     """Register records, as a user's script does; one image a category."""
 
     def records():
         return [
             {
-                "file_name": f"{root}/{i}.png",
+                "file_name": f"{i}.png",
                 "image_id": i + 1,
                 "height": 24,
                 "width": 32,
@@ -242,8 +240,6 @@ def by_code(name, categories=(0, 1), classes=("a", "b"), root="", json_file="", 
     DatasetCatalog.register(name, records)
     if classes:
         meta["thing_classes"] = list(classes)
-    if json_file:
-        meta["json_file"] = json_file
     MetadataCatalog.get(name).set(**meta)
     return name
 
@@ -335,26 +331,29 @@ def test_check_datasets_stuff_classes(cfg):
     check_datasets(cfg, train=True)
 
 
-def records_of(json_file, root):
-    records = load_coco_json(json_file, root)
-    for record in records:
-        for annotation in record["annotations"]:
-            annotation["category_id"] -= 1
-    return records
-
-
-@pytest.mark.parametrize("image_root", [False, True])
-def test_check_datasets_json_file_of_code(cfg, tmp_path, image_root):
-    """json_file is only ground truth; images are found by the records."""
+def with_ground_truth(tmp_path, **change):
+    """Records of code next to a json file, which is only ground truth."""
     json_file, root = write(tmp_path / "set", content())
-    DatasetCatalog.register("mine", lambda: records_of(json_file, root))
-    MetadataCatalog.get("mine").set(
-        json_file=json_file,
-        thing_classes=["class0", "class1"],
-        thing_dataset_id_to_contiguous_id={1: 0, 2: 1},
-        **({"image_root": "images.zip"} if image_root else {}),
-    )
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("mine",)
+
+    def records():
+        found = load_coco_json(json_file, root)
+        for annotation in [a for record in found for a in record["annotations"]]:
+            annotation["category_id"] -= 1
+        return found
+
+    meta = {
+        "json_file": json_file,
+        "thing_classes": ["class0", "class1"],
+        "thing_dataset_id_to_contiguous_id": {1: 0, 2: 1},
+    }
+    DatasetCatalog.register("mine", records)
+    MetadataCatalog.get("mine").set(**(meta | change))
+    return ("mine",)
+
+
+@pytest.mark.parametrize("more", [{}, {"image_root": "images.zip"}])
+def test_check_datasets_json_file_of_code(cfg, tmp_path, more):
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = with_ground_truth(tmp_path, **more)
     for _ in range(2):
         assert "3 images, 6 annotations" in str(check_datasets(cfg, train=True)[1])
 
@@ -369,15 +368,7 @@ def test_check_datasets_json_file_of_code(cfg, tmp_path, image_root):
     ],
 )
 def test_check_datasets_json_file_of_code_with_other_classes(cfg, tmp_path, change, words):
-    json_file, root = write(tmp_path / "set", content())
-    DatasetCatalog.register("mine", lambda: records_of(json_file, root))
-    meta = {
-        "json_file": json_file,
-        "thing_classes": ["class0", "class1"],
-        "thing_dataset_id_to_contiguous_id": {1: 0, 2: 1},
-    }
-    MetadataCatalog.get("mine").set(**(meta | change))
-    cfg.DATASETS.TEST = ("mine",)
+    cfg.DATASETS.TEST = with_ground_truth(tmp_path, **change)
     refused(cfg, "'mine'", "annotations.json", *words, train=False)
 
 
