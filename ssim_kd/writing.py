@@ -26,7 +26,7 @@ class _Downloads(HTTPURLHandler):
         return str(super()._get_local_path(path, *args, **kwargs))
 
 
-if type(PathManager._path_handlers["http://"]) is HTTPURLHandler:  # a user's stays
+if type(PathManager._path_handlers.get("http://")) is HTTPURLHandler:  # a user's stays
     PathManager.register_handler(_Downloads(), allow_override=True)
 
 

@@ -46,6 +46,15 @@ def name(annotation: Annotation) -> str:
     return f"id {annotation['id']} of image {annotation['image_id']}"
 
 
+def told(pairs: Sequence[tuple[Annotation, str]], what: str, then: str = "") -> list[str]:
+    """A text on annotations, each with its fault, that names the first; none without any."""
+    if not pairs:
+        return []
+    first, fault = pairs[0]
+    example = f"{name(first)}: {fault}" if fault else name(first)
+    return [f"{len(pairs)} annotations {what} (for example {example}){then}"]
+
+
 def inspect_keypoints(
     found: Findings, annotations: Sequence[Annotation], owners: Sequence[int], needs: Needs
 ) -> None:
@@ -64,11 +73,7 @@ def inspect_keypoints(
         for a in annotations
         if a.get("keypoints") and (fault := keypoints_fault(a["keypoints"], 0))
     ]
-    if wrong:
-        found.problems.append(
-            f'{len(wrong)} annotations have "keypoints" {wrong[0][1]} (for example '
-            f"{name(wrong[0][0])})"
-        )
+    found.problems += told(wrong, 'have unusable "keypoints"')
     if wrong or not needs.keypoints:
         return
     seen = np.zeros(max(owners, default=-1) + 1, dtype=np.int64)
@@ -85,24 +90,17 @@ def inspect_keypoints(
     ]
     unscored = [(a, fault) for a, fault in zip(annotations, faults, strict=True) if fault]
     for sentences, those in ((found.untrainable, untrained), (found.unscorable, unscored)):
-        if those:
-            sentences.append(
-                f'{len(those)} annotations have "keypoints" {those[0][1]} (for example '
-                f"{name(those[0][0])}), but {advice}."
-            )
+        sentences += told(those, 'have unusable "keypoints"', f", but {advice}.")
     if not trained.any():
         found.untrainable.append(
             f'No image has {needs.least_keypoints} labelled "keypoints" '
             f"({needs.key('MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE')}): none would be "
             "trained on."
         )
-    uncounted = [a for a in annotations if not isinstance(a.get("num_keypoints"), int)]
-    if uncounted:
-        found.unscorable.append(
-            f'{len(uncounted)} annotations have no "num_keypoints" (for example '
-            f"{name(uncounted[0])}), which COCO's evaluation needs: the number with v > 0."
-        )
-    elif not any(a["num_keypoints"] for a in annotations if not a.get("iscrowd", 0)):
+    uncounted = [(a, "") for a in annotations if not isinstance(a.get("num_keypoints"), int)]
+    advice = ", which COCO's evaluation needs: the number with v > 0."
+    found.unscorable += told(uncounted, 'have no "num_keypoints"', advice)
+    if not uncounted and not any(a["num_keypoints"] and not a.get("iscrowd") for a in annotations):
         found.unscorable.append('"num_keypoints" is 0 everywhere: the AP would be NaN.')
 
 
@@ -120,21 +118,13 @@ def inspect_scoring(annotations: Sequence[Annotation]) -> list[str]:
         ("iscrowd", 'add "iscrowd": 0'),
         ("area", 'add "area" in pixels: width * height, or that of the mask'),
     ):
-        wrong = [a for a in annotations if not isinstance(a.get(key), (int, float))]
-        if wrong:
-            problems.append(
-                f'{len(wrong)} of {len(annotations)} annotations have no "{key}" that is a number '
-                f"(for example {name(wrong[0])}), which COCO's evaluation needs: {advice}."
-            )
-        elif key == "area":
+        wrong = [(a, "") for a in annotations if not isinstance(a.get(key), (int, float))]
+        advice = f", which COCO's evaluation needs: {advice}."
+        problems += told(wrong, f'have no "{key}" that is a number', advice)
+        if key == "area" and not wrong:
             # Out of this range COCO's evaluation ignores the object without a word.
-            beyond = [a for a in annotations if not 0 <= a["area"] <= 1e10]
-            if beyond:
-                problems.append(
-                    f'{len(beyond)} of {len(annotations)} annotations have an "area" out of '
-                    f"[0, 1e10] (for example {name(beyond[0])}: {beyond[0]['area']}), which COCO's "
-                    f"evaluation ignores: {advice}."
-                )
+            beyond = [(a, str(a[key])) for a in annotations if not 0 <= a[key] <= 1e10]
+            problems += told(beyond, 'have an "area" out of [0, 1e10]', advice)
     if not any(a.get("iscrowd", 0) == 0 for a in annotations):
         problems.append(
             f'All {len(annotations)} annotations are crowds ("iscrowd": 1), which COCO\'s '

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..needs import Needs
-from .annotations import Annotation, are_numbers, name
+from .annotations import Annotation, are_numbers, told
 from .findings import Findings
 
 # Kinds of "segmentation": of each, what Detectron2's reader does with the annotation.
@@ -128,47 +128,25 @@ def inspect_masks(
         pairs = [pair for kind in kinds for pair in by_kind.get(kind, ())]
         return [pair for pair in pairs if crowds or not pair[0].get("iscrowd", 0)]
 
-    if malformed := several(MALFORMED):
-        first, fault = malformed[0]
-        found.problems.append(
-            f'{len(malformed)} annotations have a "segmentation" that cannot be read (for example '
-            f"{name(first)}: it {fault})"
-        )
+    found.problems += told(several(MALFORMED), 'have a "segmentation" that cannot be read')
     short = several(SHORT)
-    if short and len(short) == len(annotations):
-        found.untrainable.append(
-            f"The polygons of all {len(short)} annotations have fewer than three points (for "
-            f"example {name(short[0][0])}), and Detectron2 leaves such annotations out: correct "
-            '"segmentation", or leave the key out if there are only boxes.'
-        )
-    elif short:
-        found.notes.append(
-            f"{len(short)} annotations left out by Detectron2, whose polygons have fewer than "
-            f"three points ({name(short[0][0])})"
+    if len(short) < len(annotations):
+        found.notes += told(short, "are left out by Detectron2")
+    else:
+        advice = ": correct it, or leave the key out if there are only boxes."
+        found.untrainable += told(
+            short, 'are all left out by Detectron2 for their "segmentation"', advice
         )
     if not needs.masks:
         return
-    if partly := several(PARTLY):
-        found.notes.append(
-            f"{len(partly)} annotations lose polygons of fewer than three points "
-            f"({name(partly[0][0])})"
-        )
+    found.notes += told(several(PARTLY), "lose a part of their masks")
+    advice = f", but {needs.key('MODEL.MASK_ON')} is True: correct it, or learn no masks."
     # Crowds are scored, but not trained on.
     for sentences, wrong in (
         (found.untrainable, several(NONE, OTHER_SIZE, crowds=False)),
         (found.unscorable, several(NONE, SHORT, PARTLY, OTHER_SIZE)),
     ):
-        if wrong:
-            first, fault = wrong[0]
-            detail = f": it {fault}" if fault else ""
-            sentences.append(
-                f'{len(wrong)} of {len(annotations)} annotations have no usable "segmentation" '
-                f"(for example {name(first)}{detail}), but {needs.key('MODEL.MASK_ON')} is True: "
-                "correct it, or learn no masks."
-            )
-    if needs.mask_format == "polygon" and (rle := several(RLE, crowds=False)):
-        found.untrainable.append(
-            f'{len(rle)} annotations have a run-length encoding as "segmentation" (for example '
-            f"{name(rle[0][0])}), but {needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to "
-            "'bitmask'."
-        )
+        sentences += told(wrong, 'have no usable "segmentation"', advice)
+    if needs.mask_format == "polygon":
+        advice = f", but {needs.key('INPUT.MASK_FORMAT')} is 'polygon': set it to 'bitmask'."
+        found.untrainable += told(several(RLE, crowds=False), "have run-length encodings", advice)
