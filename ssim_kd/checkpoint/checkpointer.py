@@ -216,12 +216,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         checkpoint = read_local_copy(path)
         checkpoint = _with_named_distiller(checkpoint, self.checkpointables)
         missing = [key for key in self.checkpointables if key not in checkpoint]
-        extra = [
-            key for key in ("distillers",) if key in checkpoint and key not in self.checkpointables
-        ]
-        if extra:
+        if "distillers" in checkpoint and "distillers" not in self.checkpointables:
             raise ResumeError(
-                f"--resume: {path} holds {extra}: that run was distilled, but this one has no "
+                f"--resume: {path} holds distillers: that run was distilled, but this one has no "
                 "teacher. Expected the same --teacher, or MODEL.DISTILL.* of that run."
             )
         if missing:

@@ -75,13 +75,6 @@ def test_train_loader_random_subset_where_detectron2_has_its_key(small):
         build(small)
 
 
-def test_train_loader_same_with_workers(small):
-    whole = take(build(small), 12)
-    small.DATALOADER.NUM_WORKERS = 2
-    assert take(build(small), 12) == whole
-    assert take(build(small, start_iter=5), 7) == whole[5:]
-
-
 def test_train_loader_order_of_detectron2(small):
     records = fake_records()
     sampled = (records[i] for i in TrainingSampler(len(records), seed=5))
@@ -118,13 +111,6 @@ def test_train_loader_takes_the_arguments_of_detectron2(sampler):
     whole = take(build(0), 12)
     assert all(type(batch) is tuple and len(batch) == 4 for batch in whole)
     assert take(build(5), 7) == whole[5:]
-
-
-def test_train_loader_batches_of_one_aspect(small):
-    shape = {r["id"]: r["width"] > r["height"] for r in fake_records()}
-    batches = take(build(small), 20)
-    assert all(len({shape[r["id"]] for r in batch}) == 1 for batch in batches)
-    assert {shape[batch[0]["id"]] for batch in batches} == {True, False}
 
 
 def test_train_loader_other_seed(small):
