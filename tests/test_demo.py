@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssim_kd.__main__ import main
 from ssim_kd.metrics_file import Series
 from tests.documentation import ROOT
 from tools import demo, demo_training
@@ -79,35 +80,25 @@ def test_a_training_leaves_its_result(out: Path, capsys: pytest.CaptureFixture[s
     assert "teacher: AP 12.0  AP50 34.0  AP75 5.0" in capsys.readouterr().out
 
 
-def test_a_second_call_starts_anew(out: Path) -> None:
-    train(TEACHER, out, WORKS)
-    train(TEACHER, out, WORKS)
-    calls = (out / "teacher" / "calls.txt").read_text().splitlines()
-    assert len(calls) == 1
-    assert "--resume" not in calls[0]
-
-
 def test_resume_keeps_what_is_finished(out: Path) -> None:
     train(TEACHER, out, WORKS)
     train(TEACHER, out, FAILS, "--resume")  # is not called
 
 
-def test_resume_goes_on_with_what_is_not(out: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "finished", "resumed"),
+    [((), True, [False]), (("--resume",), False, [False, True])]
+    + [(("--resume", "--seed", "7"), True, [False])],
+    ids=["starts anew", "goes on", "another seed"],
+)
+def test_a_second_call(out: Path, flags, finished: bool, resumed: list[bool]) -> None:
     train(TEACHER, out, WORKS)
-    (out / "teacher" / "model_final.pth").unlink()
-    train(TEACHER, out, WORKS, "--resume")
+    if not finished:
+        (out / "teacher" / "model_final.pth").unlink()
+    train(TEACHER, out, WORKS, *flags)
     calls = (out / "teacher" / "calls.txt").read_text().splitlines()
-    assert len(calls) == 2
-    assert "--resume" in calls[1]
-
-
-def test_resume_trains_anew_what_another_seed_trained(out: Path) -> None:
-    train(TEACHER, out, WORKS)
-    train(TEACHER, out, WORKS, "--resume", "--seed", "7")
-    calls = (out / "teacher" / "calls.txt").read_text().splitlines()
-    assert len(calls) == 1
-    assert "SEED 7" in calls[0]
-    assert "--resume" not in calls[0]
+    assert ["--resume" in call for call in calls] == resumed
+    assert ("SEED 7" in calls[-1]) == ("--seed" in flags)
 
 
 def test_a_failing_training_shows_the_end_of_its_log(out: Path) -> None:
@@ -187,7 +178,15 @@ def test_bad_data_folder_is_told_and_the_status_is_not_zero(
 
 
 @pytest.mark.slow
-def test_the_whole_demo(out: Path) -> None:
+def test_the_whole_demo(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_here(
+        jobs: list[demo_training.Job], _: demo_training.Console, *, resume: bool
+    ) -> None:
+        for job in jobs:  # in this process
+            config = str(demo_training.CONFIGS / job.training.config)
+            assert main(["train", "--config-file", config, *job.options]) == 0
+
+    monkeypatch.setattr(demo, "train", train_here)
     argv = ["--output", str(out), "--data", str(out.parent / "data"), "--device", "cpu", "--quick"]
     assert demo.main(argv) == 0
     summary = json.loads((out / "summary.json").read_text())

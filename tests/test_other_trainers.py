@@ -231,7 +231,8 @@ def _rank_of_two(rank: int, config: str, folder: str, port: int) -> None:
 
 def test_two_processes_come_to_equal_weights(world, tmp_path) -> None:
     arguments = (str(world.config), str(tmp_path), free_port())
-    mp.spawn(_rank_of_two, nprocs=2, args=arguments)
+    # From a server that has imported everything: tests/engine/runs.py.
+    mp.start_processes(_rank_of_two, nprocs=2, args=arguments, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
     assert any(name.startswith("distillers.") for name in first)
     assert first.keys() == second.keys()

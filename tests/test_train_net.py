@@ -1,4 +1,4 @@
-"""train_net.py as a user calls it, and what it leaves in the hands of stock Detectron2."""
+"""train_net.py as a user calls it, by several processes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.engine.runs import ROOT, World, assert_same, checkpoint, free_port
-
-# Without ssim_kd: an import of it fails.
-STOCK = """
-import sys
-sys.modules["ssim_kd"] = sys.modules["projects"] = None
-import numpy, torch
-from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
-folder = sys.argv[1]
-cfg = get_cfg()
-cfg.merge_from_file(f"{folder}/student.yaml")
-cfg.MODEL.WEIGHTS = f"{folder}/model_final.pth"
-result = build_model(cfg).load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
-assert not result.missing_keys and not result.unexpected_keys
-found = DefaultPredictor(cfg)(numpy.zeros((96, 96, 3), dtype=numpy.uint8))
-print("instances", len(found["instances"]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +49,6 @@ def spawn(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = ("torch.jit.script", "meshgrid", "TypedStorage", "broadcast_buffers", "USDT")
     assert not [word for word in noise if word in output]
     return folder
-
-
-def test_student_in_the_hands_of_stock_detectron2(spawn: Path, tmp_path: Path) -> None:
-    """Stock Detectron2 can use it."""
-    stock = subprocess.run(
-        [sys.executable, "-c", STOCK, str(spawn)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert stock.returncode == 0 and "instances" in stock.stdout, stock.stderr[-3000:]
 
 
 def test_torchrun_comes_to_the_weights_of_num_gpus(world, spawn, tmp_path) -> None:

@@ -59,17 +59,9 @@ def test_installed_wheel_distils(wheel: Path, tmp_path: Path) -> None:
     short = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
     opts = ("MODEL.DISTILL.NAME", "PKDDistiller")
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-m", "ssim_kd", *world.arguments(tmp_path / "run", *short, *opts)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**env, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert "distill/pkd_p3" in (tmp_path / "run" / "metrics.json").read_text()
-    # A config that is shipped, by its path below configs, of a method's too.
+    # Then a config that is shipped, by its path below configs, of a method's too.
     code = (
+        "import sys; from ssim_kd.__main__ import main; main(sys.argv[1:]); "
         "import ssim_kd; from ssim_kd.engine import argument_parser, load_config; "
         "from ssim_kd.projects import add_project_configs; "
         "a = argument_parser().parse_args(['--config-file', "
@@ -77,11 +69,12 @@ def test_installed_wheel_distils(wheel: Path, tmp_path: Path) -> None:
         "print(ssim_kd.__file__, load_config(a, add_project_configs).MODEL.DISTILL.NAME)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *world.arguments(tmp_path / "run", *short, *opts)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={**env, "PYTHONPATH": str(site)},
+        env={**env, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "distill/pkd_p3" in (tmp_path / "run" / "metrics.json").read_text()
     assert str(site) in done.stdout and done.stdout.split()[-1] == "PKDDistiller"

@@ -1,7 +1,7 @@
 """Reads what a training left in its folder: config.yaml, metrics.json, run.json."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 from ..metrics_file import METRICS_FILE, Series, read_metrics
 from ..run_file import RUN_FILE, read_run_file
 from ..sharing import without_queries
-from ..yaml_files import refuse_aliases_of_aliases
+from ..yaml_files import dotted, refuse_aliases_of_aliases
 
 #: Where Detectron2's COCOEvaluator leaves the detections, below the folder of a run.
 PREDICTIONS = "inference/coco_instances_results.json"
@@ -156,13 +156,9 @@ for _prefix in ("tag:yaml.org,2002:python/", "!"):
     _PlainLoader.add_multi_constructor(_prefix, _plain)
 
 
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of nested dicts, and their values; tuples become lists, at any depth."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _listed(value)
+def flatten(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of nested dicts by dotted key; tuples become lists, at any depth."""
+    return {key: _listed(value) for key, value in dotted(node)}
 
 
 def _listed(value: Any) -> Any:
@@ -178,7 +174,7 @@ def read_config(folder: Path) -> Run:
         found = read_yaml(run.config_text)
         if not isinstance(found, dict):
             raise ValueError("it holds no keys")
-        run.config = dict(flatten(found))
+        run.config = flatten(found)
     except FileNotFoundError:
         run.problems.append(f"Config: not available: no config.yaml in {run.folder}.")
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -123,7 +123,7 @@ def config_rows(page: Comparison) -> list[tuple[str, list[str], str, bool]]:
     defaults = get_cfg()
     add_distill_config(defaults)
     add_shared_keys(defaults)
-    usual = dict(flatten(defaults))
+    usual = flatten(defaults)
     columns = config_columns(page)
     rows = []
     for key in sorted(set(chain.from_iterable(c.run.config for c in columns))):
