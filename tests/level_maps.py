@@ -96,11 +96,3 @@ def batch_of(
         image.gt_classes = torch.zeros(len(found), dtype=torch.int64)
         instances.append(image)
     return DistillBatch([size] * len(instances), instances, **kwargs)
-
-
-def mask_of(n: int, height: int, width: int, rows: int, columns: int) -> torch.Tensor:
-    """Masks (N, H, W): the last image has ``rows`` x ``columns`` valid cells, the others all."""
-    mask = torch.ones(n, height, width, dtype=torch.bool)
-    mask[-1, rows:] = False
-    mask[-1, :, columns:] = False
-    return mask

@@ -56,12 +56,21 @@ class MethodOfHeads(Method):
 
     def test_gradients_are_finite_and_only_where_they_belong(self) -> None:
         for kind in self.kinds:
-            model = self.model(kind)
-            train_losses(model)["loss_distill"].backward()
-            reached = gradients(model.student)
+            model, reached = self.model(kind), set[str]()
+            (distiller,) = model.distillers.values()
+            weights = distiller.scalar_weights
+            for part in weights:
+                distiller.scalar_weights = {k: v * (k == part) for k, v in weights.items()}
+                model.zero_grad()
+                train_losses(model)["loss_distill"].backward()
+                found = {name for name, g in gradients(model.student).items() if g.any()}
+                # What boxes cost is no matter of the classes, and the reverse.
+                others = {"cls": "bbox_", "box": "cls_"}.get(part, "no layer")
+                assert not [name for name in found if others in name]
+                reached |= found
             for start in ("backbone.fpn_output", *self.reaches):
-                assert any(g.any() for n, g in reached.items() if n.startswith(start)), start
-            assert not [n for n in reached if n.startswith(tuple(self.spares))]
+                assert any(name.startswith(start) for name in reached), start
+            assert not [name for name in reached if name.startswith(tuple(self.spares))]
 
     @pytest.mark.parametrize("case", list(hard_batches()))
     def test_it_survives(self, case) -> None:
