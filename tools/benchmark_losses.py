@@ -34,36 +34,34 @@ from tools.loss_cases import DTYPES, PYRAMID, Case, Loss, losses, over_pyramid
 from tools.loss_tables import plot, tables
 
 
-def clock(case: Case, name: str, loss: Loss, backward: bool) -> float:
+def clock(case: Case, name: str, loss: Loss) -> float:
     """Seconds of one pass. On a CPU the processor's time: other programs do not count."""
     if case.device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        case.run(name, loss, backward)
+        case.run(name, loss)
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
-    begin = time.process_time_ns() if torch.get_num_threads() == 1 else time.perf_counter_ns()
-    case.run(name, loss, backward)
-    end_ns = time.process_time_ns() if torch.get_num_threads() == 1 else time.perf_counter_ns()
-    return (end_ns - begin) / 1e9
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = now()
+    case.run(name, loss)
+    return now() - begin
 
 
-def time_all(
-    case: Case, found: dict[str, Loss], backward: bool, repeats: int, budget: float
-) -> dict[str, dict[str, Any]]:
-    """Median and quartiles in ms of every loss, taking turns, within ``budget`` seconds."""
+def time_all(case: Case, found: dict[str, Loss], turns: int) -> dict[str, dict[str, Any]]:
+    """Median and quartiles in ms of every loss, taking turns, within a minute or five turns."""
     times: dict[str, list[float]] = {name: [] for name in found}
     errors: dict[str, str] = {}
     begin = time.monotonic()
-    for turn in range(repeats + 2):
-        if turn >= 5 and time.monotonic() - begin > budget:
+    for turn in range(turns + 2):
+        if turn >= 5 and time.monotonic() - begin > 60:
             break
         for name, loss in found.items():
             if name in errors:
                 continue
             try:
-                seconds = clock(case, name, loss, backward)
+                seconds = clock(case, name, loss)
             except Exception as error:
                 errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
                 continue
@@ -106,11 +104,11 @@ def peak_maps(case: Case, name: str, loss: Loss) -> float:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        case.run(name, loss, True)
+        case.run(name, loss)
         return (torch.cuda.max_memory_allocated() - before) / (4 * case.elements)
     activity = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
-        case.run(name, loss, True)
+        case.run(name, loss)
     now = most = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -123,9 +121,9 @@ def launches(case: Case, name: str, loss: Loss) -> int | None:
     """Kernels that one pass starts on a GPU."""
     if case.device.type != "cuda":
         return None
-    case.run(name, loss, True)
+    case.run(name, loss)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        case.run(name, loss, True)
+        case.run(name, loss)
         torch.cuda.synchronize()
     return sum(
         event.count
@@ -175,13 +173,6 @@ def main() -> None:
     parser.add_argument("--channels", type=int, help="256 on a GPU, 64 on a CPU")
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=list(DTYPES))
     parser.add_argument(
-        "--repeats", type=int, default=15, help="turns at most, after two to warm up"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=60.0, help="seconds a row, after five turns"
-    )
-    parser.add_argument("--forward", action="store_true", help="time forward by itself as well")
-    parser.add_argument(
         "--quick", action="store_true", help="8 channels, small levels, less memory"
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_losses"))
@@ -191,7 +182,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     malloc = neutralise_malloc()
     if args.quick:
-        args.levels, args.channels, args.repeats = ["p4", "p6"], 8, 3
+        args.levels, args.channels = ["p4", "p6"], 8
     channels = args.channels or (256 if on_gpu else 64)
     batches = args.batch or ([1, 2, 8] if on_gpu else [2])
     found = losses(device)
@@ -202,14 +193,11 @@ def main() -> None:
         for n in batches:
             for level in args.levels:
                 case = Case(level, n, channels, dtype, device)
-                for backward in (True, False) if args.forward else (True,):
-                    ms = time_all(case, timed, backward, args.repeats, args.budget)
-                    row = {"level": level, "n": n, "channels": channels, "dtype": dtype, "ms": ms}
-                    row["pass"] = "forward+backward" if backward else "forward"
-                    row["elements"] = case.elements
-                    report["times"].append(row)
-                    medians = {k: round(v["median"], 2) for k, v in ms.items() if "median" in v}
-                    print(level, f"N={n}", dtype, row["pass"], medians, flush=True)
+                ms = time_all(case, timed, 3 if args.quick else 15)
+                row = {"level": level, "n": n, "channels": channels, "dtype": dtype, "ms": ms}
+                report["times"].append({**row, "elements": case.elements})
+                medians = {k: round(v["median"], 2) for k, v in ms.items() if "median" in v}
+                print(level, f"N={n}", dtype, medians, flush=True)
     # Large enough that the few megabytes of scratch of a chunk are small next to a map.
     case = Case("pyramid" if on_gpu else "p3", 2, 256, "fp32", device)
     for name, loss in found.items():

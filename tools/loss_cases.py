@@ -88,11 +88,9 @@ class Case:
 
         self.inputs, self.targets = make(), make()
 
-    def run(self, name: str, loss: Loss, backward: bool) -> None:
-        """One pass, gradients dropped beforehand as an optimizer's ``zero_grad`` does."""
+    def run(self, name: str, loss: Loss) -> None:
+        """Forward and backward, after what an optimizer's ``zero_grad`` does."""
         for x in self.inputs:
             x.grad = None
-            x.requires_grad_(backward)
-        total = over_pyramid(name, loss)(self.inputs, self.targets)
-        if backward:
-            total.backward()
+            x.requires_grad_()
+        over_pyramid(name, loss)(self.inputs, self.targets).backward()

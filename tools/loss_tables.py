@@ -10,27 +10,20 @@ from tools.benchmarking import describe
 
 def tables(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    out = [f"{describe(report['environment'])}. Medians (quartiles) in ms.\n"]
-    for what in ("forward+backward", "forward"):
-        rows = [r for r in report["times"] if r["pass"] == what]
-        if not rows:
-            continue
-        names = list(dict.fromkeys(n for r in rows for n in r["ms"]))
-        out += [
-            f"\n### {what}\n",
-            "| maps | " + " | ".join(names) + " |",
-            "|---" * (len(names) + 1) + "|",
+    names = list(dict.fromkeys(n for r in report["times"] for n in r["ms"]))
+    out = [
+        f"{describe(report['environment'])}. Medians (quartiles) of forward and backward in ms.\n",
+        "| maps | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for r in report["times"]:
+        found = (r["ms"].get(name, {}) for name in names)
+        cells = [
+            f"{ms['median']:.1f} ({ms['q1']:.1f}-{ms['q3']:.1f})" if "median" in ms else "-"
+            for ms in found
         ]
-        for r in rows:
-            cells = []
-            for name in names:
-                ms = r["ms"].get(name, {})
-                text = (
-                    f"{ms['median']:.1f} ({ms['q1']:.1f}-{ms['q3']:.1f})" if "median" in ms else "-"
-                )
-                cells.append(text)
-            maps = f"{r['level']}, N={r['n']}, {r['channels']} ch, {r['dtype']}"
-            out.append(f"| {maps} | " + " | ".join(cells) + " |")
+        maps = f"{r['level']}, N={r['n']}, {r['channels']} ch, {r['dtype']}"
+        out.append(f"| {maps} | " + " | ".join(cells) + " |")
     out += ["\n### memory, in maps\n", "| loss | saved | peak | launches |", "|---|---|---|---|"]
     for r in report["memory"]:
         out.append(f"| {r['loss']} | {r['saved']:.2f} | {r['peak']:.2f} | {r['launches'] or '-'} |")
@@ -54,7 +47,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         return
-    rows = [r for r in report["times"] if r["pass"] == "forward+backward" and r["dtype"] == "fp32"]
+    rows = [r for r in report["times"] if r["dtype"] == "fp32"]
     names = list(dict.fromkeys(n for r in rows for n in r["ms"] if "median" in r["ms"][n]))
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     width = 0.8 / max(1, len(names))

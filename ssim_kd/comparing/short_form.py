@@ -25,7 +25,7 @@ def expand(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     if "stages" in content:
         return {"small_box": _SMALL_BOX, **content}
-    _check(f"{path}", content, _KEYS, needed=("config", "arms", "seeds"))
+    check(f"{path}", content, _KEYS, needed=("config", "arms", "seeds"))
     opts = dict(content.get("opts", {}))
     for key, name in (("data", "DATASETS.DATA_FILE"), ("epochs", "SOLVER.EPOCHS")):
         if key in content:
@@ -33,7 +33,7 @@ def expand(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     arms = {}
     for name, given in content["arms"].items():
         arm = dict(given or {})
-        _check(f"{path}: arms.{name}", arm, _ARM_KEYS)
+        check(f"{path}: arms.{name}", arm, _ARM_KEYS)
         method = arm.pop("method", None)
         if method is not None or "weight" in arm:
             if "teacher" not in content:
@@ -61,7 +61,8 @@ def expand(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _check(place: str, content: Any, known: set[str], needed: tuple[str, ...] = ()) -> None:
+def check(place: str, content: Any, known: set[str], needed: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless a part of a study has all needed keys and only known ones."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{place} is {content!r}: expected a mapping.")
     missing = [key for key in needed if not content.get(key)]

@@ -1,6 +1,5 @@
 """A study: the YAML file that describes it, and the trainings that it asks for."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -13,7 +12,7 @@ import yaml
 
 from ..config_files import find_config_file
 from ..yaml_files import dotted, read_with_bases
-from .short_form import expand
+from .short_form import check, expand
 
 TEACHER = "MODEL.DISTILL.TEACHER.NAME"
 # What it was called before: older studies set it, and records are made with it.
@@ -179,8 +178,8 @@ class Study:
         }
         text = json.dumps(whole, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        run = Run(key, config, opts, seed, arm, **needs, script=script)
-        return dataclasses.replace(run, folder=self.path.parent, fingerprint=fingerprint)
+        place = {"script": script, "folder": self.path.parent, "fingerprint": fingerprint}
+        return Run(key, config, opts, seed, arm, **needs, **place)
 
 
 def read_study(path: Path) -> Study:
@@ -197,9 +196,7 @@ def read_study(path: Path) -> Study:
         if not isinstance(content.get(name), dict):
             raise ValueError(f"{path}: {name} is missing: expected a mapping.")
     for name, arm in content["arms"].items():
-        unknown = sorted(set(arm) - ARM_KEYS)
-        if unknown:
-            raise ValueError(f"{path}: arms.{name} has {unknown}: expected {sorted(ARM_KEYS)}.")
+        check(f"{path}: arms.{name}", arm, ARM_KEYS)
         if arm.get("weight") == TUNED and "tuning" not in content:
             raise ValueError(f"{path}: arms.{name} has the weight {TUNED}, without tuning.")
     for place, arms in _named_arms(content):
