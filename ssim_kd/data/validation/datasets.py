@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ...ops.options import check_choice
 from ...sharing import without_queries
 from ..coco import loading, own_json_file, reads_json_file, source_of_set
 from ..digits import ensure_digits
@@ -69,9 +70,9 @@ def check_datasets(
         FileNotFoundError: a json file or a folder is not there.
         ValueError: anything else. Both name the key, the set, the file and what to do.
     """
-    _check_choice(needs.key("DATASETS.ZERO_AREA_BOXES"), needs.zero_area, "error", "drop")
+    check_choice(needs.key("DATASETS.ZERO_AREA_BOXES"), needs.zero_area, ("error", "drop"))
     if train and needs.masks:
-        _check_choice(needs.key("INPUT.MASK_FORMAT"), needs.mask_format, "polygon", "bitmask")
+        check_choice(needs.key("INPUT.MASK_FORMAT"), needs.mask_format, ("polygon", "bitmask"))
     if train and not own_loader and not needs.train:
         train_key = needs.key("DATASETS.TRAIN")
         raise ValueError(f"{train_key} is empty: expected at least one data set name.")
@@ -122,11 +123,6 @@ def check_records_for_mapper(needs: Needs, where: str, records: Sequence[Any]) -
     if not found.scored and needs.num_classes is not None:
         found.problems.append('none has "annotations", which a detector is trained with')
     _refuse(where, "its records", found.problems)
-
-
-def _check_choice(key: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} is {value!r}: expected one of {', '.join(choices)}.")
 
 
 def _check_registered(where: str, name: str) -> None:

@@ -139,8 +139,8 @@ def test_check_datasets_zero_area(use):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("DATASETS.ZERO_AREA_BOXES", "ignore", "error, drop"),
-        ("INPUT.MASK_FORMAT", "Polygon", "polygon, bitmask"),
+        ("DATASETS.ZERO_AREA_BOXES", "ignore", "'error', 'drop'"),
+        ("INPUT.MASK_FORMAT", "Polygon", "'polygon', 'bitmask'"),
     ],
 )
 def test_check_datasets_choices(use, key, value, expected):
