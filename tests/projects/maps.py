@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class MethodOfMaps(Method):
     crops = False
     #: It needs boxes; without them it does not reach the student.
     needs_boxes = asks = False
+    #: By which the tests weight the four levels.
+    level_weights: Sequence[float] = (0.5, 1.0, 2.0, 3.0)
     #: Some of what the loss depends on passes no gradient.
     detaches = False
     #: It computes in single precision, whatever the training's is.
@@ -77,8 +79,8 @@ class MethodOfMaps(Method):
 
     def make(self, student: int = 3, teacher: int = 4, **options: Any) -> Any:
         """A bound distiller of two widths."""
-        options = {"levels": list(STRIDES), **self.options, **options}
-        return bind(self.method(**options), student, teacher, STRIDES)
+        own = {"levels": list(STRIDES), "level_weights": self.level_weights, **self.options}
+        return bind(self.method(**{**own, **options}), student, teacher, STRIDES)
 
     def maps(self, size: tuple[int, int], n: int = 2, student: int = 3) -> tuple[dict, dict]:
         """The student's with gradients, and the teacher's, for images of this size."""

@@ -64,6 +64,7 @@ class TestICD(MethodOfMaps):
         ("level_weights", [1.0, 2.0], "LEVEL_WEIGHTS"),
     ]
     at_rest = crops = needs_boxes = asks = True
+    level_weights = ()
 
     def rest(self, distiller) -> None:
         distiller.student_value.load_state_dict(distiller.decoder.value.state_dict())
