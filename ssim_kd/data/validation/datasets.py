@@ -3,7 +3,6 @@
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -34,11 +33,8 @@ from .scoring import check_test_keys
 _LVIS_READER = "detectron2.data.datasets.lvis"
 
 
-@dataclass(frozen=True)
-class _Inspected:
-    findings: Findings | None
-    classes: Sequence[str]
-    source: str  # what to correct: a file, or the records
+# What was found; the classes; what to correct: a file, or the records.
+_Inspected = tuple[Findings | None, Sequence[str], str]
 
 
 def _from_config(cfg: CfgNode) -> dict[str, Any]:
@@ -74,13 +70,12 @@ def check_datasets(
     if train and needs.masks:
         check_choice(needs.key("INPUT.MASK_FORMAT"), needs.mask_format, ("polygon", "bitmask"))
     if train and not own_loader and not needs.train:
-        train_key = needs.key("DATASETS.TRAIN")
-        raise ValueError(f"{train_key} is empty: expected at least one data set name.")
+        raise ValueError(f"{needs.key('DATASETS.TRAIN')} is empty: expected a data set name.")
     if not own_evaluator:
         check_test_keys(needs)
     summaries: list[DatasetSummary] = []
     known: dict[tuple[str, bool], _Inspected] = {}
-    classes: dict[str, Sequence[str]] = {}
+    by_name: dict[str, Sequence[str]] = {}
     for training in (True, False) if train else (False,):
         key = needs.key("DATASETS.TRAIN" if training else "DATASETS.TEST")
         names = needs.train if training else needs.test
@@ -96,20 +91,19 @@ def check_datasets(
             if same not in known:
                 scored = not training and not own_evaluator
                 known[same] = _inspect(where, name, needs, training=training, scored=scored)
-            inspected = known[same]
-            if training:
-                _check_training(needs, where, inspected)
-            elif not own_evaluator:
-                _check_scoring(where, inspected)
-            if inspected.classes:
-                check_classes(needs, where, inspected.classes)
-                classes[name] = inspected.classes
+            found, classes, source = known[same]
+            if found is not None and training:
+                _check_training(needs, f"{where}: {source}", found)
+            elif found is not None and not own_evaluator:
+                _check_scoring(f"{where}: {source}", found)
+            if classes:
+                check_classes(needs, where, classes)
+                by_name[name] = classes
             if training:
                 check_keypoint_names(needs, where, MetadataCatalog.get(name))
             check_stuff_classes(needs, where, MetadataCatalog.get(name).get("stuff_classes", ()))
-            found = (inspected.findings, training, inspected.classes)
-            summaries.append(DatasetSummary(key, name, *found))
-    check_same_classes(needs, classes)
+            summaries.append(DatasetSummary(key, name, found, training, classes))
+    check_same_classes(needs, by_name)
     return summaries
 
 
@@ -122,7 +116,7 @@ def check_records_for_mapper(needs: Needs, where: str, records: Sequence[Any]) -
     found = inspect_records(records, needs.num_classes, mapped=needs)
     if not found.scored and needs.num_classes is not None:
         found.problems.append('none has "annotations", which a detector is trained with')
-    _refuse(where, "its records", found.problems)
+    _refuse(f"{where}: its records", found.problems)
 
 
 def _check_registered(where: str, name: str) -> None:
@@ -149,36 +143,36 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
         raise FileNotFoundError(f"{where}: {source} does not exist. {_advice(name)}")
     if read:
         json_set = load_json_set(where, name, needs, annotated=training)
-        _refuse(where, source, json_set.findings.problems)
+        _refuse(f"{where}: {source}", json_set.findings.problems)
         ids, names = zip(*json_set.categories, strict=True)
         if module == _LVIS_READER:
             names = lvis_classes(where, name, source, ids)
         elif kind in COCO_KINDS:
             check_metadata(where, name, source, list(names))
-        return _Inspected(json_set.findings, names, source)
+        return json_set.findings, names, source
     if json_file and scored:
         content = read_instances(where, json_file, annotated=training)
         unique = "minival" not in json_file
         coco = kind in COCO_KINDS
         found = inspect_coco(content, needs, unique_annotations=unique, coco=coco, read=False)
-        _refuse(where, source, found.problems)
+        _refuse(f"{where}: {source}", found.problems)
     if module.startswith("detectron2.data.datasets."):
         folder = meta.get("image_root") or meta.get("dirname") or meta.get("image_dir")
         if folder and not PathManager.isdir(folder):
             raise FileNotFoundError(f"{where}: the folder {folder} does not exist. {_advice(name)}")
         # That of Cityscapes takes minutes; the classes are known.
         if kind.startswith("cityscapes"):
-            return _Inspected(found, meta.get("thing_classes", ()), source)
+            return found, meta.get("thing_classes", ()), source
     with loading(where):
         records = DatasetCatalog.get(name)
     classes = () if kind == "sem_seg" else meta.get("thing_classes", ())
     if not isinstance(records, Sequence):
-        return _Inspected(found, classes, source)
+        return found, classes, source
     coco = kind in COCO_KINDS and scored
     inspected = inspect_records(
         records, len(classes) or needs.num_classes, scored=coco, converted=coco and not json_file
     )
-    _refuse(where, "its records", inspected.problems)
+    _refuse(f"{where}: its records", inspected.problems)
     if coco and not json_file and inspected.annotations and not classes:
         raise ValueError(
             f"{where} has no thing_classes, which COCO's evaluation needs: "
@@ -187,40 +181,36 @@ def _inspect(where: str, name: str, needs: Needs, *, training: bool, scored: boo
     if content is not None and found is not None and kind in COCO_KINDS:
         check_ground_truth(where, name, source, content, records)
         inspected = found
-    return _Inspected(inspected, classes, source or "its records")
+    return inspected, classes, source or "its records"
 
 
-def _check_scoring(where: str, inspected: _Inspected) -> None:
-    found, source = inspected.findings, inspected.source
-    if found is None or not found.scored:
+def _check_scoring(where: str, found: Findings) -> None:
+    if not found.scored:
         return
     if not found.usable and not found.unscorable:
         raise ValueError(
-            f'{where}: {source}: no "annotations" to be scored: the AP would be NaN. Expected at '
-            "least one that is not a crowd."
+            f'{where}: no "annotations" to be scored: the AP would be NaN. Expected at least one '
+            "that is not a crowd."
         )
-    _refuse(where, source, found.unscorable)
+    _refuse(where, found.unscorable)
 
 
-def _check_training(needs: Needs, where: str, inspected: _Inspected) -> None:
-    found, source = inspected.findings, inspected.source
-    if found is None:
-        return
-    _refuse(where, source, found.untrainable)
+def _check_training(needs: Needs, where: str, found: Findings) -> None:
+    _refuse(where, found.untrainable)
     if found.zero_area and needs.zero_area == "error":
         raise ValueError(
-            f"{where}: {source}: {found.zero_area} boxes have zero area or lie outside their "
-            f"images (for example {found.zero_area_examples}). Expected [x, y, width, height] in "
-            f'pixels, or {needs.key("DATASETS.ZERO_AREA_BOXES")} "drop" to leave them out.'
+            f"{where}: {found.zero_area} boxes have zero area or lie outside their images (for "
+            f"example {found.zero_area_examples}). Expected [x, y, width, height] in pixels, or "
+            f'{needs.key("DATASETS.ZERO_AREA_BOXES")} "drop" to leave them out.'
         )
 
 
-def _refuse(where: str, source: str, problems: list[str]) -> None:
+def _refuse(where: str, problems: list[str]) -> None:
     """Clauses are joined; sentences say what to do."""
     if problems and problems[0].endswith("."):
-        raise ValueError(f"{where}: {source}: {' '.join(problems)}")
+        raise ValueError(f"{where}: {' '.join(problems)}")
     if problems:
-        raise ValueError(f"{where}: {source}: {'; '.join(problems)}. Correct it.")
+        raise ValueError(f"{where}: {'; '.join(problems)}. Correct it.")
 
 
 def _advice(name: str) -> str:
