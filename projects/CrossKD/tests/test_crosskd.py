@@ -188,7 +188,8 @@ class TestCrossKDRCNN(MethodOfHeads):
     ]
     # The student's own box head has no part in it.
     spares = ("roi_heads",)
-    # The student's maps pass through an adapter, which is not trained yet.
+    # The student's maps pass through an adapter, which is not trained yet, in half precision.
+    rounding = 1e-3
 
     def test_the_formula_in_float64(self) -> None:
         """The teacher's head on both maps."""
