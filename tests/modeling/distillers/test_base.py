@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssim_kd.modeling import DISTILLER_REGISTRY, DistillBatch, Distiller, build_distillers
+from ssim_kd.modeling import DistillBatch, Distiller, build_distillers
 from tests.helpers import full_config, make_batch
 from tests.level_maps import FULL, PADDED
 
@@ -169,8 +169,3 @@ def test_distiller_with_a_bad_weight_names_the_key(weight) -> None:
     with pytest.raises(ValueError) as caught:
         Distiller(name="x", weight=weight)
     assert str(caught.value).startswith("weight is ") and str(weight) in str(caught.value)
-
-
-def test_distillers_are_registered() -> None:
-    for name in ("SSIMDistiller", "L1Distiller", "L2Distiller"):
-        assert name in DISTILLER_REGISTRY

@@ -9,7 +9,6 @@ import torch
 
 from ssim_kd.losses import ssim_loss
 from ssim_kd.modeling import SSIMDistiller
-from ssim_kd.modeling.distillers import ssim as module
 from tests.level_maps import FULL, STRIDES, bind, features, make, maps_of
 from tests.projects.maps import MethodOfMaps
 
@@ -66,17 +65,3 @@ def test_levels_smaller_than_the_window_are_logged_once(caplog) -> None:
         distiller(features(seed=seed), features(seed=seed + 1), FULL)
     (message,) = [r.getMessage() for r in caplog.records if "window" in r.getMessage()]
     assert "p4" in message and "6 x 8" in message
-
-
-def test_ssim_distiller_takes_masks_of_padded_levels_alone(monkeypatch) -> None:
-    # A mask of ones masks nothing: the fast implementations skip it.
-    seen = []
-    original = module.pyramid_ssim_loss
-
-    def pyramid_ssim_loss(*args, masks, **kwargs):
-        seen.extend(masks)
-        return original(*args, masks=masks, **kwargs)
-
-    monkeypatch.setattr(module, "pyramid_ssim_loss", pyramid_ssim_loss)
-    loss, _ = make()(features(seed=0), features(seed=1), FULL)
-    assert seen == [None, None] and torch.isfinite(loss)
