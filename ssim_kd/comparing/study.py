@@ -178,8 +178,12 @@ class Study:
         }
         text = json.dumps(whole, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        place = {"script": script, "folder": self.path.parent, "fingerprint": fingerprint}
-        return Run(key, config, opts, seed, arm, **needs, **place)
+        return Run(
+            *(key, config, opts, seed, arm, needs["teacher"], needs["start"]),
+            script=script,
+            folder=self.path.parent,
+            fingerprint=fingerprint,
+        )
 
 
 def read_study(path: Path) -> Study:
