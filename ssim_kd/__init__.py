@@ -82,7 +82,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the losses work where Detectron2 is not installed.
+    # Imported on first use: the losses work without Detectron2.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _require_detectron2()

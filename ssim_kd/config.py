@@ -202,7 +202,7 @@ def _add_model_keys(cfg: CN) -> None:
     distill.SCALING_GRAD = True
     # True: cells that lie wholly in the padding of an image count in no loss.
     distill.MASK_PADDING = True
-    # What to do where strides differ at a level: "error", or "bilinear": the teacher's map is
+    # What to do if strides differ at a level: "error", or "bilinear": the teacher's map is
     # resized to the student's.
     distill.RESIZE = "error"
     # One weight a level, in the order of IN_FEATURES. [] is 1 for each.
@@ -259,7 +259,7 @@ def _add_model_keys(cfg: CN) -> None:
     # ["key=value", ...].
     teacher.OPTS = []
     # Precision of the teacher's forward: "float32", "float16", "bfloat16", or "auto": that of the
-    # student's training (half where SOLVER.AMP.ENABLED, else float32).
+    # student's training (half if SOLVER.AMP.ENABLED, else float32).
     teacher.PRECISION = "auto"
     # True: frozen batch norms become part of the convolutions before them.
     teacher.FOLD_BN = True
@@ -372,7 +372,7 @@ def add_timm_config(cfg: CN) -> None:
     # Levels that the backbone gives, by stride: res2 (4), res3 (8), res4 (16), res5 (32).
     node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Start weights: "" (random), "timm" (timm's own, downloaded once), or a file of the whole
-    # model that timm reads (.pth, .safetensors). Not read where MODEL.WEIGHTS is set, which
+    # model that timm reads (.pth, .safetensors). Not read if MODEL.WEIGHTS is set, which
     # holds all weights.
     node.PRETRAINED = ""
     # Batch norms: "BN", "FrozenBN" or "SyncBN". Other norms stay as they are.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Small tensors gain nothing from threads, and where cores are shared threads that wait cost much.
+# Small tensors gain nothing from threads, and threads that wait cost much if cores are shared.
 # Set before torch is imported, and inherited by the processes that tests start.
 THREADS = int(os.environ.get("SSIM_KD_TEST_THREADS", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))

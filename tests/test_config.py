@@ -46,7 +46,7 @@ KEYS = sorted(new_keys(full_config(), get_cfg()))
 
 
 def attributes_read(source: str) -> Iterator[str]:
-    """ "OWNER.NAME" of every attribute that is read, and "OWNER.*" where all of OWNER is.
+    """ "OWNER.NAME" of every attribute that is read, and "OWNER.*" if all of OWNER is.
 
     A variable is the attribute that it was assigned: a = b.OWNER makes a.NAME OWNER.NAME.
     """

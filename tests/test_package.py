@@ -1,4 +1,4 @@
-"""What the package declares, and what it says where Detectron2 is missing."""
+"""What the package declares, and what it says without Detectron2."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pins(name: str) -> dict[tuple[str, str], Version]:
 
 
 def run_without_detectron2(code: str, *, paths: Iterable[str] = ()) -> subprocess.CompletedProcess:
-    """Run code where Detectron2 and fvcore are not found, wherever they are installed."""
+    """Run code that finds no Detectron2 and fvcore, wherever they are installed."""
     hide = f"""
 import importlib.machinery, sys
 sys.path[:0] = {[str(ROOT), *paths]!r}

@@ -37,7 +37,7 @@ class StepError(RuntimeError):
 class Console:
     """Short progress: one line that is rewritten on a terminal, a line now and then elsewhere."""
 
-    period: float = 10.0  # in seconds, where lines cannot be rewritten
+    period: float = 10.0  # in seconds, if lines cannot be rewritten
     terminal: bool = field(default_factory=lambda: sys.stdout.isatty())
     _last: float = 0.0
 

@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Written by `tools/pairs.py`: each pair was built as a tiny model and trained for a step "
         "on a CPU, with",
         f"Detectron2 {'main' if main_only else detectron2.__version__} and PyTorch "
-        f"{torch.__version__.split('+')[0]}. A cell names the levels that are compared where "
+        f"{torch.__version__.split('+')[0]}. A cell names the levels that are compared if "
         "`IN_FEATURES` is [].",
         "Others can be named: below the FPN, a ResNet or a timm backbone has `res2` to `res5`. A "
         "pair that cannot work",

@@ -112,7 +112,7 @@ def ground_truth(folder: Path) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """SHA-256 of the student's tensors: equal where two trainings came to the same bits."""
+    """SHA-256 of the student's tensors: equal if two trainings came to the same bits."""
     model = read_checkpoint(str(path))["model"]
     found = hashlib.sha256()
     for name in sorted(model):

@@ -30,7 +30,7 @@ class Run:
 
     Attributes:
         folder: of the training, its OUTPUT_DIR.
-        config: values by dotted key; {} where config.yaml is missing or not readable.
+        config: values by dotted key; {} if config.yaml is missing or not readable.
         config_text: the file.
         series: of metrics.json, by name.
         environment, command, commit, teacher: of run.json; empty without one.
