@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ssim_kd.data import ensure_digits, register_digits
 from ssim_kd.data.digits.dataset import make_split
 from ssim_kd.data.digits.renderer import render_image
 from ssim_kd.data.digits.scene import SPLITS, DigitsSplit, Scene, splits_from_config
+from tests.engine.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 SCENE = Scene(
@@ -115,10 +115,7 @@ def test_make_split_after_a_kill(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     unfinished = split.folder.parent / ".val_40000.unfinished"
-    deadline = time.monotonic() + 60
-    while not (unfinished / "000003.png").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_until((unfinished / "000003.png").exists, 300)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not split.folder.exists() and unfinished.exists()
