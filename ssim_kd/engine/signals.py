@@ -140,11 +140,12 @@ class StopOnSignal(HookBase):
 
     def _end(self) -> NoReturn:
         """End the process, which is late; called in another thread."""
-        if not self._saved:
+        saved = self._saved or self.trainer.checkpointer.last_saved == self.trainer.iter
+        if not saved:
             message = f"Not saved within {self._key} ({self.grace_period:g} s).\n"
             os.write(2, message.encode())
         # Nothing else interrupts a thread that waits for a dead process.
-        os._exit(EXIT_STOPPED if self._saved else EXIT_NOT_SAVED)
+        os._exit(EXIT_STOPPED if saved else EXIT_NOT_SAVED)
 
 
 class SignalWatch:

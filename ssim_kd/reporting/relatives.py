@@ -49,7 +49,7 @@ def teacher_iteration(run: Run, teacher: Run) -> int | None:
     if series is None:
         return None
     if best and series.finite():
-        return max(series.finite(), key=lambda pair: pair[1])[0]
+        return max(series.finite(), key=lambda pair: pair[::-1])[0]
     numbered = re.fullmatch(r"model_(\d+)\.pth", name)
     if not numbered:
         return None

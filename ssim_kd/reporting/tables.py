@@ -69,11 +69,12 @@ def tiles(page: Comparison) -> list[tuple[str, str, str]]:
 
 
 def _best(column: Column) -> str:
-    known = column.run.boxes().get("AP", Series()).finite()
-    if len(known) < 2:
+    """The AP of model_best.pth, which the first test set chose."""
+    chosen, shown = (column.run.boxes(i).get("AP", Series()).finite() for i in (0, -1))
+    if len(chosen) < 2:
         return ""
-    iteration, value = max(known, key=lambda pair: pair[1])
-    return f"{number(value)} at {iteration}"
+    iteration, _ = max(chosen, key=lambda pair: pair[::-1])
+    return f"{number(dict(shown).get(iteration))} at {iteration}"
 
 
 def result_row(page: Comparison, column: Column) -> dict[str, Any]:

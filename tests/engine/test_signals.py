@@ -134,7 +134,8 @@ import ctypes, os, signal, threading, time
 from types import SimpleNamespace
 from ssim_kd.engine.signals import StopOnSignal
 hook = StopOnSignal(grace_period=0.3, key="SOLVER.GRACE_PERIOD")
-hook.trainer = SimpleNamespace(stop_requested=False)
+checkpointer = SimpleNamespace(last_saved=None)
+hook.trainer = SimpleNamespace(stop_requested=False, iter=7, checkpointer=checkpointer)
 hook.before_train()
 threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
 {block}
@@ -146,6 +147,7 @@ BLOCK = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
 WAITS = {
     "in compiled code": "ctypes.CDLL(None).sleep(60)",
     "in compiled code, saved": "with hook.saved():\n    ctypes.CDLL(None).sleep(60)",
+    "after the step was saved": "checkpointer.last_saved = 7; ctypes.CDLL(None).sleep(60)",
 }
 
 
