@@ -104,4 +104,5 @@ def _term(run: Run, term: Sequence[Any]) -> str:
         name = str(own.get("LOSS") or run.get("MODEL.DISTILL.LOSS") or "ssim")
         name = "SSIM" if name == "ssim" else name
     weight = own.get("LOSS_WEIGHT", run.get("MODEL.DISTILL.LOSS_WEIGHT"))
-    return name.removesuffix("Distiller") + (f", weight {weight:g}" if weight is not None else "")
+    shown = f"{weight:g}" if isinstance(weight, int | float) else weight  # "auto"
+    return name.removesuffix("Distiller") + (f", weight {shown}" if weight is not None else "")

@@ -146,12 +146,16 @@ def test_write_report_of_runs_with_one_teacher_and_with_several(tmp_path: Path) 
     assert str(teacher) in notes and str(other) in notes
 
 
-def test_write_report_of_a_feature_loss_that_detects_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weight", "shown"), [(4.0, "4"), ("auto", "auto")])
+def test_write_report_of_a_feature_loss_that_detects_nothing(weight, shown, tmp_path) -> None:
     keys = {"MODEL__DISTILL__NAME": "FeatureDistiller", "MODEL__DISTILL__LOSS": "ssim"}
-    cfg = config(write_set(tmp_path / "data"), teacher="t", **keys, MODEL__DISTILL__LOSS_WEIGHT=4.0)
+    keys["MODEL__DISTILL__LOSS_WEIGHT"] = weight
+    cfg = config(write_set(tmp_path / "data"), teacher="t", **keys)
     run = write_run(tmp_path / "distilled", cfg, rows(ap=0.0), found=[{**FOUND[0], "score": 0.1}])
     page = page_of(run)
-    assert "distilled: SSIM, weight 4 ·" in page.html and "FeatureDistiller ·" not in page.html
+    assert (
+        f"distilled: SSIM, weight {shown} ·" in page.html and "FeatureDistiller ·" not in page.html
+    )
     assert "<small>distilled</small>" not in page.html
     assert "no detection at 0.5 or more" in page.sections["pictures"]
     assert "MODEL.<wbr>META_<wbr>ARCHITECTURE" in page.html
