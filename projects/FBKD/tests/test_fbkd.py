@@ -47,7 +47,7 @@ class TestFBKD(MethodOfMaps):
         ("pool_strides", [0], "FBKD.POOL_STRIDES"),
         ("inner_channels", [1.5], "FBKD.INNER_CHANNELS"),
     ]
-    at_rest = detaches = True
+    at_rest = True
     growth = {
         "feature": math.sqrt(2 * 3 * 4),
         "channel": math.sqrt(2 * 3),

@@ -24,8 +24,6 @@ class TestPKD(MethodOfMaps):
     weights = (6.0, 10.0)
     bad = [("eps", value, "PKD.EPS") for value in (0.0, -1.0, math.nan)]
     at_rest = crops = True
-    # Not so; but the slope of what is standardised over two cells of p6 is rounding.
-    detaches = True
 
     def test_by_hand(self) -> None:
         # s = (1, 2, 3, 4), t = (1, 3, 2, 4): deviations (-1.5, -.5, .5, 1.5), (-1.5, .5, -.5, 1.5);
