@@ -319,7 +319,7 @@ def test_resume_or_load_another_model(world: World, six: Path, tmp_path) -> None
     folder = half_of(six, tmp_path / "resumed")
     with pytest.raises(ValueError, match=r"--resume: .*model_0000002\.pth"):
         world.main(folder, "--resume", "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
-    with pytest.raises(ValueError, match="--resume: .*distillers"):
+    with pytest.raises(ValueError, match=r"--resume: .*distillers"):
         world.main(folder, "--resume", "MODEL.DISTILL.ENABLED", "False")
 
 
