@@ -1,8 +1,13 @@
 """A study of a few lines: one config, one data set, one teacher, arms and seeds."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from ..checkpoint import BEST, FINAL
 
 _KEYS = {"title", "config", "data", "epochs", "teacher", "arms", "seeds", "opts"}
 _ARM_KEYS = {"method", "weight", "opts"}
@@ -52,6 +57,7 @@ def expand(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "title": "Students",
     }
     return {
+        "short": True,
         "title": content.get("title", path.stem),
         "small_box": _SMALL_BOX,
         "opts": opts,
@@ -59,6 +65,33 @@ def expand(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "arms": arms,
         "stages": {"main": stage},
     }
+
+
+def contents(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """The SHA-256 of the files behind the names of a study's teacher and data, by key.
+
+    Args:
+        folder: of the study, to which names are relative. One that is not a file here has none.
+        names: by key of the config.
+    """
+    found = {}
+    for key, name in names.items():
+        digest = hashlib.sha256()
+        for path in _files(folder / Path(name).expanduser()):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            found[key] = digest.hexdigest()
+    return found
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir():  # of a run: what teaches
+        yield from [path / name for name in (BEST, FINAL) if (path / name).is_file()][:1]
+    elif path.is_file():
+        yield path
+        found = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else None
+        for split in found.values() if isinstance(found, dict) else ():
+            if isinstance(split, dict) and isinstance(split.get("json"), str):
+                yield from _files(path.parent / Path(split["json"]).expanduser())
 
 
 def check(place: str, content: Any, known: set[str], needed: tuple[str, ...] = ()) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from ..config_files import find_config_file
 from ..yaml_files import dotted, read_with_bases
-from .short_form import check, expand
+from .short_form import check, contents, expand
 
 TEACHER = "MODEL.DISTILL.TEACHER.NAME"
 # What it was called before: older studies set it, and records are made with it.
@@ -176,6 +176,9 @@ class Study:
             "script": Path(script).read_text() if script else "",
             **{need: models[name].fingerprint for need, name in needs.items() if name},
         }
+        if self.content.get("short"):
+            names = {key: str(opts[key]) for key in (TEACHER, "DATASETS.DATA_FILE") if key in opts}
+            whole["files"] = contents(self.path.parent, names)
         text = json.dumps(whole, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         return Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,28 @@ def test_fingerprint_does_not_depend_on_the_place(folder: Path, tmp_path: Path) 
         runs = read_study(path).stage("main", {}).values()
         return [run.fingerprint for by_slot in runs for run in by_slot.values()]
 
-    (tmp_path / "study.yaml").write_text(EXAMPLE)
-    (tmp_path / "my_detector.yaml").write_text((folder / "my_detector.yaml").read_text())
-    assert fingerprints(folder / "study.yaml") == fingerprints(tmp_path / "study.yaml")
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("study"))
+    assert fingerprints(folder / "study.yaml") == fingerprints(copy / "study.yaml")
+
+
+def test_another_teacher_or_other_data_of_the_same_name_are_trained_anew(folder: Path) -> None:
+    def fingerprints() -> tuple[str, str]:
+        runs = read_study(folder / "study.yaml").stage("main", {})
+        return tuple(next(iter(runs[arm].values())).fingerprint for arm in ("plain", "pkd"))
+
+    plain, pkd = fingerprints()
+    weights = folder / "output" / "teacher" / "model_final.pth"
+    before = weights.read_bytes()
+    weights.write_bytes(before + b"0")
+    assert fingerprints()[0] == plain and fingerprints()[1] != pkd
+    weights.write_bytes(before)
+    assert fingerprints() == (plain, pkd)
+    data = yaml.safe_load((folder / "data.yaml").read_text())
+    annotations = folder / data["train"]["json"]
+    before = annotations.read_bytes()
+    annotations.write_bytes(before + b" ")
+    assert fingerprints()[0] != plain and fingerprints()[1] != pkd
+    annotations.write_bytes(before)
 
 
 def test_train_refuses_the_folder_of_another_program(tmp_path: Path) -> None:
