@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,12 +145,13 @@ def may_run(path: str, name: str = "") -> bool:
     return is_shipped(path) or name in sys.argv or os.path.realpath(path) in _named
 
 
-def did_you_mean(cfg: CN, message: str) -> str:
+def did_you_mean(cfg: Mapping[str, Any], message: str, more: Iterable[str] = ()) -> str:
     """What may be meant by the unknown key that a message of yacs ends with.
 
     Args:
         cfg: the config that lacks the key.
         message: "Non-existent config key: MODEL.DISTILL.LOS", say.
+        more: keys that it may have in addition.
 
     Returns:
         " Did you mean MODEL.DISTILL.LOSS?"; "" if no key is like it.
@@ -158,7 +159,7 @@ def did_you_mean(cfg: CN, message: str) -> str:
     key = message.rsplit(": ", 1)[-1].strip("'\" ")
     known = dict(dotted(cfg))
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, 6)}
-    names = sorted({*known, *sections})
+    names = sorted({*known, *sections, *more})
     near = near_keys(key, names, most=2, cutoff=0.85)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 

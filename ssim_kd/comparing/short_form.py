@@ -1,5 +1,6 @@
 """A study of a few lines: one config, one data set, one teacher, arms and seeds."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import BEST, FINAL
+from ..modeling.teacher_files import TeacherNotFoundError, find_teacher
 
 _KEYS = {"title", "config", "data", "epochs", "teacher", "arms", "seeds", "opts"}
 _ARM_KEYS = {"method", "weight", "opts"}
@@ -85,7 +86,8 @@ def contents(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
 
 def _files(path: Path) -> Iterator[Path]:
     if path.is_dir():  # of a run: what teaches
-        yield from [path / name for name in (BEST, FINAL) if (path / name).is_file()][:1]
+        with contextlib.suppress(TeacherNotFoundError):
+            yield Path(find_teacher(str(path))[1])
     elif path.is_file():
         yield path
         found = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else None

@@ -14,11 +14,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..command_line import is_evaluation
 from ..config import import_method
-from ..config_files import Loaded, beside, find_file, lacks_gpu, load_lazy_file, near_keys
+from ..config_files import Loaded, beside, did_you_mean, find_file, lacks_gpu, load_lazy_file
 from ..data import register_coco, train_records
 from ..modeling import DISTILLER_REGISTRY, DistilledDetector, FrozenTeacher, SSIMDistiller
 from ..modeling.saved_lazy import name_functions
-from ..yaml_files import dotted
 from .data_file import read_data_file
 from .schedule import ConfigSchedule, Schedule, below, value_of
 
@@ -178,9 +177,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
             return  # what is called takes arguments that the config may leave out
         elif part not in node:
             plain: Any = OmegaConf.to_container(cfg)
-            known = [*(name for name, _ in dotted(plain)), *KEYS.values()]
-            near = near_keys(key, known, most=2, cutoff=0.85)
-            meant = f" Did you mean {' or '.join(near)}?" if near else ""
+            meant = did_you_mean(plain, key, KEYS.values())
             raise ValueError(
                 f"{key} is not a key of the LazyConfig.{meant} Expected one that it has, or "
                 f"+{key}=... to add it."
