@@ -48,7 +48,7 @@ def contrasts_table(stage: Stage) -> str:
             f"{contrast.arm} − {contrast.against}",
             str(found["AP"].n),
             _interval(found["AP"]),
-            f"{found['AP'].p:.4f}",
+            f"{found['AP'].p:.4f}" if found["AP"].n > 1 else "",
         ]
         if primary:
             row.append("" if contrast.p_holm is None else f"{contrast.p_holm:.4f}")

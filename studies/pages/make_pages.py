@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "sha256.txt"
 CLASSES = ("heading", "paragraph", "list", "table", "code", "figure", "navigation")
 #: Of a tile in pixels, each side; and widths of the window in CSS pixels, which a tile shows whole.
-SIZE, WIDTHS = 160, (560, 720, 880)
+SIZE, WIDTHS = 160, (320, 400, 480)
 #: Style sheets that are added to a page: as it is, another font and size, dark.
 STYLES = (
     "",
