@@ -27,6 +27,7 @@ from ..checkpoint import StudentCheckpointer, load_strictly, read_weights
 from ..config import student_config
 from ..data.needs import num_classes, num_classes_key
 from ..modeling import TeacherSource, classes, teacher_name, teacher_source
+from ..modeling.map_rank import log_ranks
 from .coco_evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def teacher_for_evaluation(cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
         _check_equal_classes(cfg, classes.num_classes(model))
         teacher.INPUT.FORMAT = getattr(model, "input_format", None) or "BGR"
     teacher.freeze()
+    log_ranks(model)
     return teacher, model.to(cfg.MODEL.DEVICE)
 
 

@@ -47,6 +47,7 @@ from ..data import (
     train_records,
 )
 from ..modeling import DistilledDetector, FrozenTeacher, unwrap
+from ..modeling.map_rank import log_ranks
 from ..modeling.teacher_config import source_of
 from ..sharing import without_queries
 from ..trackers import TrackerWriter
@@ -286,6 +287,7 @@ class LazyRecipe(ConfigRecipe):
             return student, test
         source = self._teacher()
         model: Any = source.load()[0]
+        log_ranks(model)
         if "mapper" in test:
             test.mapper.image_format = (
                 source.input_format or getattr(model, "input_format", None) or "BGR"
