@@ -12,23 +12,41 @@ logger = logging.getLogger(__name__)
 IMAGES = 64
 
 
-def effective_rank(maps: list[Tensor]) -> float:
-    """The effective rank of a level's channels over all cells, from 1 to C.
-
-    The exponential of the entropy of the spectrum of the channels' covariance (Roy & Vetterli,
-    EUSIPCO 2007): C if all directions vary alike, near 1 if one of them does almost all of it.
-
-    Args:
-        maps: (N, C, H, W) each; H and W may differ.
+class ChannelMoments:
+    """First and second moments of a level's channels over all cells of all maps that were added.
 
     Example:
-        >>> effective_rank([torch.tensor([[[[0.0, 1.0]], [[0.0, 2.0]]]])])
+        >>> moments = ChannelMoments()
+        >>> moments.add(torch.tensor([[[[0.0, 1.0]], [[0.0, 2.0]]]]))  # two channels, one shape
+        >>> round(moments.effective_rank(), 6)
         1.0
     """
-    cells = torch.cat([m.detach().double().transpose(0, 1).flatten(1) for m in maps], dim=1)
-    values = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(cells))).clamp_min(0)
-    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return round(float(torch.special.entr(shares).sum().exp()), 6)
+
+    def __init__(self) -> None:
+        self.images = self.cells = 0
+        self.sums: Tensor | float = 0.0
+        self.products: Tensor | float = 0.0
+
+    def add(self, maps: Tensor) -> None:
+        """Count maps (N, C, H, W); H and W may differ from call to call."""
+        cells = maps.detach().double().transpose(0, 1).flatten(1)
+        self.images += len(maps)
+        self.cells += cells.shape[1]
+        self.sums = self.sums + cells.sum(1)
+        self.products = self.products + cells @ cells.T
+
+    def effective_rank(self) -> float:
+        """The exponential of the entropy of the spectrum of the channels' covariance, 1 to C.
+
+        C if all directions vary alike, near 1 if one of them does almost all of it, 1 if nothing
+        varies (Roy & Vetterli, EUSIPCO 2007).
+        """
+        mean, square = (torch.as_tensor(x) / self.cells for x in (self.sums, self.products))
+        values = torch.linalg.eigvalsh(square - torch.outer(mean, mean))
+        # What is below is rounding, of the subtraction.
+        values = torch.where(values > 1e-12 * square.trace(), values, 0)
+        shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+        return float(torch.special.entr(shares).sum().exp())
 
 
 def log_ranks(model: nn.Module) -> None:
@@ -39,21 +57,19 @@ def log_ranks(model: nn.Module) -> None:
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
         return
-    seen: dict[str, list[Tensor]] = {}
+    moments: dict[str, ChannelMoments] = {}
 
     def look(_module: nn.Module, _inputs: Any, maps: Any) -> None:
         if not isinstance(maps, dict):
             handle.remove()
             return
         for level, found in maps.items():
-            # Every 4th cell of large maps, which are alike: memory stays small.
-            step = 4 if min(found.shape[-2:]) > 64 else 1
-            seen.setdefault(level, []).append(found[..., ::step, ::step].cpu())
-        if sum(len(m) for m in next(iter(seen.values()))) >= IMAGES:
+            moments.setdefault(level, ChannelMoments()).add(found)
+        if any(found.images >= IMAGES for found in moments.values()):
             handle.remove()
             ranks = ", ".join(
-                f"{level} {effective_rank(found):.1f} of {found[0].shape[1]}"
-                for level, found in seen.items()
+                f"{level} {moments[level].effective_rank():.1f} of {found.shape[1]}"
+                for level, found in maps.items()
             )
             logger.info(
                 "Effective rank of the teacher's maps, over %d images: %s channels. A level of low "
@@ -61,6 +77,5 @@ def log_ranks(model: nn.Module) -> None:
                 IMAGES,
                 ranks,
             )
-            seen.clear()
 
     handle = backbone.register_forward_hook(look)

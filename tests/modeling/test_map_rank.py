@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from ssim_kd.modeling.map_rank import IMAGES, effective_rank, log_ranks
+from ssim_kd.modeling.map_rank import IMAGES, ChannelMoments, log_ranks
+
+
+def effective_rank(maps: list[torch.Tensor]) -> float:
+    moments = ChannelMoments()
+    for each in maps:
+        moments.add(each)
+    return moments.effective_rank()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -24,6 +31,19 @@ def test_orthogonal_channels_have_full_rank_and_weights_lower_it() -> None:
     # Shares of the variance 0.9 and 0.1: exp(0.9 ln(1/0.9) + 0.1 ln(1/0.1)) = 1.3841.
     maps[:, 0] *= 3
     assert effective_rank([maps]) == pytest.approx(1.3841, abs=1e-4)
+
+
+def test_maps_one_by_one_and_of_several_sizes_count_by_cells() -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 4, 5, size) * torch.arange(1, 5).view(1, 4, 1, 1) + 3 for size in (6, 9)]
+    values = torch.linalg.eigvalsh(torch.cov(torch.cat([m[0].flatten(1) for m in maps], 1)))
+    shares = values / values.sum()
+    assert effective_rank(maps) == pytest.approx(float((-shares * shares.log()).sum().exp()), 1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e3])
+def test_a_level_that_does_not_vary_has_rank_one(value: float) -> None:
+    assert effective_rank([torch.full((2, 3, 7, 9), value)]) == 1
 
 
 class Detector(nn.Module):
