@@ -1,6 +1,7 @@
-"""How many directions of its channels a teacher's maps use, for ``--eval-teacher``."""
+"""How many directions of its channels a teacher's maps use: in ``--eval-teacher`` and training."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 #: After so many the rank is logged. It moves little with more.
 IMAGES = 64
+#: What the scalars of a training begin with; the level follows.
+TEACHER_RANK = "teacher_rank/"
 
 
 class ChannelMoments:
@@ -25,15 +28,16 @@ class ChannelMoments:
     def __init__(self) -> None:
         self.images = self.cells = 0
         self.sums: Tensor | float = 0.0
-        self.products: Tensor | float = 0.0
+        self.products: Any = 0.0
 
     def add(self, maps: Tensor) -> None:
         """Count maps (N, C, H, W); H and W may differ from call to call."""
-        cells = maps.detach().double().transpose(0, 1).flatten(1)
-        self.images += len(maps)
-        self.cells += cells.shape[1]
-        self.sums = self.sums + cells.sum(1)
-        self.products = self.products + cells @ cells.T
+        for image in maps.detach():  # one by one: in double precision, a copy of all is large
+            cells = image.double().flatten(1)
+            self.images += 1
+            self.cells += cells.shape[1]
+            self.sums = self.sums + cells.sum(1)
+            self.products = self.products + cells @ cells.T
 
     def effective_rank(self) -> float:
         """The exponential of the entropy of the spectrum of the channels' covariance, 1 to C.
@@ -49,6 +53,43 @@ class ChannelMoments:
         return float(torch.special.entr(shares).sum().exp())
 
 
+class MapRanks:
+    """Finds the effective rank of each level over the first IMAGES images, and logs it once.
+
+    Attributes:
+        done: whether nothing more is counted.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._levels: dict[str, ChannelMoments] = {}
+
+    def add(self, maps: Mapping[str, Any]) -> dict[str, float]:
+        """Count maps (N, C, H, W) by level; what is no map is left out.
+
+        Returns:
+            once, the ranks by "teacher_rank/LEVEL"; otherwise nothing.
+        """
+        if self.done:
+            return {}
+        for level, found in maps.items():
+            if isinstance(found, Tensor) and found.dim() == 4:
+                self._levels.setdefault(level, ChannelMoments()).add(found)
+        images = max((level.images for level in self._levels.values()), default=0)
+        self.done = images == 0 or images >= IMAGES
+        if not (self.done and images):
+            return {}
+        ranks = {name: level.effective_rank() for name, level in self._levels.items()}
+        logger.info(
+            "Effective rank of the teacher's maps, over %d images: %s channels. A level of low "
+            "rank may harm: leave it out of MODEL.DISTILL.IN_FEATURES.",
+            images,
+            ", ".join(f"{n} {ranks[n]:.1f} of {len(x.products)}" for n, x in self._levels.items()),
+        )
+        self._levels.clear()
+        return {f"{TEACHER_RANK}{name}": rank for name, rank in ranks.items()}
+
+
 def log_ranks(model: nn.Module) -> None:
     """Log the effective rank of each level of a model's backbone once it has seen IMAGES images.
 
@@ -57,25 +98,11 @@ def log_ranks(model: nn.Module) -> None:
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
         return
-    moments: dict[str, ChannelMoments] = {}
+    ranks = MapRanks()
 
     def look(_module: nn.Module, _inputs: Any, maps: Any) -> None:
-        if not isinstance(maps, dict):
+        ranks.add(maps if isinstance(maps, dict) else {})
+        if ranks.done:
             handle.remove()
-            return
-        for level, found in maps.items():
-            moments.setdefault(level, ChannelMoments()).add(found)
-        if any(found.images >= IMAGES for found in moments.values()):
-            handle.remove()
-            ranks = ", ".join(
-                f"{level} {moments[level].effective_rank():.1f} of {found.shape[1]}"
-                for level, found in maps.items()
-            )
-            logger.info(
-                "Effective rank of the teacher's maps, over %d images: %s channels. A level of low "
-                "rank may harm: leave it out of MODEL.DISTILL.IN_FEATURES.",
-                IMAGES,
-                ranks,
-            )
 
     handle = backbone.register_forward_hook(look)

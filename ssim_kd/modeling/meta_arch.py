@@ -16,6 +16,7 @@ from .distillers import DistillBatch, Distiller, bind_distillers, build_distille
 from .distillers.balance import measure_gradients
 from .inherit import check_inherited, copy_inherited, inherit_in_training, inherited_keys
 from .loaded_teacher import LoadedTeacher
+from .map_rank import MapRanks
 from .plain_names import LikeStudent, keep_plain_names
 from .taps import Tap, check_features, feature_sums
 from .teacher import FrozenTeacher
@@ -100,6 +101,7 @@ class DistilledDetector(LikeStudent):
         self.metrics: dict[str, torch.Tensor] = {}
         self.health: dict[str, torch.Tensor] = {}
         self._inherits = list(init_from_teacher)
+        self._ranks = MapRanks()
         self.loaded_teacher: LoadedTeacher | None = None
         if teacher is not None:
             self._bind(teacher, distillers)
@@ -204,6 +206,7 @@ class DistilledDetector(LikeStudent):
         inputs = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
         teacher = self.load_teacher()
         theirs = {} if teacher is None else teacher([x["image"] for x in inputs])
+        get_event_storage().put_scalars(**self._ranks.add(theirs))
         with self._student_tap as ours:
             try:
                 losses = dict(self.student(inputs))

@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..metrics_file import Series
+from ..modeling.map_rank import TEACHER_RANK
 from . import charts
 from .columns import Column, Comparison
 from .detections import choose_images, draw_boxes, draw_image
@@ -149,6 +150,22 @@ def level_names(page: Comparison) -> list[str]:
     """What the distillers log of each level."""
     found = [n for n in _names(page) if n.startswith("distill/")]
     return [n for n in found if not n.endswith("_weighted")]
+
+
+def note_ranks(page: Comparison) -> None:
+    """Say how many directions of its channels the teacher uses, level by level."""
+    for column in page.columns:
+        ranks = [
+            f"{name.removeprefix(TEACHER_RANK)} {series.values[-1]:.1f}"
+            for name, series in column.run.series.items()
+            if name.startswith(TEACHER_RANK) and column.role != "teacher"
+        ]
+        if ranks:
+            page.note(
+                "levels",
+                f"Effective rank of the maps that taught {column.label}: {', '.join(ranks)}. A "
+                "level far below the others may harm: leave it out of MODEL.DISTILL.IN_FEATURES",
+            )
 
 
 def curves(page: Comparison, section: str, names: Sequence[str]) -> Iterable[tuple[str, Markup]]:

@@ -58,6 +58,7 @@ def render(page: Comparison) -> str:
         for problem in column.run.problems:
             section = {"Config": "config", "Environment": "environment"}
             page.note(section.get(problem.split(":")[0], "result"), problem)
+    figures.note_ranks(page)
     return environment.get_template("report.html").render(
         page=page,
         title=", ".join(column.label for column in shown),

@@ -40,7 +40,9 @@ LEVELS = ("p2", "p3", "p4", "p5", "p6")
 def six(world: World, tmp_path_factory) -> Path:
     """Six steps; the seed is drawn."""
     folder = tmp_path_factory.mktemp("six")
-    world.main(folder, "SEED", -1, "VIS_PERIOD", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssim_kd.modeling.map_rank.IMAGES", 2)
+        world.main(folder, "SEED", -1, "VIS_PERIOD", 3)
     return folder
 
 
@@ -61,8 +63,10 @@ def test_train_logs_losses_by_level(six: Path) -> None:
     assert last["loss_distill"] == pytest.approx(
         sum(last[f"distill/ssim_{level}_weighted"] for level in LEVELS), rel=1e-2
     )
+    ranks = {f"teacher_rank/{level}" for level in LEVELS}
+    assert all(1 < next(line[rank] for line in metrics(six) if rank in line) < 48 for rank in ranks)
     board = EventAccumulator(str(six), size_guidance={"images": 0}).Reload()
-    assert {"loss_distill", *names} <= set(board.Tags()["scalars"])
+    assert {"loss_distill", *names, *ranks} <= set(board.Tags()["scalars"])
     assert {f"distill/{level}" for level in LEVELS} <= set(board.Tags()["images"])
 
 

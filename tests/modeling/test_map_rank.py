@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssim_kd.modeling.map_rank import IMAGES, ChannelMoments, log_ranks
+from ssim_kd.modeling.map_rank import IMAGES, ChannelMoments, MapRanks, log_ranks
 
 
 def effective_rank(maps: list[torch.Tensor]) -> float:
@@ -72,6 +72,14 @@ def test_it_is_logged_once_and_the_model_is_left_as_it_was(
     (record,) = [r for r in caplog.records if "Effective rank" in r.getMessage()]
     assert "p2 3.0 of 3, p3 1.0 of 3" in record.getMessage()
     assert not model.backbone._forward_hooks
+
+
+def test_what_is_no_map_is_left_out() -> None:
+    ranks = MapRanks()
+    maps = {"p2": torch.randn(2, 3, 9, 9), "proposals": [1], "scores": torch.randn(2, 3)}
+    found = [ranks.add(maps) for _ in range(IMAGES)]  # of two images each
+    assert list(found[IMAGES // 2 - 1]) == ["teacher_rank/p2"] and sum(map(bool, found)) == 1
+    assert MapRanks().add({"proposals": [1]}) == {}
 
 
 def test_a_model_without_maps_is_left_alone() -> None:

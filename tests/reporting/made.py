@@ -107,6 +107,7 @@ def rows(*, ap: float = 29.5, distils: bool = False, names: tuple = CLASSES) -> 
         row |= {"time": 0.2, "data_time": 0.05, "lr": 0.02, "grad_norm": 1.0}
         if distils:
             row |= {"loss_distill": 0.8, "distill/ssim_p3": 0.2, "distill/ssim_p3_weighted": 0.8}
+            row |= {"teacher_rank/p2": 14.84, "teacher_rank/p3": 6.02}
         found.append(row)
     for iteration, value in ((29, ap - 5), (60, ap)):
         row = {"iteration": iteration, "bbox/AP": value, "bbox/AP50": 29.455, "bbox/AP75": value}

@@ -101,7 +101,8 @@ def test_write_report_next_to_control_and_teacher(tmp_path: Path) -> None:
     labels = re.findall(r'aria-label="([^"]*)"', page.html)
     assert "total_loss: ssim, plain" in labels and "distill/ssim_p3: ssim" in labels
     assert "AP by iteration: ssim, plain, teacher" in labels
-    assert not any("_weighted" in label for label in labels)
+    assert not any("_weighted" in label or "rank" in label for label in labels)
+    assert page.html.count("ssim: p2 14.8, p3 6.0.") == 1 and "plain: p2" not in page.html
     pictures = page.sections["pictures"]
     assert "1.png" in pictures and "3.png" in pictures and "2.png" not in pictures
     # Image 1, at a score of 0.5: two right; one duplicate, one of another class, ...
