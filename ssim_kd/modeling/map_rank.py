@@ -1,6 +1,7 @@
 """How many directions of its channels a teacher's maps use: in ``--eval-teacher`` and training."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,9 +44,11 @@ class ChannelMoments:
         """The exponential of the entropy of the spectrum of the channels' covariance, 1 to C.
 
         C if all directions vary alike, near 1 if one of them does almost all of it, 1 if nothing
-        varies (Roy & Vetterli, EUSIPCO 2007).
+        varies (Roy & Vetterli, EUSIPCO 2007); NaN of maps that are not finite.
         """
         mean, square = (torch.as_tensor(x) / self.cells for x in (self.sums, self.products))
+        if not torch.isfinite(square).all():
+            return math.nan
         values = torch.linalg.eigvalsh(square - torch.outer(mean, mean))
         # What is below is rounding, of the subtraction.
         values = torch.where(values > 1e-12 * square.trace(), values, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_maps_one_by_one_and_of_several_sizes_count_by_cells() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e3])
 def test_a_level_that_does_not_vary_has_rank_one(value: float) -> None:
     assert effective_rank([torch.full((2, 3, 7, 9), value)]) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_maps_that_are_not_finite_have_none(value: float) -> None:
+    # The step that has them ends the training, by another error.
+    maps = torch.randn(2, 3, 7, 9)
+    maps[1, 2, 0, 0] = value
+    assert math.isnan(effective_rank([maps]))
 
 
 class Detector(nn.Module):
