@@ -204,6 +204,7 @@ def read_study(path: Path) -> Study:
             raise ValueError(f"{path}: {name} is missing: expected a mapping.")
     for name, arm in content["arms"].items():
         check(f"{path}: arms.{name}", arm, ARM_KEYS)
+        _check_weight(f"{path}: arms.{name}.weight", arm.get("weight"))
         if arm.get("weight") == TUNED and "tuning" not in content:
             raise ValueError(f"{path}: arms.{name} has the weight {TUNED}, without tuning.")
     for place, arms in _named_arms(content):
@@ -220,8 +221,19 @@ def read_study(path: Path) -> Study:
     return study
 
 
+def _check_weight(place: str, weight: Any) -> None:
+    try:
+        _ = weight in (None, TUNED, AUTO) or float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{place} is {weight!r}: expected a number, {TUNED!r} or {AUTO!r}."
+        ) from None
+
+
 def _check_design(place: str, design: Any, content: Mapping[str, Any]) -> None:
-    if not isinstance(design, dict) or design.keys() != {"unit", "students"}:
+    students = design.get("students") if isinstance(design, dict) else None
+    fits = isinstance(students, dict) and all(isinstance(s, list) for s in students.values())
+    if not fits or design.keys() != {"unit", "students"}:
         raise ValueError(
             f"{place} is {design!r}: expected {{unit: teacher, students: {{t1: [1], t2: [2]}}}} "
             "or the like, see studies/README.md."

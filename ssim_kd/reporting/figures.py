@@ -163,8 +163,8 @@ def note_ranks(page: Comparison) -> None:
         if ranks:
             page.note(
                 "levels",
-                f"Effective rank of the maps that taught {column.label}: {', '.join(ranks)}. A "
-                "level far below the others may harm: leave it out of MODEL.DISTILL.IN_FEATURES",
+                f"Effective rank of the maps that taught {column.label}: {', '.join(ranks)}. "
+                "docs/teachers.md says how to read it",
             )
 
 

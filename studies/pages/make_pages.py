@@ -16,6 +16,7 @@ few pixels of one tile in twenty differently each time: a line at the seam of tw
 import argparse
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import random
@@ -27,8 +28,8 @@ from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw
-from selenium import webdriver
 
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "sha256.txt"
 CLASSES = ("heading", "paragraph", "list", "table", "code", "figure", "navigation")
@@ -78,15 +79,25 @@ def main() -> None:
     print(found, "as recorded" if found == RECORDED.read_text() else f"other than {RECORDED}")
 
 
-def browser() -> webdriver.Chrome:
-    """Headless Chromium of the system, without anything that changes from run to run."""
+def browser() -> Any:
+    """Headless Chromium of the system, without anything that changes from run to run.
+
+    Raises:
+        SystemExit: Chromium, its driver or selenium is not installed.
+    """
+    lacking = [path for path in (CHROMIUM, DRIVER) if not Path(path).is_file()]
+    lacking += [] if importlib.util.find_spec("selenium") else ["selenium"]
+    if lacking:
+        sys.exit(f"Not found: {', '.join(lacking)}. The head of {__file__} says how to install it.")
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
+    options.binary_location = CHROMIUM
     flags = "headless=new no-sandbox hide-scrollbars disable-gpu disable-lcd-text"
     flags += " force-color-profile=srgb font-render-hinting=none"
     for flag in [*flags.split(), "host-resolver-rules=MAP * ~NOTFOUND"]:
         options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     return driver
 
 
@@ -109,9 +120,7 @@ def unpacked(package: str, cache: Path) -> Path:
     return folder
 
 
-def make_split(
-    driver: webdriver.Chrome, packages: list[str], cache: Path, folder: Path
-) -> dict[str, Any]:
+def make_split(driver: Any, packages: list[str], cache: Path, folder: Path) -> dict[str, Any]:
     """The COCO content of a split, whose images are written."""
     coco: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
     coco["categories"] = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
@@ -142,9 +151,7 @@ def pages(folder: Path) -> list[Path]:
     return found[:PAGES]
 
 
-def tiles(
-    driver: webdriver.Chrome, page: Path
-) -> Iterator[tuple[Image.Image, list[dict[str, Any]]]]:
+def tiles(driver: Any, page: Path) -> Iterator[tuple[Image.Image, list[dict[str, Any]]]]:
     """Pictures of a page with their boxes."""
     draw = random.Random(page.name)
     width, style = draw.choice(WIDTHS), draw.choice(STYLES)

@@ -242,6 +242,7 @@ def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
         ({"arms": None}, "arms is missing"),
         ({"tuning": None}, "arms.ssim has the weight tuned"),
         ({"arms": {**STUDY["arms"], "none": {"wieght": 4}}}, "arms.none has .*wieght"),
+        ({"arms": {**STUDY["arms"], "ssim_30": {"weight": "Auto"}}}, "arms.ssim_30.weight.*Auto"),
         *(
             (
                 {"stages": {"main": {**STUDY["stages"]["main"], key.split(".")[0]: named}}},
@@ -253,6 +254,7 @@ def test_a_run_is_known_by_all_that_it_asks_for(bench: Bench) -> None:
                 "identical": [["ssim", "l9"]],
                 "gates": "nnoe",
                 "design": [1, 2],
+                "design.*t2": {"unit": "teacher", "students": {"t2": 3}},
                 "design.unit": {"unit": "seed", "students": {"t1": [1]}},
                 "design.students": {"unit": "teacher", "students": {"t9": [1]}},
             }.items()
