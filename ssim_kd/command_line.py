@@ -281,7 +281,7 @@ def compare_parser(program: str | None = None) -> argparse.ArgumentParser:
         help="of the trainings, default: output/NAME next to the study",
     )
     add("--cluster", default="local", choices=["local", "slurm"], help="submitit's executor")
-    add("--workers", type=int, default=2, help="trainings at once")
+    add("--workers", type=int, default=2, help="trainings at once (2)")
     add("--submitit", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. slurm_partition=gpu")
     add("--report", action="store_true", help="train nothing")
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="place and speed: MODEL.DEVICE")

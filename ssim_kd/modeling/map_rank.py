@@ -59,6 +59,8 @@ class ChannelMoments:
 class MapRanks:
     """Finds the effective rank of each level over the first IMAGES images, and logs it once.
 
+    Cells of the padding count.
+
     Attributes:
         done: whether nothing more is counted.
     """
