@@ -157,7 +157,7 @@ def note_ranks(page: Comparison) -> None:
     for column in page.columns:
         ranks = [
             f"{name.removeprefix(TEACHER_RANK)} {series.values[-1]:.1f}"
-            for name, series in column.run.series.items()
+            for name, series in sorted(column.run.series.items())
             if name.startswith(TEACHER_RANK) and column.role != "teacher"
         ]
         if ranks:
