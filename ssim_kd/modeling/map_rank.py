@@ -28,7 +28,7 @@ class ChannelMoments:
 
     def __init__(self) -> None:
         self.images = self.cells = 0
-        self.sums: Tensor | float = 0.0
+        self.sums: Any = 0.0
         self.products: Any = 0.0
 
     def add(self, maps: Tensor) -> None:
@@ -46,7 +46,7 @@ class ChannelMoments:
         C if all directions vary alike, near 1 if one of them does almost all of it, 1 if nothing
         varies (Roy & Vetterli, EUSIPCO 2007); NaN of maps that are not finite.
         """
-        mean, square = (torch.as_tensor(x) / self.cells for x in (self.sums, self.products))
+        mean, square = self.sums / self.cells, self.products / self.cells
         if not torch.isfinite(square).all():
             return math.nan
         values = torch.linalg.eigvalsh(square - torch.outer(mean, mean))

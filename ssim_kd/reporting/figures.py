@@ -158,9 +158,9 @@ def note_ranks(page: Comparison) -> None:
         ranks = [
             f"{name.removeprefix(TEACHER_RANK)} {series.values[-1]:.1f}"
             for name, series in sorted(column.run.series.items())
-            if name.startswith(TEACHER_RANK) and column.role != "teacher"
+            if name.startswith(TEACHER_RANK)
         ]
-        if ranks:
+        if ranks and column.role != "teacher":
             page.note(
                 "levels",
                 f"Effective rank of the maps that taught {column.label}: {', '.join(ranks)}. "
